@@ -1,0 +1,301 @@
+"""MED, BLIP's multimodal mixture of encoder-decoder (BLIP §3.1), built of BERT-like post-norm layers.
+
+In: token ids and image features. Out: text features, next-token logits, ITM and ITC outputs.
+
+- `TextTransformer` works as unimodal encoder (no image), image-grounded encoder (bidirectional,
+  cross-attention) or image-grounded decoder (causal)
+- several texts of one image share its cross-attention keys and values: the texts are laid out as one
+  long query, so nothing of the image is copied per text
+- the decoder runs incrementally on a preallocated self-attention cache
+- `tie_decoder` shares everything but self-attention between encoder and decoder (BLIP §3.2)
+
+Legend: B images, N texts per image (rows of text = B·N, grouped by image), T tokens, S cached tokens,
+P patches, D width, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capfilt.models.vit import VisionTransformer
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values, each (B, H, S, D / H)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEDConfig:
+    """Sizes of MED's text side; the defaults are BLIP-base (BERT-base with two added tokens)."""
+
+    vocab_size: int = 30524
+    """Tokens, [DEC] and [ENC] included."""
+    width: int = 768
+    """Width of a text feature."""
+    depth: int = 12
+    """Number of layers."""
+    num_heads: int = 12
+    """Attention heads."""
+    mlp_width: int = 3072
+    """Inner width of the feed-forward."""
+    max_positions: int = 512
+    """Longest text in tokens."""
+    vision_width: int = 768
+    """Width of the image features attended to."""
+    layer_norm_eps: float = 1e-12
+    """Added to the variance in every layer norm."""
+    dropout: float = 0.0
+    """Dropout after embeddings, attention outputs and feed-forwards while training (BERT: 0.1)."""
+    pad_token_id: int = 0
+    """[PAD]."""
+    sep_token_id: int = 102
+    """[SEP], the end of a text."""
+    dec_token_id: int = 30522
+    """[DEC], first token of a text to be decoded."""
+    enc_token_id: int = 30523
+    """[ENC], first token of a text in the image-grounded encoder."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values can be computed once and used again."""
+
+    def __init__(self, width: int, num_heads: int, source_width: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source_width, width)
+        self.value = nn.Linear(source_width, width)
+        self.output = nn.Linear(width, width)
+
+    def key_value(self, source_BSD: Tensor) -> KeyValue:
+        """Keys and values of the attended sequence, each (B, H, S, D / H)."""
+        return self._split(self.key(source_BSD)), self._split(self.value(source_BSD))
+
+    def forward(
+        self, hidden_BTD: Tensor, key_value: KeyValue, mask: Tensor | None = None, *, is_causal: bool = False
+    ) -> Tensor:
+        """Attend from (B, T, D) to the keys and values; mask is boolean, True where attended."""
+        query_BHTd = self._split(self.query(hidden_BTD))
+        attended = F.scaled_dot_product_attention(query_BHTd, *key_value, attn_mask=mask, is_causal=is_causal)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+    def _split(self, hidden_BTD: Tensor) -> Tensor:
+        return hidden_BTD.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with exact GELU between them."""
+
+    def __init__(self, width: int, mlp_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
+        return self.fc2(F.gelu(self.fc1(hidden_BTD)))
+
+
+class TextLayer(nn.Module):
+    """Post-norm layer: self-attention, cross-attention to the image if there is one, feed-forward."""
+
+    def __init__(self, config: MEDConfig) -> None:
+        super().__init__()
+        eps = config.layer_norm_eps
+        self.self_attention = Attention(config.width, config.num_heads, config.width)
+        self.self_norm = nn.LayerNorm(config.width, eps=eps)
+        self.cross_attention = Attention(config.width, config.num_heads, config.vision_width)
+        self.cross_norm = nn.LayerNorm(config.width, eps=eps)
+        self.feed_forward = FeedForward(config.width, config.mlp_width)
+        self.norm = nn.LayerNorm(config.width, eps=eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        mask: Tensor | None,
+        image: KeyValue | None,
+        cache: LayerCache | None,
+        *,
+        is_causal: bool,
+    ) -> Tensor:
+        """(B·N, T, D) → (B·N, T, D); `image` has B entries, each shared by N rows of text."""
+        key_value = self.self_attention.key_value(hidden_BTD)
+        if cache is not None:
+            key_value = cache.append(key_value)
+        attended = self.self_attention(hidden_BTD, key_value, mask, is_causal=is_causal)
+        hidden_BTD = self.self_norm(hidden_BTD + self.dropout(attended))
+        if image is not None:
+            hidden_BTD = self.cross_norm(hidden_BTD + self.dropout(self._attend_to_image(hidden_BTD, image)))
+        return self.norm(hidden_BTD + self.dropout(self.feed_forward(hidden_BTD)))
+
+    def _attend_to_image(self, hidden_BTD: Tensor, image: KeyValue) -> Tensor:
+        num_images = image[0].shape[0]
+        query = hidden_BTD.reshape(num_images, -1, hidden_BTD.shape[2])
+        return self.cross_attention(query, image).view_as(hidden_BTD)
+
+
+class LayerCache:
+    """Self-attention keys and values of the tokens so far, in one preallocated buffer per layer."""
+
+    def __init__(self, rows: int, config: MEDConfig, max_length: int, like: Tensor) -> None:
+        shape = (rows, config.num_heads, max_length, config.width // config.num_heads)
+        self.key, self.value, self.length = like.new_empty(shape), like.new_empty(shape), 0
+
+    def append(self, key_value: KeyValue) -> KeyValue:
+        """Store the keys and values of new tokens; return those of all tokens so far."""
+        end = self.length + key_value[0].shape[2]
+        self.key[:, :, self.length : end], self.value[:, :, self.length : end] = key_value
+        self.length = end
+        return self.key[:, :, :end], self.value[:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) the given rows, in this order."""
+        self.key, self.value = self.key[rows], self.value[rows]
+
+
+class TextTransformer(nn.Module):
+    """Text encoder or decoder of MED."""
+
+    def __init__(self, config: MEDConfig, *, causal: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.causal = causal
+        self.word_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.max_positions, config.width)
+        self.embedding_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.depth))
+        self.dropout = nn.Dropout(config.dropout)
+        self.apply(_initialise)
+
+    def image_key_values(self, features_BPD: Tensor) -> list[KeyValue]:
+        """Cross-attention keys and values of images, one pair per layer, to be shared by their texts."""
+        return [layer.cross_attention.key_value(features_BPD) for layer in self.layers]
+
+    def new_cache(self, rows: int, max_length: int) -> list[LayerCache]:
+        """An empty self-attention cache for `rows` texts of at most `max_length` tokens."""
+        like = self.word_embedding.weight
+        return [LayerCache(rows, self.config, max_length, like) for _ in self.layers]
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        mask_BT: Tensor | None = None,
+        image: list[KeyValue] | None = None,
+        cache: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Encode texts.
+
+        Args:
+            tokens_BT: (B·N, T) token ids; with a cache, only the tokens that follow the cached ones.
+            mask_BT: (B·N, T) boolean, True at tokens, False at padding; not for the decoder, whose padding
+                comes last and is never attended to.
+            image: from `image_key_values`, B entries; None for the unimodal encoder.
+            cache: from `new_cache`; is extended.
+
+        Returns:
+            (B·N, T, D) text features.
+        """
+        start = cache[0].length if cache else 0
+        positions = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
+        hidden_BTD = self.word_embedding(tokens_BT) + self.position_embedding(positions)
+        hidden_BTD = self.dropout(self.embedding_norm(hidden_BTD))
+        mask = None if mask_BT is None else mask_BT[:, None, None, :].bool()
+        is_causal = self.causal and tokens_BT.shape[1] > 1
+        assert not (is_causal and start), "more than one token at a time only into an empty cache"
+        for index, layer in enumerate(self.layers):
+            hidden_BTD = layer(
+                hidden_BTD,
+                mask,
+                None if image is None else image[index],
+                None if cache is None else cache[index],
+                is_causal=is_causal,
+            )
+        return hidden_BTD
+
+
+class LanguageModelHead(nn.Module):
+    """Text features to next-token logits; the last matrix is the word embedding (BERT's MLM head)."""
+
+    def __init__(self, config: MEDConfig, word_embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.transform = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.vocabulary = nn.Linear(config.width, config.vocab_size)
+        self.apply(_initialise)
+        self.vocabulary.weight = word_embedding.weight
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, V)."""
+        return self.vocabulary(self.norm(F.gelu(self.transform(hidden_BTD))))
+
+
+class Captioner(nn.Module):
+    """BLIP captioner: image encoder and image-grounded text decoder with its language model head."""
+
+    def __init__(self, vision: VisionTransformer, config: MEDConfig) -> None:
+        super().__init__()
+        self.vision = vision
+        self.decoder = TextTransformer(config, causal=True)
+        self.head = LanguageModelHead(config, self.decoder.word_embedding)
+
+    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> Tensor:
+        """Next-token logits (B·N, T, V) of texts given their images, teacher-forced."""
+        image = self.decoder.image_key_values(self.vision(images_BCHW))
+        return self.head(self.decoder(tokens_BT, image=image))
+
+
+class Filter(nn.Module):
+    """BLIP filter: image encoder, text encoder, ITC projections and the ITM head."""
+
+    def __init__(self, vision: VisionTransformer, config: MEDConfig, *, embed_dim: int = 256) -> None:
+        super().__init__()
+        self.vision = vision
+        self.encoder = TextTransformer(config, causal=False)
+        self.vision_projection = nn.Linear(config.vision_width, embed_dim)
+        self.text_projection = nn.Linear(config.width, embed_dim)
+        self.itm_head = nn.Linear(config.width, 2)
+        for projection in (self.vision_projection, self.text_projection, self.itm_head):
+            _initialise(projection)
+
+    def itm_logits(self, features_BPD: Tensor, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """ITM logits (B·N, 2) of texts given image features (B, P, D); index 1 is "match".
+
+        The first token must be [ENC], as in training; transformers' BlipForImageTextRetrieval feeds [CLS].
+        """
+        image = self.encoder.image_key_values(features_BPD)
+        return self.itm_head(self.encoder(tokens_BT, mask_BT=mask_BT, image=image)[:, 0])
+
+    def embed_images(self, features_BPD: Tensor) -> Tensor:
+        """ITC embeddings (B, E) of unit length from image features."""
+        return F.normalize(self.vision_projection(features_BPD[:, 0]), dim=-1)
+
+    def embed_texts(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """ITC embeddings (B, E) of unit length; the first token is [CLS]."""
+        return F.normalize(self.text_projection(self.encoder(tokens_BT, mask_BT=mask_BT)[:, 0]), dim=-1)
+
+
+def tie_decoder(decoder: TextTransformer, encoder: TextTransformer) -> None:
+    """Share embeddings, cross-attention and feed-forward of the encoder with the decoder (BLIP §3.2).
+
+    Self-attention stays apart: the encoder's looks both ways, the decoder's backwards. The layer norm
+    that closes self-attention belongs to it.
+    """
+    decoder.word_embedding = encoder.word_embedding
+    decoder.position_embedding = encoder.position_embedding
+    decoder.embedding_norm = encoder.embedding_norm
+    for ours, theirs in zip(decoder.layers, encoder.layers, strict=True):
+        ours.cross_attention, ours.cross_norm = theirs.cross_attention, theirs.cross_norm
+        ours.feed_forward, ours.norm = theirs.feed_forward, theirs.norm
+
+
+def _initialise(module: nn.Module) -> None:
+    """BERT's initialisation: normal weights of std 0.02, zero biases."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

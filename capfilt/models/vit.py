@@ -1,0 +1,116 @@
+"""Vision Transformer, BLIP's image encoder (BLIP §3.1; Dosovitskiy et al. 2021).
+
+In: images, float, normalised. Out: one feature per patch, the [CLS] feature first.
+
+- a strided convolution cuts and embeds the patches; learned positions
+- pre-norm blocks: attention with one fused query-key-value matrix, then GELU feed-forward
+- a last layer norm; `output_layer` picks an earlier block's output instead (BLIP-2 §3.2)
+
+Legend: B batch, C channels, P patches, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Sizes of a Vision Transformer; the defaults are BLIP-base at fine-tuning resolution."""
+
+    image_size_px: int = 384
+    """Height and width of the square input."""
+    patch_size_px: int = 16
+    """Height and width of a patch."""
+    width: int = 768
+    """Width of a feature."""
+    depth: int = 12
+    """Number of blocks."""
+    num_heads: int = 12
+    """Attention heads."""
+    mlp_width: int = 3072
+    """Inner width of the feed-forward."""
+    layer_norm_eps: float = 1e-6
+    """Added to the variance in every layer norm."""
+
+    def __post_init__(self) -> None:
+        if self.image_size_px % self.patch_size_px:
+            raise ValueError(f"image_size_px {self.image_size_px} is no multiple of patch {self.patch_size_px}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, the [CLS] feature not counted."""
+        return (self.image_size_px // self.patch_size_px) ** 2
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block: attention, then feed-forward, each added to its input."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.query_key_value = nn.Linear(config.width, 3 * config.width)
+        self.projection = nn.Linear(config.width, config.width)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, features_BPD: Tensor) -> Tensor:
+        """(B, P, D) → (B, P, D)."""
+        features_BPD = features_BPD + self._attend(self.norm1(features_BPD))
+        return features_BPD + self.fc2(F.gelu(self.fc1(self.norm2(features_BPD))))
+
+    def _attend(self, features_BPD: Tensor) -> Tensor:
+        batch, patches, width = features_BPD.shape
+        heads = self.query_key_value(features_BPD).view(batch, patches, 3, self.num_heads, -1)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.projection(attended.transpose(1, 2).reshape(batch, patches, width))
+
+
+class VisionTransformer(nn.Module):
+    """Image encoder: normalised images to patch features."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size_px, stride=config.patch_size_px)
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.position_embedding = nn.Parameter(torch.zeros(1, config.num_patches + 1, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.apply(_initialise)
+        nn.init.trunc_normal_(self.class_embedding, std=0.02)
+        nn.init.trunc_normal_(self.position_embedding, std=0.02)
+
+    def forward(self, images_BCHW: Tensor, *, output_layer: int = -1) -> Tensor:
+        """Encode images.
+
+        Args:
+            images_BCHW: (B, 3, H, W) with H = W = image_size_px, normalised.
+            output_layer: block whose output is returned; -1 is the last, -2 the second-last (BLIP-2 §3.2).
+
+        Returns:
+            (B, 1 + P, D), layer-normed; index 0 is [CLS].
+        """
+        patches_BPD = self.patch_embedding(images_BCHW).flatten(2).transpose(1, 2)
+        class_B1D = self.class_embedding.expand(len(images_BCHW), -1, -1)
+        features_BPD = torch.cat([class_B1D, patches_BPD], dim=1) + self.position_embedding
+        for block in self.blocks[: len(self.blocks) + 1 + output_layer]:
+            features_BPD = block(features_BPD)
+        return self.norm(features_BPD)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Normal weights of std 0.02 and zero biases, as in the original ViT for BLIP."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
