@@ -1,0 +1,248 @@
+"""Batches for training, straight from shards and manifest, or from arrays.
+
+In: run directories (or images and captions in memory), batch size, seed. Out: an endless stream of `Batch`,
+shuffled at shard and sample level, one kept caption drawn per image and epoch.
+
+Order, caption, crop and flip are pure functions of (seed, epoch, key or row), so a stream opened at a cursor
+gives exactly what an undisturbed one would have given from there. Where all pictures fit in memory as uint8 they
+are decoded once; otherwise the encoded bytes of a few shards are held and decoded one batch ahead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from capfilt.errors import UsageError
+from capfilt.settings import TrainSettings
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+NUM_DECODERS = 2
+"""Threads that decode or crop; pictures are decoded one batch ahead of the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place in the endless stream: samples `position` … of the order of `epoch` come next."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass
+class Batch:
+    """Images of a step, each with one caption.
+
+    `pixels` is uint8 (B, H, W, 3), or a float32 tensor (B, 3, H, W) that is normalised already. `rows` are the
+    places of the samples in the dataset (for caches of frozen features), None where there is no dataset.
+    `cursor` is where the stream goes on after this batch.
+    """
+
+    pixels: np.ndarray | Tensor
+    texts: list[str]
+    keys: list[str]
+    cursor: Cursor
+    rows: np.ndarray | None = None
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    @cached_property
+    def images(self) -> Tensor:
+        """float32 (B, 3, H, W), normalised; computed when first asked for."""
+        if isinstance(self.pixels, Tensor):
+            return self.pixels
+        return normalise(self.pixels, self.mean, self.std)
+
+
+class PairDataset(Protocol):
+    """Images with their kept captions; what `iterate_batches` needs of a source."""
+
+    keys: Sequence[str]
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """A permutation of the rows, int64, pure in (seed, epoch)."""
+        ...
+
+    def captions_of(self, row: int) -> list[str]:
+        """The kept captions of an image, at least one."""
+        ...
+
+    def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
+        """uint8 (B, H, W, 3) of the rows, each cut as its view says (None: whole images)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What is cut from one image before resizing, in shares of its width and height, and whether it is mirrored."""
+
+    left: float = 0.0
+    top: float = 0.0
+    width: float = 1.0
+    height: float = 1.0
+    mirrored: bool = False
+
+
+class ArrayPairs:
+    """A dataset in memory: uint8 images (N, H, W, 3), a list of captions each, keys."""
+
+    def __init__(self, images_NHWC: np.ndarray, captions: Sequence[Sequence[str]], keys: Sequence[str]) -> None:
+        if not len(images_NHWC) == len(captions) == len(keys):
+            raise ValueError(f"{len(images_NHWC)} images, {len(captions)} caption lists, {len(keys)} keys")
+        self.images, self.captions, self.keys = images_NHWC, captions, keys
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(len(self.keys))
+
+    def captions_of(self, row: int) -> list[str]:
+        return list(self.captions[row])
+
+    def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
+        if views is None:
+            return self.images[rows]
+        size_px = self.images.shape[1]
+        cut = [to_square(Image.fromarray(self.images[r]), size_px, v) for r, v in zip(rows, views, strict=True)]
+        return np.stack(cut)
+
+
+def from_arrays(
+    images_NHWC: np.ndarray, captions: Sequence[Sequence[str]], keys: Sequence[str] | None = None
+) -> ArrayPairs:
+    """A dataset from uint8 images (N, S, S, 3) and each image's captions, which are taken as they are."""
+    return ArrayPairs(images_NHWC, captions, keys or [f"{row:09d}" for row in range(len(captions))])
+
+
+def iterate_batches(
+    dataset: PairDataset,
+    settings: TrainSettings,
+    cursor: Cursor = Cursor(),
+    *,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+    with_pixels: bool = True,
+) -> Iterator[Batch]:
+    """The endless stream of batches from `cursor` on; the last incomplete batch of an epoch is dropped.
+
+    Of the settings: batch_size, seed, random_crop, random_flip. Without pixels (features are cached) the
+    batches hold rows, texts and keys only. Raises UsageError where the images do not fill one batch.
+    """
+    if len(dataset.keys) < settings.batch_size:
+        raise UsageError(
+            f"{len(dataset.keys)} images with kept captions do not fill a batch of {settings.batch_size}. "
+            f"Lower --batch-size, or curate more with `capfilt run`."
+        )
+    plans = _plan(dataset, settings, cursor)
+    if not with_pixels:
+        no_pixels = np.empty((0, 0, 0, 3), np.uint8)
+        return (_assemble(dataset, settings, plan, no_pixels, mean, std) for plan in plans)
+    return _read_ahead(dataset, settings, plans, mean, std)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    epoch: int
+    rows: np.ndarray
+    following: Cursor
+
+
+def _plan(dataset: PairDataset, settings: TrainSettings, cursor: Cursor) -> Iterator[_Plan]:
+    epoch, position, size = cursor.epoch, cursor.position, settings.batch_size
+    while True:
+        order = dataset.order(settings.seed, epoch)
+        while position + size <= len(order):
+            position += size
+            yield _Plan(epoch, order[position - size : position], Cursor(epoch, position))
+        epoch, position = epoch + 1, 0
+
+
+def _read_ahead(
+    dataset: PairDataset,
+    settings: TrainSettings,
+    plans: Iterator[_Plan],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Iterator[Batch]:
+    """Reads the next batch's pixels in a thread while the current step computes."""
+
+    def read(plan: _Plan) -> np.ndarray:
+        return dataset.read_pixels(plan.rows, _views(dataset, settings, plan))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
+        plan = next(plans)
+        pending: Future[np.ndarray] = reader.submit(read, plan)
+        while True:
+            pixels, current = pending.result(), plan
+            plan = next(plans)
+            pending = reader.submit(read, plan)
+            yield _assemble(dataset, settings, current, pixels, mean, std)
+
+
+def _assemble(
+    dataset: PairDataset,
+    settings: TrainSettings,
+    plan: _Plan,
+    pixels: np.ndarray,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Batch:
+    keys = [dataset.keys[row] for row in plan.rows]
+    texts = []
+    for row, key in zip(plan.rows, keys, strict=True):
+        captions = dataset.captions_of(int(row))
+        texts.append(captions[draw(settings.seed, plan.epoch, key, "caption") % len(captions)])
+    return Batch(pixels, texts, keys, plan.following, plan.rows, mean, std)
+
+
+def _views(dataset: PairDataset, settings: TrainSettings, plan: _Plan) -> list[View] | None:
+    if settings.random_crop == 1.0 and not settings.random_flip:
+        return None
+    seeds = [draw(settings.seed, plan.epoch, dataset.keys[row], "view") for row in plan.rows]
+    return [draw_view(seed, settings.random_crop, settings.random_flip) for seed in seeds]
+
+
+def draw(seed: int, epoch: int, key: str, what: str) -> int:
+    """64 random bits that depend on nothing but the arguments."""
+    digest = hashlib.blake2b(f"{what}:{seed}:{epoch}:{key}".encode(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def draw_view(seed: int, smallest_area: float, flip: bool) -> View:
+    """A random resized crop: area between `smallest_area` and all, aspect 3/4 to 4/3 of the image's own."""
+    rng = random.Random(seed)
+    area, aspect = rng.uniform(smallest_area, 1.0), 2.0 ** rng.uniform(-0.415, 0.415)
+    width, height = min(1.0, (area * aspect) ** 0.5), min(1.0, (area / aspect) ** 0.5)
+    left, top = rng.uniform(0.0, 1.0 - width), rng.uniform(0.0, 1.0 - height)
+    return View(left, top, width, height, flip and rng.random() < 0.5)
+
+
+def to_square(image: Image.Image, size_px: int, view: View | None = None) -> np.ndarray:
+    """uint8 (S, S, 3): the view of an RGB image, bicubic to a square as BLIP does, aspect not kept."""
+    view = view or View()
+    box = (
+        view.left * image.width, view.top * image.height,
+        (view.left + view.width) * image.width, (view.top + view.height) * image.height,
+    )  # fmt: skip
+    resized = image.resize((size_px, size_px), Image.Resampling.BICUBIC, box=box)
+    pixels = np.asarray(resized)
+    return pixels[:, ::-1] if view.mirrored else pixels
+
+
+def normalise(pixels_BHWC: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (B, H, W, 3) → float32 (B, 3, H, W), (value / 255 - mean) / std."""
+    scale = torch.tensor([1.0 / (255.0 * s) for s in std]).view(1, 3, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels_BHWC))
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return images.mul_(scale).add_(shift)

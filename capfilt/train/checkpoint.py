@@ -1,0 +1,204 @@
+"""Checkpoints of a training: safetensors + JSON, committed by rename, the last two kept, verified when read.
+
+    OUTPUT/checkpoints/step-00000500/
+      model.safetensors       the tensors that training changes
+      optimizer.safetensors   AdamW's moments and the states of the random generators
+      state.json              step, cursor, settings, losses so far, sha256 of the two files; written last
+
+In: live tensors and an optimizer. Out: the same, as they were at the step saved. A directory without a
+readable state.json, or whose files do not match it, is no checkpoint. Weights that are not finite are refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError, RunLockedError
+
+FORMAT_VERSION = 1
+NUM_KEPT = 2
+_TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+
+
+@contextmanager
+def lock_output(output_dir: Path) -> Iterator[None]:
+    """Keeps a second training out of `output_dir`; RunLockedError where one is at work."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / ".lock", "a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunLockedError(
+                f"Another training writes to {output_dir}. Wait for it, or give another --output."
+            ) from None
+        yield
+
+
+def save_checkpoint(
+    output_dir: Path,
+    *,
+    tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+) -> Path:
+    """Commits the state after `state["step"]` steps, then drops all but the newest two checkpoints."""
+    _refuse_non_finite(tensors, int(state["step"]))
+    root = output_dir / "checkpoints"
+    staging = root / f".staging-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, staging / _TENSOR_FILES[0])
+        save_file(_optimizer_tensors(optimizer), staging / _TENSOR_FILES[1])
+        digests = {name: _sync_and_digest(staging / name) for name in _TENSOR_FILES}
+        record = {"format_version": FORMAT_VERSION, **state, "sha256": digests}
+        (staging / "state.json").write_text(json.dumps(record, indent=1))
+        _sync_and_digest(staging / "state.json")
+        sync_directory(staging)
+        _read_state(staging)
+        target = root / f"step-{int(state['step']):08d}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    sync_directory(root)
+    for old in _checkpoint_dirs(output_dir)[:-NUM_KEPT]:
+        shutil.rmtree(old)
+    return target
+
+
+def find_checkpoint(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, with its state; None where there is none at all.
+
+    A damaged newest one gives way to the one before it; CorruptionError where every one is damaged.
+    """
+    found = _checkpoint_dirs(output_dir)
+    for path in reversed(found):
+        try:
+            return path, _read_state(path)
+        except CorruptionError as error:
+            if path == found[0]:
+                raise CorruptionError(
+                    f"{error} No other checkpoint is left: move {path.parent} away to start anew."
+                ) from error
+    return None
+
+
+def refuse_other_settings(state: Mapping[str, Any], fields: Mapping[str, Any], output_dir: Path) -> None:
+    """FingerprintMismatchError naming each setting that differs from the training found in `output_dir`."""
+    old, new = state["fields"], json.loads(json.dumps(dict(fields)))
+    differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if differing:
+        changes = ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in differing)
+        raise FingerprintMismatchError(
+            f"{output_dir} holds a training with other settings ({changes}). "
+            f"Give another --output, or the settings it was started with."
+        )
+
+
+def load_checkpoint(path: Path, *, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Copies a checkpoint into live tensors, the optimizer and the random generators; names must agree exactly."""
+    stored = load_file(path / _TENSOR_FILES[0])
+    odd = sorted(stored.keys() ^ tensors.keys())
+    if odd:
+        raise CorruptionError(f"{path} and the model differ in {len(odd)} tensors, the first {odd[0]!r}.")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[name])
+    _restore_optimizer(optimizer, load_file(path / _TENSOR_FILES[1]))
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Relative path → sha256 of every file of a folder; each file is synced to disk on the way."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): _sync_and_digest(path) for path in files}
+
+
+def publish_files(staging: Path, output_dir: Path, record: Mapping[str, Any]) -> None:
+    """Moves a finished model's files into `output_dir`; training.json, the commit record, goes last."""
+    for entry in sorted(staging.iterdir()):
+        target = output_dir / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(entry, target)
+    (staging / "training.json").write_text(json.dumps(record, indent=1))
+    _sync_and_digest(staging / "training.json")
+    sync_directory(output_dir)
+    os.replace(staging / "training.json", output_dir / "training.json")
+    sync_directory(output_dir)
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checkpoint_dirs(output_dir: Path) -> list[Path]:
+    return sorted((output_dir / "checkpoints").glob("step-*"))
+
+
+def _refuse_non_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if bad:
+        raise CapfiltError(
+            f"After step {step} {len(bad)} tensors are not finite, the first {bad[0]!r}; nothing was saved. "
+            f"Go on from the last checkpoint with a lower --learning-rate in another --output."
+        )
+
+
+def _sync_and_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / "state.json").read_text())
+        digests = {name: _sync_and_digest(path / name) for name in _TENSOR_FILES}
+        if state["format_version"] != FORMAT_VERSION or state["sha256"] != digests:
+            raise CorruptionError(f"{path} does not match its state.json.")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CorruptionError(f"{path} cannot be read ({error}).") from error
+    return state
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            tensors[f"{index}.{name}"] = torch.as_tensor(value).detach().contiguous().cpu()
+    return tensors
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    cuda_state = tensors.pop("rng.cuda", None)
+    if cuda_state is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda_state)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, field = name.split(".", 1)
+        state.setdefault(int(index), {})[field] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
