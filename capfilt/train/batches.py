@@ -110,11 +110,7 @@ class ArrayPairs:
         return list(self.captions[row])
 
     def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
-        if views is None:
-            return self.images[rows]
-        size_px = self.images.shape[1]
-        cut = [to_square(Image.fromarray(self.images[r]), size_px, v) for r, v in zip(rows, views, strict=True)]
-        return np.stack(cut)
+        return crop_arrays(self.images[rows], views)
 
 
 def from_arrays(
@@ -225,6 +221,14 @@ def draw_view(seed: int, smallest_area: float, flip: bool) -> View:
     width, height = min(1.0, (area * aspect) ** 0.5), min(1.0, (area / aspect) ** 0.5)
     left, top = rng.uniform(0.0, 1.0 - width), rng.uniform(0.0, 1.0 - height)
     return View(left, top, width, height, flip and rng.random() < 0.5)
+
+
+def crop_arrays(pixels_BSSC: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
+    """Each square uint8 image cut as its view says and scaled back to its size; all as they are for None."""
+    if views is None:
+        return pixels_BSSC
+    size_px = pixels_BSSC.shape[1]
+    return np.stack([to_square(Image.fromarray(p), size_px, v) for p, v in zip(pixels_BSSC, views, strict=True)])
 
 
 def to_square(image: Image.Image, size_px: int, view: View | None = None) -> np.ndarray:

@@ -131,7 +131,7 @@ def train(
         start, cursor, running = _resume(output_dir, tensors, optimizer, identity)
         batches = open_batches(cursor)
         progress.start(name, settings.max_steps, "step")
-        progress.advance(start)
+        progress.advance(start, already=True)
         for step in range(start, settings.max_steps):
             batch = next(batches)
             set_learning_rate(optimizer, rate := learning_rate_at(step, settings))
@@ -147,9 +147,8 @@ def train(
             taken = step + 1
             if taken % settings.log_every_steps == 0 or taken == settings.max_steps:
                 images_per_second = running.flush()
-                shown = {k: round(v, 3) for k, v in running.last_losses.items()}
                 _write_metrics(output_dir, taken, running.last_losses, rate, images_per_second)
-                progress.advance(0, **shown, lr=f"{rate:.1e}", images_per_second=round(images_per_second, 1))
+                progress.advance(0, **running.last_losses, lr=f"{rate:.1e}", images_per_second=images_per_second)
             progress.advance(1)
             if taken % settings.save_every_steps == 0 or taken == settings.max_steps or caught:
                 _save(output_dir, tensors, optimizer, taken, batch.cursor, identity, running)

@@ -1,0 +1,202 @@
+"""Training pairs of one or several runs: kept captions from the manifest, images from the shards.
+
+In: run directories that have a manifest. Out: a dataset for `iterate_batches`: in memory (decoded once) where
+the pictures fit as uint8, else streamed from a few shards at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from capfilt.data.images import ImageRefused, decode_image
+from capfilt.data.manifest import iterate_manifest
+from capfilt.data.rundir import RunDir
+from capfilt.data.shards import read_samples
+from capfilt.errors import CorruptionError, UsageError
+from capfilt.progress import NullProgress, Progress
+from capfilt.train.batches import NUM_DECODERS, View, crop_arrays, to_square
+
+MEMORY_LIMIT_BYTES = 2 << 30
+"""Decoded pictures are held in memory up to this many bytes (2 GiB: 175,000 pictures of 64 px)."""
+
+SHUFFLED_SAMPLES = 4000
+"""When streaming, samples are shuffled within as many shards as hold about this many; their encoded bytes are
+held in memory (0.4 GB at 100 kB a picture)."""
+
+MAX_PIXELS, MAX_ASPECT_RATIO = 50_000_000, 20.0
+
+_DROPPED_MARKS = re.compile(r"[.!\"()*#:;~]")
+_SPACES = re.compile(r"\s+")
+
+
+def clean_caption(text: str, max_words: int = 50) -> str:
+    """Lower case, without punctuation, at most `max_words` words (BLIP's preparation of a caption)."""
+    words = _SPACES.sub(" ", _DROPPED_MARKS.sub(" ", text.lower())).strip().split(" ")
+    return " ".join(words[:max_words])
+
+
+def read_pairs(
+    runs: Sequence[RunDir | str | Path],
+    *,
+    image_size_px: int,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+    progress: Progress | None = None,
+) -> RunPairs:
+    """The images of `runs` that have a kept caption; an image without one is left out.
+
+    Raises UsageError for a run without a manifest or with nothing kept, CorruptionError for damaged shards.
+    """
+    dataset = RunPairs(_read_index(runs), image_size_px)
+    if dataset.num_bytes_decoded <= memory_limit_bytes:
+        dataset.decode_all(progress or NullProgress())
+    return dataset
+
+
+@dataclass(frozen=True)
+class _ShardRows:
+    """The rows of one shard: `first` is the row of its first kept sample."""
+
+    run: RunDir
+    shard: str
+    first: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class _Index:
+    shards: list[_ShardRows]
+    keys: list[str]
+    texts: pa.StringArray
+    first_text: np.ndarray
+    """int64 (rows + 1): captions of row r are texts[first_text[r] : first_text[r + 1]]."""
+
+
+class RunPairs:
+    """A dataset over shards; see `PairDataset`."""
+
+    def __init__(self, index: _Index, image_size_px: int) -> None:
+        self._index = index
+        self._size_px = image_size_px
+        self._groups = list(_group_shards(index.shards))
+        self._shard_of_row = np.repeat(np.arange(len(index.shards)), [s.num_rows for s in index.shards])
+        self._decoded: np.ndarray | None = None
+        self._encoded: OrderedDict[int, dict[str, bytes]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
+        self.keys: Sequence[str] = index.keys
+
+    @property
+    def num_bytes_decoded(self) -> int:
+        return len(self.keys) * self._size_px**2 * 3
+
+    @property
+    def in_memory(self) -> bool:
+        return self._decoded is not None
+
+    def captions_of(self, row: int) -> list[str]:
+        first, end = self._index.first_text[row : row + 2]
+        return self._index.texts[first:end].to_pylist()
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """In memory any order; streamed, groups of shards in random order, shuffled within a group."""
+        rng = np.random.default_rng((seed, epoch))
+        if self.in_memory:
+            return rng.permutation(len(self.keys))
+        shards, parts = self._index.shards, []
+        for group in rng.permutation(len(self._groups)):
+            rows = [np.arange(shards[s].first, shards[s].first + shards[s].num_rows) for s in self._groups[group]]
+            parts.append(rng.permutation(np.concatenate(rows)))
+        return np.concatenate(parts)
+
+    def decode_all(self, progress: Progress) -> None:
+        """Decodes every picture once, at image_size_px, shard by shard."""
+        decoded = np.empty((len(self.keys), self._size_px, self._size_px, 3), np.uint8)
+        progress.start("images", len(self.keys), "image")
+        for shard in self._index.shards:
+            rows = np.arange(shard.first, shard.first + shard.num_rows)
+            decoded[rows] = self._decode(rows, None)
+            progress.advance(shard.num_rows)
+        progress.finish()
+        self._encoded.clear()
+        self._decoded = decoded
+
+    def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
+        """uint8 (B, S, S, 3); crops of images that are not in memory are cut from the full resolution."""
+        if self._decoded is None:
+            return self._decode(rows, views)
+        return crop_arrays(self._decoded[rows], views)
+
+    def _decode(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
+        encoded = [self._bytes_of(int(row)) for row in rows]
+        keys = [self.keys[row] for row in rows]
+        sizes = [self._size_px] * len(rows)
+        return np.stack(list(self._pool.map(_decode_one, keys, encoded, sizes, views or [None] * len(rows))))
+
+    def _bytes_of(self, row: int) -> bytes:
+        """The encoded picture; its shard is read whole when first needed, and given up for later ones."""
+        number = int(self._shard_of_row[row])
+        if number not in self._encoded:
+            while len(self._encoded) >= max(len(group) for group in self._groups):
+                self._encoded.popitem(last=False)
+            self._encoded[number] = _read_shard(self._index.shards[number], self.keys)
+        self._encoded.move_to_end(number)
+        return self._encoded[number][self.keys[row]]
+
+
+def _read_index(runs: Sequence[RunDir | str | Path]) -> _Index:
+    shards: list[_ShardRows] = []
+    keys: list[str] = []
+    texts: list[pa.Array] = []
+    counts: list[np.ndarray] = []
+    for run, shard, table in iterate_manifest(runs, ["key", "text"], kept_only=True):
+        if not table.num_rows:
+            continue
+        shard_keys, first, count = np.unique(
+            table["key"].to_numpy(zero_copy_only=False), return_index=True, return_counts=True
+        )
+        by_place = np.argsort(first)  # keys stand as in the shard, the captions of one key side by side
+        shards.append(_ShardRows(run, shard, len(keys), len(shard_keys)))
+        keys.extend(shard_keys[by_place].tolist())
+        counts.append(count[by_place])
+        texts.append(pa.array([clean_caption(text) for text in table["text"].to_pylist()], pa.string()))
+    if not keys:
+        names = ", ".join(str(run.path if isinstance(run, RunDir) else run) for run in runs)
+        raise UsageError(f"No kept pair in {names}. Lower the threshold: `capfilt select RUN --threshold 0.3`.")
+    first_text = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+    return _Index(shards, keys, pa.concat_arrays(texts), first_text)
+
+
+def _group_shards(shards: Sequence[_ShardRows]) -> Iterator[list[int]]:
+    group: list[int] = []
+    for number, shard in enumerate(shards):
+        if group and sum(shards[n].num_rows for n in group) + shard.num_rows > SHUFFLED_SAMPLES:
+            yield group
+            group = []
+        group.append(number)
+    yield group
+
+
+def _read_shard(rows: _ShardRows, keys: Sequence[str]) -> dict[str, bytes]:
+    wanted = set(keys[rows.first : rows.first + rows.num_rows])
+    found = {s.key: s.image for s in read_samples(rows.run, rows.shard) if s.key in wanted}
+    if missing := wanted - found.keys():
+        raise CorruptionError(
+            f"Shard {rows.shard} of {rows.run.path} lacks {len(missing)} samples of its manifest, the first "
+            f"{min(missing)!r}. Look further: `capfilt verify {rows.run.path} --deep`."
+        )
+    return found
+
+
+def _decode_one(key: str, encoded: bytes, size_px: int, view: View | None) -> np.ndarray:
+    try:
+        image = decode_image(encoded, max_pixels=MAX_PIXELS, max_aspect_ratio=MAX_ASPECT_RATIO)
+    except ImageRefused as refused:
+        raise CorruptionError(f"The picture of {key!r} was committed but cannot be decoded: {refused}.") from refused
+    return to_square(image, size_px, view)
