@@ -1,0 +1,376 @@
+"""The commit protocol: how one stage of one shard gets onto the disk, whole or not at all.
+
+In: a table of rows, what went wrong, and (for the shards) a tar. Out: files in the run directory, the Parquet
+file last; it is the commit record. An attempt writes in a staging directory of its own; each file is written,
+closed, synced, read back and checked, then renamed. A crash at any point leaves the stage committed or not,
+and what is not committed is written anew by the next attempt.
+
+Counts are in rows of the URL table (or samples of the imported tars) for the shards, and in samples from
+there on: rows in = kept + rejected + quarantined, and one stage's kept is the next one's rows in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capfilt import __version__
+from capfilt.data.reasons import Quarantined
+from capfilt.data.rundir import FORMAT_VERSION, STAGES, RunDir, sync_directory
+from capfilt.data.schemas import QUARANTINE_SCHEMA, SCHEMAS, SUCCESS
+from capfilt.data.sealed import canonical_json, damaged, read_record, read_sealed, sealed_bytes
+from capfilt.data.tars import index_tar
+from capfilt.data.texts import clean_for_terminal
+from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError
+
+__all__ = [
+    "CommitRecord", "Quarantined", "canonical_json", "check_tar", "commit_stage", "count_kept", "file_sha256",
+    "fingerprint", "input_digest", "read_commit_record", "read_quarantine", "read_table", "stage_state",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitRecord:
+    """What the footer of a stage's Parquet file says about it."""
+
+    format_version: int
+    stage: str
+    shard: str
+    fingerprint: str
+    """`fingerprint(fields)`."""
+    fields: dict[str, Any]
+    """Everything that changes the output: stage version, parameters, digests of model files, seed."""
+    input_digest: str
+    """`input_digest` of what the stage was made from."""
+    rows_in: int
+    rows_kept: int
+    rows_rejected: int
+    rows_quarantined: int
+    extra: dict[str, Any]
+    """`table_rows`; with a tar `tar_sha256`, `tar_bytes`, `tar_members`; with a quarantine file
+    `quarantine_seal`; and what the stage adds (strings and numbers)."""
+    versions: dict[str, str]
+    """Versions of what wrote the file."""
+
+
+def fingerprint(fields: Mapping[str, Any]) -> str:
+    """Give the sha256 (hex) of the canonical JSON of `fields`."""
+    return hashlib.sha256(canonical_json(dict(fields)).encode()).hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """Give the sha256 (hex) of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_commit_record(path: Path) -> CommitRecord:
+    """Read the record from the footer of a stage's file. Raises CorruptionError for a damaged one."""
+    record, _, num_rows = read_record(path)
+    return _checked_record(path, record, num_rows)
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read the rows of a stage's file after checking every byte. Raises CorruptionError naming the shard."""
+    table, record, _ = read_sealed(path, columns)
+    _checked_record(path, record, table.num_rows)
+    return table
+
+
+def read_quarantine(run: RunDir, stage: str, shard: str) -> pa.Table:
+    """Give the quarantined rows of a committed stage; an empty table where there are none.
+
+    Raises CorruptionError when the quarantine file is not the one that the commit record names.
+    """
+    path = run.read_file(stage, shard)
+    record = read_commit_record(path)
+    expected = record.extra.get("quarantine_seal")
+    if expected is None:
+        return QUARANTINE_SCHEMA.empty_table()
+    quarantine_path = run.read_quarantine_file(stage, shard)
+    if not quarantine_path.exists():
+        raise damaged(path, f"its quarantine {quarantine_path} is gone")
+    table, _, seal = read_sealed(quarantine_path)
+    if seal != expected:
+        raise damaged(path, f"its quarantine {quarantine_path} is of another attempt")
+    return table
+
+
+def input_digest(run: RunDir, stage: str, shard: str) -> str:
+    """Give the digest of what `stage` is made from: the tar's sha256 for the captions, else the seal (sha256)
+    of the previous stage's file, both as committed. The shards have no stage before them."""
+    previous = STAGES[STAGES.index(stage) - 1]
+    if stage == "shards":
+        raise ValueError("the shards are made from a table or a tar, whose digest their maker knows")
+    path = run.read_file(previous, shard)
+    if previous == "shards":
+        return str(read_commit_record(path).extra["tar_sha256"])
+    return read_record(path)[1]
+
+
+def stage_state(run: RunDir, stage: str, shard: str, fields: Mapping[str, Any], input_digest: str) -> str:
+    """Say whether a stage of a shard is "missing", "done", or made from another input ("stale_input").
+
+    In a generation, the default generation's file counts as done where it matches. Raises
+    FingerprintMismatchError when this generation's file was made with other parameters, CorruptionError when
+    it is damaged.
+    """
+    path = run.read_file(stage, shard)
+    if not path.exists():
+        return "missing"
+    is_own = path == run.stage_file(stage, shard)
+    record = read_commit_record(path)
+    if record.fingerprint != fingerprint(fields):
+        if is_own:
+            raise _mismatch(run, record, dict(fields))
+        return "missing"
+    if record.input_digest != input_digest:
+        return "stale_input" if is_own else "missing"
+    if stage == "shards":
+        _check_tar_size(run, record)
+    return "done"
+
+
+def commit_stage(
+    run: RunDir,
+    stage: str,
+    shard: str,
+    table: pa.Table,
+    *,
+    fields: Mapping[str, Any],
+    input_digest: str,
+    rows_in: int,
+    rows_rejected: int = 0,
+    quarantine: Sequence[Quarantined] = (),
+    tar: Path | None = None,
+    extra: Mapping[str, str | int | float] | None = None,
+    replace: bool = False,
+) -> CommitRecord:
+    """Publish one stage of one shard: `table` (columns of SCHEMAS[stage]), its quarantine, and its tar.
+
+    `tar` lies in a staging directory of `run` and is moved from there. With `replace` an earlier commit of
+    this stage, shard and generation gives way. Raises ValueError when rows, keys, counts, tar and quarantine
+    do not agree (a fault of the caller), CapfiltError when the stage is committed already or the disk
+    refuses; nothing is published then.
+    """
+    final = run.stage_file(stage, shard)
+    if final.exists() and not replace:
+        raise CapfiltError(f"{final} is committed already; a committed stage is not written again.")
+    _check_rows(stage, table, quarantine)
+    facts: dict[str, Any] = dict(extra or {}) | {"table_rows": table.num_rows}
+    with _disk_errors(final), run.new_staging() as staging:
+        if tar is not None:
+            facts |= check_tar(tar, table)
+        staged_quarantine = None
+        if quarantine:
+            staged_quarantine = staging / "quarantine.parquet"
+            rows = _quarantine_table(stage, shard, quarantine)
+            facts["quarantine_seal"] = _write_checked(staged_quarantine, rows, {"stage": stage, "shard": shard})
+        record = CommitRecord(
+            format_version=FORMAT_VERSION,
+            stage=stage,
+            shard=shard,
+            fingerprint=fingerprint(fields),
+            fields=dict(fields),
+            input_digest=input_digest,
+            rows_in=rows_in,
+            rows_kept=count_kept(stage, table),
+            rows_rejected=rows_rejected,
+            rows_quarantined=len(quarantine),
+            extra=facts,
+            versions={"capfilt": __version__, "pyarrow": pa.__version__, "python": platform.python_version()},
+        )
+        _reconcile(record)
+        staged = staging / "stage.parquet"
+        _write_checked(staged, table, asdict(record))
+        _publish(run, stage, shard, staged, staged_quarantine, tar)
+    return record
+
+
+def count_kept(stage: str, table: pa.Table) -> int:
+    """Count what a stage hands on: its successful rows for the shards, its distinct keys for the others."""
+    if stage == "shards":
+        return int(pc.sum(pc.equal(table["status"], SUCCESS)).as_py() or 0)
+    return int(pc.count_distinct(table["key"]).as_py())
+
+
+def check_tar(tar: Path, table: pa.Table) -> dict[str, str | int]:
+    """Read a tar back in full: every member plain, every image where its row says, with its row's digest.
+
+    Gives `tar_sha256`, `tar_bytes`, `tar_members`. Raises ValueError where tar and rows differ,
+    CorruptionError where the tar is not one.
+    """
+    members = {member.name: member for member in index_tar(tar)}
+    columns = ["key", "image_offset", "image_length", "image_ext", "sha256"]
+    rows = table.filter(pc.equal(table["status"], SUCCESS)).select(columns).to_pylist()
+    num_members = len(members)
+    previous_end = 0
+    with open(tar, "rb") as file:
+        os.fsync(file.fileno())
+        for row in rows:
+            name = f"{row['key']}.{row['image_ext']}"
+            member = members.pop(name, None)
+            if member is None or (member.offset, member.length) != (row["image_offset"], row["image_length"]):
+                raise ValueError(f"{tar} has {member} where the row says {row}")
+            if member.offset < previous_end:
+                raise ValueError(f"{name} stands before its predecessor; rows and members have one order")
+            previous_end = member.offset + member.length
+            file.seek(member.offset)
+            if hashlib.sha256(file.read(member.length)).hexdigest() != row["sha256"]:
+                raise ValueError(f"sha256 of row {row['key']} is not that of {name} as stored in the tar")
+            for ending in ("txt", "json"):
+                if members.pop(f"{row['key']}.{ending}", None) is None:
+                    raise ValueError(f"{tar} has no {row['key']}.{ending}")
+    if members:
+        raise ValueError(f"{tar} has members without a row: {', '.join(list(members)[:5])}")
+    return {"tar_sha256": file_sha256(tar), "tar_bytes": tar.stat().st_size, "tar_members": num_members}
+
+
+def _check_rows(stage: str, table: pa.Table, quarantine: Sequence[Quarantined]) -> None:
+    """Assert what every commit must hold: the columns of the contract, keys unique and disjoint."""
+    schema = SCHEMAS[stage]
+    has_more = stage == "shards" and len(table.schema) > len(schema)
+    found = pa.schema(list(table.schema)[: len(schema)]) if has_more else table.schema
+    if not found.equals(schema, check_metadata=False):
+        raise ValueError(f"the {stage} table has columns\n{table.schema}\nexpected\n{schema}")
+    unit = ["key"] if stage == "shards" else ["key", "caption_index"]
+    if table.group_by(unit).aggregate([]).num_rows != table.num_rows or table["key"].null_count:
+        raise ValueError(f"the {stage} table repeats a {' and '.join(unit)}, or has a row without a key")
+    if stage == "shards":
+        kept = set(table.filter(pc.equal(table["status"], SUCCESS))["key"].to_pylist())
+        failed = set(table["key"].to_pylist()) - kept
+        if failed != {row.key for row in quarantine}:
+            raise ValueError("the rows without success are not those in quarantine")
+    else:
+        kept = set(table["key"].to_pylist())
+    quarantined = {row.key for row in quarantine}
+    if len(quarantined) != len(quarantine) or kept & quarantined:
+        raise ValueError(f"a key of {stage} is in quarantine twice, or both kept and in quarantine")
+
+
+def _reconcile(record: CommitRecord) -> None:
+    accounted = record.rows_kept + record.rows_rejected + record.rows_quarantined
+    if record.rows_in != accounted:
+        raise ValueError(
+            f"{record.stage} of shard {record.shard}: {record.rows_in} rows in, but {record.rows_kept} kept + "
+            f"{record.rows_rejected} rejected + {record.rows_quarantined} quarantined = {accounted}"
+        )
+
+
+def _quarantine_table(stage: str, shard: str, quarantine: Sequence[Quarantined]) -> pa.Table:
+    rows = [
+        {
+            "key": row.key, "shard": shard, "stage": stage, "reason": row.reason,
+            "detail": clean_for_terminal(row.detail), "sha256": row.sha256, "bytes": row.num_bytes,
+        }
+        for row in quarantine
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)
+
+
+def _write_checked(path: Path, table: pa.Table, record: Mapping[str, Any]) -> str:
+    """Write → sync → close → reopen and check. Gives the seal."""
+    data = sealed_bytes(table, record)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        view = memoryview(data)
+        while view:  # a short write is no error, only not all of it
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    read_back, _, seal = read_sealed(path)
+    if not read_back.equals(table.replace_schema_metadata(None)):
+        raise damaged(path, "what was written does not read back")
+    return seal
+
+
+def _publish(
+    run: RunDir, stage: str, shard: str, staged: Path, staged_quarantine: Path | None, tar: Path | None
+) -> None:
+    """Move the files in: tar and quarantine first, the commit record last, each directory synced.
+
+    An earlier commit that the new tar or quarantine would contradict is taken back first, so that no moment
+    shows one attempt's record with another's files.
+    """
+    final, final_quarantine = run.stage_file(stage, shard), run.quarantine_file(stage, shard)
+    _make_directory(final.parent)
+    if final.exists() and (tar or staged_quarantine or final_quarantine.exists()):
+        os.unlink(final)
+        sync_directory(final.parent)
+    if tar is not None:
+        os.rename(tar, run.tar_path(shard))
+        sync_directory(run.tar_path(shard).parent)
+    if staged_quarantine is not None:
+        _make_directory(final_quarantine.parent)
+        os.rename(staged_quarantine, final_quarantine)
+        sync_directory(final_quarantine.parent)
+    elif final_quarantine.exists():  # left by an attempt that did not get as far as its record
+        os.unlink(final_quarantine)
+        sync_directory(final_quarantine.parent)
+    os.rename(staged, final)
+    sync_directory(final.parent)
+
+
+def _make_directory(path: Path) -> None:
+    if not path.is_dir():
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
+
+
+@contextmanager
+def _disk_errors(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CapfiltError(
+            f"{final} could not be committed: {error.strerror or error}. Nothing of this attempt counts; make "
+            "room or mend the disk and repeat the command, it goes on from the last committed shard."
+        ) from error
+
+
+def _checked_record(path: Path, record: Mapping[str, Any], num_rows: int) -> CommitRecord:
+    if {field.name for field in fields(CommitRecord)} != set(record):
+        raise damaged(path, "its commit record lacks entries or has unknown ones")
+    parsed = CommitRecord(**record)
+    folder = path.parent.name.partition("@")[0]
+    if (parsed.stage, parsed.shard) != (folder, path.stem):
+        raise damaged(path, f"it is the file of {parsed.stage} of shard {parsed.shard}")
+    if parsed.format_version != FORMAT_VERSION:
+        raise damaged(path, f"it has format version {parsed.format_version}, {FORMAT_VERSION} is expected")
+    if parsed.extra.get("table_rows") != num_rows:
+        raise damaged(path, f"it has {num_rows} rows, {parsed.extra.get('table_rows')} were committed")
+    return parsed
+
+
+def _check_tar_size(run: RunDir, record: CommitRecord) -> None:
+    tar = run.tar_path(record.shard)
+    found = tar.stat().st_size if tar.exists() else None
+    if found != record.extra.get("tar_bytes"):
+        raise CorruptionError(
+            f"{tar} has {found} bytes; {record.extra.get('tar_bytes')} were committed. Restore it from a copy, or "
+            f"remove {run.stage_file('shards', record.shard)} and download or import again."
+        )
+
+
+def _mismatch(run: RunDir, record: CommitRecord, new: dict[str, Any]) -> FingerprintMismatchError:
+    names = [name for name in sorted({*record.fields, *new}) if record.fields.get(name) != new.get(name)]
+    absent = "absent"
+    changes = "; ".join(f"{name}: {record.fields.get(name, absent)} -> {new.get(name, absent)}" for name in names)
+    advice = (
+        "Shards are never rewritten: use another run directory."
+        if record.stage == "shards"
+        else "Keep both by writing beside them: add `--generation NAME`. Or give the old parameters again."
+    )
+    return FingerprintMismatchError(
+        f"{run.stage_file(record.stage, record.shard)} was made with other parameters ({changes}). {advice}"
+    )

@@ -1,0 +1,81 @@
+"""Columns of every stage's Parquet files, and reading the manifest across shards and runs.
+
+In: runs. Out: Arrow tables. `caption_index` is -1 for the web caption and 0…n-1 for synthetic captions; rows
+stand in the order of the keys in their shard, then by caption_index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capfilt.data.commit import read_commit_record, read_table
+from capfilt.data.rundir import RunDir
+from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
+from capfilt.errors import CapfiltError, UsageError
+
+__all__ = ["SCHEMAS", "WEB_CAPTION_INDEX", "iterate_manifest", "read_manifest"]
+
+
+def iterate_manifest(
+    run_dirs: Sequence[RunDir | str | Path],
+    columns: Sequence[str] | None = None,
+    kept_only: bool = False,
+) -> Iterator[tuple[RunDir, str, pa.Table]]:
+    """Yield (run, shard, rows) for one shard at a time; memory is bounded by the largest shard.
+
+    Raises UsageError for a run without a manifest or a column it does not have, CapfiltError for a manifest
+    that lacks shards or mixes selections, CorruptionError for a damaged file.
+    """
+    names = list(columns) if columns is not None else SCHEMAS["manifest"].names
+    unknown = sorted(set(names) - set(SCHEMAS["manifest"].names))
+    if unknown:
+        raise UsageError(f"The manifest has no column {', '.join(unknown)}; it has {', '.join(SCHEMAS['manifest'].names)}.")
+    read_names = names if not kept_only or "kept" in names else [*names, "kept"]
+    for run in (_opened(item) for item in run_dirs):
+        _check_complete(run)
+        for shard in run.shard_names():
+            table = read_table(run.read_file("manifest", shard), columns=read_names)
+            if kept_only:
+                table = table.filter(pc.field("kept"))
+            yield run, shard, table.select(names)
+
+
+def read_manifest(
+    run_dirs: Sequence[RunDir | str | Path],
+    columns: Sequence[str] | None = None,
+    kept_only: bool = False,
+) -> pa.Table:
+    """Give the manifest of one or more runs as one table; errors as `iterate_manifest`."""
+    names = list(columns) if columns is not None else SCHEMAS["manifest"].names
+    tables = [table for _, _, table in iterate_manifest(run_dirs, names, kept_only)]
+    if not tables:
+        return SCHEMAS["manifest"].empty_table().select(names)
+    return pa.concat_tables(tables)
+
+
+def _opened(run: RunDir | str | Path) -> RunDir:
+    return run if isinstance(run, RunDir) else RunDir.open(run)
+
+
+def _check_complete(run: RunDir) -> None:
+    shards = run.shard_names()
+    if not shards:
+        raise UsageError(f"No shards in {run.path}/shards. Run `capfilt download TABLE {run.path}` first.")
+    missing = sorted(set(shards) - set(run.committed("manifest")))
+    if len(missing) == len(shards):
+        raise UsageError(f"{run.path} has no manifest yet. Run `capfilt run RECIPE {run.path}` or `capfilt filter {run.path}` first.")
+    if missing:
+        raise CapfiltError(
+            f"The manifest of {run.path} lacks {len(missing)} of {len(shards)} shards (first: {missing[0]}). "
+            "Repeat the command that was interrupted."
+        )
+    selections = {read_commit_record(run.read_file("manifest", shard)).fingerprint for shard in shards}
+    if len(selections) > 1:
+        raise CapfiltError(
+            f"The manifest of {run.path} mixes {len(selections)} selections: one was interrupted. "
+            f"Repeat it: `capfilt select {run.path} --threshold T --keep K`."
+        )

@@ -1,0 +1,131 @@
+"""Parquet files that show any damage: page checksums, a record in the footer, and a seal over every byte.
+
+In: a table and a record. Out: the bytes of an ordinary Parquet file whose footer metadata has
+    capfilt         the record as canonical JSON
+    capfilt.sha256  digest of that JSON, so that the record can be trusted without reading the file
+    capfilt.seal    digest of the whole file with these 64 digits replaced by zeros
+Page checksums do not cover the footer (column names, statistics, counts); the seal does. Any Parquet reader
+opens the file and ignores the three entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capfilt.errors import CorruptionError, UsageError
+
+_RECORD, _RECORD_DIGEST, _SEAL = "capfilt", "capfilt.sha256", "capfilt.seal"
+_ZEROS = b"0" * 64
+MAX_FILE_BYTES = 2**31
+"""Largest file that is read; one shard's rows are far below it."""
+
+
+def canonical_json(obj: Any) -> str:
+    """Give the one JSON text of `obj`: keys sorted, no spaces. Raises ValueError for NaN and infinities."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def sealed_bytes(table: pa.Table, record: Mapping[str, Any]) -> bytes:
+    """Give the Parquet file of `table` with `record` in its footer; the same input gives the same bytes."""
+    text = canonical_json(record)
+    sink = pa.BufferOutputStream()
+    schema = table.schema.remove_metadata()
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+        writer.write_table(table.replace_schema_metadata(None))
+        entries = {_RECORD: text, _RECORD_DIGEST: _digest(text.encode()), _SEAL: _ZEROS.decode()}
+        writer.add_key_value_metadata(entries)
+    data = bytearray(sink.getvalue().to_pybytes())
+    position = data.rfind(_ZEROS, data.rfind(_SEAL.encode()))
+    data[position : position + 64] = _digest(data).encode()
+    return bytes(data)
+
+
+def read_record(path: Path) -> tuple[dict[str, Any], str, int]:
+    """Give the record, the seal and the number of rows from the footer of `path` alone.
+
+    Raises CorruptionError when the footer or the record is damaged, UsageError when there is no such file.
+    """
+    try:
+        with pq.ParquetFile(path, memory_map=False) as file:
+            metadata = file.metadata
+    except FileNotFoundError:
+        raise UsageError(f"There is no file {path}.") from None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise damaged(path, f"its footer cannot be read ({error})") from None
+    return *_record_and_seal(path, metadata), metadata.num_rows
+
+
+def read_sealed(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, dict[str, Any], str]:
+    """Give (rows, record, seal) after checking every byte of `path`.
+
+    Raises CorruptionError for any damage, UsageError when there is no such file or column.
+    """
+    try:
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise damaged(path, f"it has {size:,} bytes, at most {MAX_FILE_BYTES:,} are expected")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"There is no file {path}.") from None
+    except OSError as error:
+        raise damaged(path, f"it cannot be read ({error})") from None
+    if not _seal_holds(data):
+        raise damaged(path, "its bytes do not match its seal")
+    try:
+        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+            record, seal = _record_and_seal(path, file.metadata)
+            unknown = sorted(set(columns or ()) - set(file.schema_arrow.names))
+            if unknown:
+                raise UsageError(f"{path} has no column {', '.join(unknown)}; it has {', '.join(file.schema_arrow.names)}.")
+            table = file.read(columns=list(columns) if columns is not None else None)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise damaged(path, f"it is not readable as Parquet ({error})") from None
+    return table.replace_schema_metadata(None), record, seal
+
+
+def damaged(path: Path, what: str) -> CorruptionError:
+    """The error for a stage's file that is not what was committed, with its stage and shard by name."""
+    mend = (
+        f"restore {path.stem}.tar and {path.name} from a copy, or remove both and download or import again"
+        if path.parent.name == "shards"
+        else f"remove it and repeat the command that made it: `rm {path}`"
+    )
+    return CorruptionError(f"{path} ({path.parent.name} of shard {path.stem}) is damaged: {what}. To mend it, {mend}.")
+
+
+def _digest(data: bytes | bytearray) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _seal_holds(data: bytes) -> bool:
+    """Whether the 64 digits behind the last mention of the seal are the digest of all the rest."""
+    start = data.rfind(_SEAL.encode()) + len(_SEAL)
+    for position in range(start, start + 8):  # Thrift announces a string with a few bytes, none of them a digit
+        digits = data[position : position + 64]
+        if len(digits) == 64 and all(digit in b"0123456789abcdef" for digit in digits):
+            sealed = hashlib.sha256(memoryview(data)[:position])
+            sealed.update(_ZEROS)
+            sealed.update(memoryview(data)[position + 64 :])
+            return sealed.hexdigest().encode() == digits
+    return False
+
+
+def _record_and_seal(path: Path, metadata: pq.FileMetaData) -> tuple[dict[str, Any], str]:
+    entries = metadata.metadata or {}
+    try:
+        text = entries[_RECORD.encode()]
+        seal = entries[_SEAL.encode()].decode("ascii")
+        if _digest(text) != entries[_RECORD_DIGEST.encode()].decode("ascii"):
+            raise damaged(path, "its commit record does not match its checksum")
+        record = json.loads(text)
+    except (KeyError, ValueError) as error:
+        raise damaged(path, f"it has no commit record ({error})") from None
+    if not isinstance(record, dict):
+        raise damaged(path, "its commit record is not an object")
+    return record, seal
