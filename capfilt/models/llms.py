@@ -1,0 +1,221 @@
+"""Frozen language models behind the Q-Former: OPT and T5 of any size, in transformers' layout (BLIP-2 §3.3).
+
+In: soft visual prompts and texts. Out: the loss of captions, or generated texts. The model itself is
+transformers' own; this module builds its inputs and reads its outputs.
+
+- a decoder (OPT): visual prompts, bos, prompt, caption, newline; the newline is the end token; LM loss on the
+  caption and the newline only
+- an encoder-decoder (T5): visual prompts and a prefix of the caption go to the encoder, the rest is the
+  decoder's target (prefix LM)
+
+To add another family: a class with the methods of `LanguageModel` and an entry in `LLMS`.
+
+Legend: B batch, Q visual prompts, T tokens, W width of the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, OPTForCausalLM, T5ForConditionalGeneration
+
+from capfilt.errors import UsageError
+
+MAX_TOKENS = 32
+"""Longest caption in tokens (released code: 32)."""
+
+
+class LanguageModel(Protocol):
+    """What stage 2 and generation need of a language model; all of them are modules with frozen weights."""
+
+    width: int
+    """Width of its input embeddings."""
+    model: Any
+    """transformers' model."""
+    tokenizer: Any
+    """transformers' tokenizer."""
+    question_prompt: str
+    """Frame of a question, with {} for it (BLIP-2 §4.1)."""
+    end_token_id: int
+    """The token that ends a generated text."""
+
+    def caption_loss(self, visual_BQW: Tensor, texts: Sequence[str]) -> Tensor:
+        """Mean cross-entropy per predicted token of the texts, given the visual prompts."""
+        ...
+
+    def generate(self, visual_BQW: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
+        """Texts that continue (OPT) or answer (T5) the prompts; options as transformers' GenerationConfig."""
+        ...
+
+    def eval(self) -> Any: ...
+
+
+class OPT(nn.Module):
+    """A decoder-only language model."""
+
+    question_prompt = "Question: {} Answer:"
+
+    def __init__(self, model: OPTForCausalLM, tokenizer: Any) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.width = model.get_input_embeddings().weight.shape[1]
+        self.bos_token_id = int(model.config.bos_token_id)
+        self.end_token_id = _newline_token_id(tokenizer)
+
+    def caption_loss(self, visual_BQW: Tensor, texts: Sequence[str]) -> Tensor:
+        """LM loss on caption and newline; visual prompts and bos carry none."""
+        rows = [[self.bos_token_id, *self._encode(t)[: MAX_TOKENS - 1], self.end_token_id] for t in texts]
+        tokens, mask = _pad(rows, pad=self.end_token_id, device=visual_BQW.device)
+        hidden = self._hidden(visual_BQW, tokens, mask)[:, visual_BQW.shape[1] : -1]
+        predicted = mask[:, 1:]
+        logits = self.model.lm_head(hidden[predicted])
+        return F.cross_entropy(logits.float(), tokens[:, 1:][predicted])
+
+    @torch.no_grad()
+    def generate(self, visual_BQW: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
+        """What follows each prompt, up to the newline."""
+        rows = [[self.bos_token_id, *self._encode(p)] for p in prompts]
+        tokens, mask = _pad(rows, pad=self.end_token_id, device=visual_BQW.device, left=True)
+        inputs, mask = self._inputs(visual_BQW, tokens, mask)
+        settings = _generation_config(self.end_token_id, self.end_token_id, options)
+        found = self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=settings)
+        return _decode(self.tokenizer, found, self.end_token_id)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+    def _hidden(self, visual_BQW: Tensor, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Features (B, Q + T, W) below the vocabulary matrix, which is applied to predicted places only."""
+        inputs, mask = self._inputs(visual_BQW, tokens_BT, mask_BT)
+        return self.model.model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def _inputs(self, visual_BQW: Tensor, tokens_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        embedded = self.model.get_input_embeddings()(tokens_BT)
+        return _prepend(visual_BQW, embedded, mask_BT)
+
+
+class T5(nn.Module):
+    """An encoder-decoder language model."""
+
+    question_prompt = "Question: {} Short answer:"
+
+    def __init__(self, model: T5ForConditionalGeneration, tokenizer: Any) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.width = model.get_input_embeddings().weight.shape[1]
+        self.end_token_id = int(model.config.eos_token_id)
+        self.pad_token_id = int(model.config.pad_token_id)
+        self.whole_caption_share = 0.0
+        """Share of captions trained with an empty prefix (the paper: none). Without some, a caption cannot be
+        asked for without its first word."""
+
+    def caption_loss(self, visual_BQW: Tensor, texts: Sequence[str]) -> Tensor:
+        """Prefix LM: the text is split between its first word and its middle, by torch's generator."""
+        parts = [self._split(text) for text in texts]
+        prefix, mask = self._encode_batch([p for p, _ in parts], visual_BQW.device)
+        inputs, mask = _prepend(visual_BQW, self.model.get_input_embeddings()(prefix), mask)
+        target, target_mask = self._encode_batch([s for _, s in parts], visual_BQW.device)
+        labels = target.masked_fill(~target_mask, -100)
+        output = self.model(inputs_embeds=inputs, attention_mask=mask, labels=labels, use_cache=False)
+        return F.cross_entropy(output.logits[target_mask].float(), target[target_mask])
+
+    @torch.no_grad()
+    def generate(self, visual_BQW: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
+        """What the decoder writes for visual prompts and prompt."""
+        tokens, mask = self._encode_batch(prompts, visual_BQW.device)
+        inputs, mask = _prepend(visual_BQW, self.model.get_input_embeddings()(tokens), mask)
+        settings = _generation_config(self.end_token_id, self.pad_token_id, options)
+        settings.decoder_start_token_id = self.model.config.decoder_start_token_id
+        found = self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=settings)
+        return _decode(self.tokenizer, found[:, 1:], self.end_token_id)
+
+    def _split(self, text: str) -> tuple[str, str]:
+        words = text.split()
+        if len(words) < 2 or torch.rand(()).item() < self.whole_caption_share:
+            return "", text
+        place = int(torch.randint(1, max(1, len(words) // 2) + 1, ()))
+        return " ".join(words[:place]), " ".join(words[place:])
+
+    def _encode_batch(self, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        rows = [
+            [*self.tokenizer(t, add_special_tokens=False).input_ids[:MAX_TOKENS], self.end_token_id] for t in texts
+        ]
+        return _pad(rows, pad=self.pad_token_id, device=device)
+
+
+LLMS: dict[str, tuple[type[OPT] | type[T5], Any]] = {
+    "opt": (OPT, OPTForCausalLM),
+    "t5": (T5, T5ForConditionalGeneration),
+}
+"""Family (transformers' model_type) → our class and transformers'."""
+
+
+def load_llm(path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LanguageModel:
+    """A frozen OPT or T5 from a folder or a hub id. No remote code is run.
+
+    Raises UsageError where the path holds no such model, or weights are missing from it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"No language model at {path!r} ({error}). Give a folder or hub id of an OPT or T5.") from error
+    if config.model_type not in LLMS:
+        raise UsageError(f"{path!r} is a {config.model_type!r}; the language model must be one of {', '.join(LLMS)}.")
+    ours, theirs = LLMS[config.model_type]
+    model, info = theirs.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UsageError(f"{path!r} lacks {len(info['missing_keys'])} weights of its model, such as {names}.")
+    return wrap_llm(model.to(device), tokenizer)
+
+
+def wrap_llm(model: Any, tokenizer: Any) -> LanguageModel:
+    """Our class around a transformers model, frozen and in eval mode."""
+    model.requires_grad_(False)
+    return LLMS[model.config.model_type][0](model, tokenizer).eval()
+
+
+def _newline_token_id(tokenizer: Any) -> int:
+    """The newline's only token; eos where the tokenizer has no newline of its own."""
+    found = tokenizer("\n", add_special_tokens=False).input_ids
+    single = len(found) == 1 and found[0] != tokenizer.unk_token_id
+    return int(found[0] if single else tokenizer.eos_token_id)
+
+
+def _pad(
+    rows: Sequence[Sequence[int]], *, pad: int, device: torch.device, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) and a boolean mask, True at tokens."""
+    longest = max(len(row) for row in rows)
+    blanks = [longest - len(row) for row in rows]
+    if left:
+        tokens = [[pad] * n + list(row) for row, n in zip(rows, blanks, strict=True)]
+        mask = [[False] * n + [True] * len(row) for row, n in zip(rows, blanks, strict=True)]
+    else:
+        tokens = [list(row) + [pad] * n for row, n in zip(rows, blanks, strict=True)]
+        mask = [[True] * len(row) + [False] * n for row, n in zip(rows, blanks, strict=True)]
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
+
+
+def _prepend(visual_BQW: Tensor, embedded_BTW: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Visual prompts before text, and the joint mask as int64, which transformers expects."""
+    inputs = torch.cat([visual_BQW.to(embedded_BTW.dtype), embedded_BTW], dim=1)
+    mask = torch.cat([mask_BT.new_ones(visual_BQW.shape[:2]), mask_BT], dim=1)
+    return inputs, mask.long()
+
+
+def _generation_config(end_token_id: int, pad_token_id: int, options: dict[str, Any]) -> GenerationConfig:
+    return GenerationConfig(eos_token_id=end_token_id, pad_token_id=pad_token_id, **{"do_sample": False, **options})
+
+
+def _decode(tokenizer: Any, tokens_BT: Tensor, end_token_id: int) -> list[str]:
+    texts = []
+    for row in tokens_BT.tolist():
+        row = row[: row.index(end_token_id)] if end_token_id in row else row
+        texts.append(tokenizer.decode(row, skip_special_tokens=True).strip())
+    return texts
