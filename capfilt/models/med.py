@@ -5,7 +5,8 @@ In: token ids and image features. Out: text features, next-token logits, ITM and
 - `TextTransformer` works as unimodal encoder (no image), image-grounded encoder (bidirectional,
   cross-attention) or image-grounded decoder (causal)
 - several texts of one image share its cross-attention keys and values: the texts are laid out as one
-  long query, so nothing of the image is copied per text
+  long query, so nothing of the image is copied per text; `TextLayout` says whose they are where images
+  have different numbers of texts
 - the decoder runs incrementally on a preallocated self-attention cache
 - `tie_decoder` shares everything but self-attention between encoder and decoder (BLIP §3.2)
 
@@ -59,6 +60,39 @@ class MEDConfig:
     """[ENC], first token of a text in the image-grounded encoder."""
 
 
+class TextLayout:
+    """Which rows of text belong to which image, where images have different numbers of texts.
+
+    Queries go to the image's attention in a (B, N) grid of slots, N being the largest number of texts of an
+    image; idle slots repeat a row. With few tokens there are more slots, for `_MIN_QUERIES`.
+    """
+
+    def __init__(self, image_of_row: Tensor, *, num_images: int, num_tokens: int) -> None:
+        """`image_of_row` (R,) gives each row's image, 0 to num_images - 1; every row has `num_tokens` tokens."""
+        counts = torch.bincount(image_of_row, minlength=num_images)
+        self.num_images, self.num_tokens = num_images, num_tokens
+        self.num_slots = max(int(counts.max()), -(-_MIN_QUERIES // num_tokens))
+        order = torch.argsort(image_of_row, stable=True)
+        first = (counts.cumsum(0) - counts)[image_of_row[order]]
+        slot = torch.empty_like(order)
+        slot[order] = image_of_row[order] * self.num_slots + torch.arange(len(order), device=order.device) - first
+        self.slot_of_row = slot
+        self.row_of_slot = slot.new_zeros(num_images * self.num_slots)
+        self.row_of_slot[slot] = torch.arange(len(slot), device=slot.device)
+
+    def by_image(self, query_RTD: Tensor) -> Tensor:
+        """(R, T, D) → (B, N·T, D)."""
+        return query_RTD[self.row_of_slot].reshape(self.num_images, -1, query_RTD.shape[2])
+
+    def by_row(self, attended_BQD: Tensor) -> Tensor:
+        """(B, N·T, D) → (R, T, D)."""
+        return attended_BQD.reshape(-1, self.num_tokens, attended_BQD.shape[2])[self.slot_of_row]
+
+
+_MIN_QUERIES = 4
+"""Below four queries torch's CPU attention rounds differently, so that a text would depend on its neighbours."""
+
+
 class Attention(nn.Module):
     """Multi-head attention whose keys and values can be computed once and used again."""
 
@@ -75,15 +109,42 @@ class Attention(nn.Module):
         return self._split(self.key(source_BSD)), self._split(self.value(source_BSD))
 
     def forward(
-        self, hidden_BTD: Tensor, key_value: KeyValue, mask: Tensor | None = None, *, is_causal: bool = False
+        self,
+        hidden_BTD: Tensor,
+        key_value: KeyValue,
+        mask: Tensor | None = None,
+        *,
+        is_causal: bool = False,
+        layout: TextLayout | None = None,
     ) -> Tensor:
-        """Attend from (B, T, D) to the keys and values; mask is boolean, True where attended."""
-        query_BHTd = self._split(self.query(hidden_BTD))
-        attended = F.scaled_dot_product_attention(query_BHTd, *key_value, attn_mask=mask, is_causal=is_causal)
-        return self.output(attended.transpose(1, 2).flatten(2))
+        """Attend from (B, T, D) to the keys and values; mask is boolean, True where attended.
+
+        With a layout, hidden has a row per text and the keys and values an entry per image.
+        """
+        query_BTD = self.query(hidden_BTD)
+        if layout is not None:
+            query_BTD = layout.by_image(query_BTD)
+        query_BHTd = self._split(query_BTD)
+        if query_BHTd.shape[2] == 1 and mask is None and query_BHTd.device.type == "cpu":
+            attended = _attend_once(query_BHTd, *key_value)
+        else:
+            attended = F.scaled_dot_product_attention(query_BHTd, *key_value, attn_mask=mask, is_causal=is_causal)
+        attended_BTD = attended.transpose(1, 2).flatten(2)
+        if layout is not None:
+            attended_BTD = layout.by_row(attended_BTD)
+        return self.output(attended_BTD)
 
     def _split(self, hidden_BTD: Tensor) -> Tensor:
         return hidden_BTD.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _attend_once(query_BH1d: Tensor, key_BHSd: Tensor, value_BHSd: Tensor) -> Tensor:
+    """Attention of one query, as plain products and sums.
+
+    As fast as torch's at these sizes, and its rounding does not depend on the other rows of the batch.
+    """
+    scores_BHS = (query_BH1d * key_BHSd).sum(-1) * query_BH1d.shape[-1] ** -0.5
+    return (scores_BHS.softmax(-1).unsqueeze(-1) * value_BHSd).sum(2, keepdim=True)
 
 
 class FeedForward(nn.Module):
@@ -121,18 +182,21 @@ class TextLayer(nn.Module):
         cache: LayerCache | None,
         *,
         is_causal: bool,
+        layout: TextLayout | None = None,
     ) -> Tensor:
-        """(B·N, T, D) → (B·N, T, D); `image` has B entries, each shared by N rows of text."""
+        """(B·N, T, D) → (B·N, T, D); `image` has B entries, each shared by N rows of text, or as laid out."""
         key_value = self.self_attention.key_value(hidden_BTD)
         if cache is not None:
             key_value = cache.append(key_value)
         attended = self.self_attention(hidden_BTD, key_value, mask, is_causal=is_causal)
         hidden_BTD = self.self_norm(hidden_BTD + self.dropout(attended))
         if image is not None:
-            hidden_BTD = self.cross_norm(hidden_BTD + self.dropout(self._attend_to_image(hidden_BTD, image)))
+            hidden_BTD = self.cross_norm(hidden_BTD + self.dropout(self._attend_to_image(hidden_BTD, image, layout)))
         return self.norm(hidden_BTD + self.dropout(self.feed_forward(hidden_BTD)))
 
-    def _attend_to_image(self, hidden_BTD: Tensor, image: KeyValue) -> Tensor:
+    def _attend_to_image(self, hidden_BTD: Tensor, image: KeyValue, layout: TextLayout | None) -> Tensor:
+        if layout is not None:
+            return self.cross_attention(hidden_BTD, image, layout=layout)
         num_images = image[0].shape[0]
         query = hidden_BTD.reshape(num_images, -1, hidden_BTD.shape[2])
         return self.cross_attention(query, image).view_as(hidden_BTD)
@@ -151,6 +215,10 @@ class LayerCache:
         self.key[:, :, self.length : end], self.value[:, :, self.length : end] = key_value
         self.length = end
         return self.key[:, :, :end], self.value[:, :, :end]
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on."""
+        self.length = length
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) the given rows, in this order."""
@@ -187,6 +255,7 @@ class TextTransformer(nn.Module):
         mask_BT: Tensor | None = None,
         image: list[KeyValue] | None = None,
         cache: list[LayerCache] | None = None,
+        layout: TextLayout | None = None,
     ) -> Tensor:
         """Encode texts.
 
@@ -196,6 +265,7 @@ class TextTransformer(nn.Module):
                 comes last and is never attended to.
             image: from `image_key_values`, B entries; None for the unimodal encoder.
             cache: from `new_cache`; is extended.
+            layout: whose text each row is; None where every image has the same number, in order.
 
         Returns:
             (B·N, T, D) text features.
@@ -214,6 +284,7 @@ class TextTransformer(nn.Module):
                 None if image is None else image[index],
                 None if cache is None else cache[index],
                 is_causal=is_causal,
+                layout=layout,
             )
         return hidden_BTD
 
