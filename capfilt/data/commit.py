@@ -174,7 +174,8 @@ def commit_stage(
         if quarantine:
             staged_quarantine = staging / "quarantine.parquet"
             rows = _quarantine_table(stage, shard, quarantine)
-            facts["quarantine_seal"] = _write_checked(staged_quarantine, rows, {"stage": stage, "shard": shard})
+            owner = {"stage": stage, "shard": shard}
+            facts["quarantine_seal"] = _write_checked(staged_quarantine, rows, owner)
         record = CommitRecord(
             format_version=FORMAT_VERSION,
             stage=stage,
@@ -199,8 +200,8 @@ def commit_stage(
 def count_kept(stage: str, table: pa.Table) -> int:
     """Count what a stage hands on: its successful rows for the shards, its distinct keys for the others."""
     if stage == "shards":
-        return int(pc.sum(pc.equal(table["status"], SUCCESS)).as_py() or 0)
-    return int(pc.count_distinct(table["key"]).as_py())
+        return table.filter(pc.field("status") == SUCCESS).num_rows
+    return table.group_by("key").aggregate([]).num_rows
 
 
 def check_tar(tar: Path, table: pa.Table) -> dict[str, str | int]:
@@ -211,7 +212,7 @@ def check_tar(tar: Path, table: pa.Table) -> dict[str, str | int]:
     """
     members = {member.name: member for member in index_tar(tar)}
     columns = ["key", "image_offset", "image_length", "image_ext", "sha256"]
-    rows = table.filter(pc.equal(table["status"], SUCCESS)).select(columns).to_pylist()
+    rows = table.filter(pc.field("status") == SUCCESS).select(columns).to_pylist()
     num_members = len(members)
     previous_end = 0
     with open(tar, "rb") as file:
@@ -246,7 +247,7 @@ def _check_rows(stage: str, table: pa.Table, quarantine: Sequence[Quarantined]) 
     if table.group_by(unit).aggregate([]).num_rows != table.num_rows or table["key"].null_count:
         raise ValueError(f"the {stage} table repeats a {' and '.join(unit)}, or has a row without a key")
     if stage == "shards":
-        kept = set(table.filter(pc.equal(table["status"], SUCCESS))["key"].to_pylist())
+        kept = set(table.filter(pc.field("status") == SUCCESS)["key"].to_pylist())
         failed = set(table["key"].to_pylist()) - kept
         if failed != {row.key for row in quarantine}:
             raise ValueError("the rows without success are not those in quarantine")
@@ -261,8 +262,8 @@ def _reconcile(record: CommitRecord) -> None:
     accounted = record.rows_kept + record.rows_rejected + record.rows_quarantined
     if record.rows_in != accounted:
         raise ValueError(
-            f"{record.stage} of shard {record.shard}: {record.rows_in} rows in, but {record.rows_kept} kept + "
-            f"{record.rows_rejected} rejected + {record.rows_quarantined} quarantined = {accounted}"
+            f"{record.stage} of shard {record.shard}: {record.rows_in} rows in, but {record.rows_kept} kept "
+            f"+ {record.rows_rejected} rejected + {record.rows_quarantined} quarantined = {accounted}"
         )
 
 
@@ -333,8 +334,8 @@ def _disk_errors(final: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CapfiltError(
-            f"{final} could not be committed: {error.strerror or error}. Nothing of this attempt counts; make "
-            "room or mend the disk and repeat the command, it goes on from the last committed shard."
+            f"{final} could not be committed: {error.strerror or error}. Nothing of this attempt counts; "
+            "make room or mend the disk and repeat the command, it goes on from the last committed shard."
         ) from error
 
 
@@ -357,15 +358,18 @@ def _check_tar_size(run: RunDir, record: CommitRecord) -> None:
     found = tar.stat().st_size if tar.exists() else None
     if found != record.extra.get("tar_bytes"):
         raise CorruptionError(
-            f"{tar} has {found} bytes; {record.extra.get('tar_bytes')} were committed. Restore it from a copy, or "
-            f"remove {run.stage_file('shards', record.shard)} and download or import again."
+            f"{tar} has {found} bytes; {record.extra.get('tar_bytes')} were committed. Restore it from a copy, "
+            f"or remove {run.stage_file('shards', record.shard)} and download or import again."
         )
 
 
 def _mismatch(run: RunDir, record: CommitRecord, new: dict[str, Any]) -> FingerprintMismatchError:
-    names = [name for name in sorted({*record.fields, *new}) if record.fields.get(name) != new.get(name)]
-    absent = "absent"
-    changes = "; ".join(f"{name}: {record.fields.get(name, absent)} -> {new.get(name, absent)}" for name in names)
+    old, absent = record.fields, "absent"
+    changes = "; ".join(
+        f"{name}: {old.get(name, absent)} -> {new.get(name, absent)}"
+        for name in sorted({*old, *new})
+        if canonical_json(old.get(name, absent)) != canonical_json(new.get(name, absent))
+    )
     advice = (
         "Shards are never rewritten: use another run directory."
         if record.stage == "shards"

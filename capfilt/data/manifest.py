@@ -33,7 +33,8 @@ def iterate_manifest(
     names = list(columns) if columns is not None else SCHEMAS["manifest"].names
     unknown = sorted(set(names) - set(SCHEMAS["manifest"].names))
     if unknown:
-        raise UsageError(f"The manifest has no column {', '.join(unknown)}; it has {', '.join(SCHEMAS['manifest'].names)}.")
+        known = ", ".join(SCHEMAS["manifest"].names)
+        raise UsageError(f"The manifest has no column {', '.join(unknown)}; it has {known}.")
     read_names = names if not kept_only or "kept" in names else [*names, "kept"]
     for run in (_opened(item) for item in run_dirs):
         _check_complete(run)
@@ -67,7 +68,10 @@ def _check_complete(run: RunDir) -> None:
         raise UsageError(f"No shards in {run.path}/shards. Run `capfilt download TABLE {run.path}` first.")
     missing = sorted(set(shards) - set(run.committed("manifest")))
     if len(missing) == len(shards):
-        raise UsageError(f"{run.path} has no manifest yet. Run `capfilt run RECIPE {run.path}` or `capfilt filter {run.path}` first.")
+        raise UsageError(
+            f"{run.path} has no manifest yet. Run `capfilt run RECIPE {run.path}` or "
+            f"`capfilt filter {run.path}` first."
+        )
     if missing:
         raise CapfiltError(
             f"The manifest of {run.path} lacks {len(missing)} of {len(shards)} shards (first: {missing[0]}). "

@@ -83,7 +83,10 @@ class RunDir:
                 f"or `capfilt import TARS {root}`."
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{root}/run.json cannot be read ({error}); expected the file that made the run.") from None
+            raise UsageError(
+                f"{root}/run.json cannot be read ({error}); expected the file that `capfilt` wrote when it made "
+                "the run. Restore it from a copy."
+            ) from None
         if version != FORMAT_VERSION:
             raise UsageError(
                 f"{root} has format version {version}; this capfilt reads {FORMAT_VERSION}. "

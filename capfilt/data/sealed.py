@@ -82,7 +82,8 @@ def read_sealed(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Ta
             record, seal = _record_and_seal(path, file.metadata)
             unknown = sorted(set(columns or ()) - set(file.schema_arrow.names))
             if unknown:
-                raise UsageError(f"{path} has no column {', '.join(unknown)}; it has {', '.join(file.schema_arrow.names)}.")
+                known = ", ".join(file.schema_arrow.names)
+                raise UsageError(f"{path} has no column {', '.join(unknown)}; it has {known}.")
             table = file.read(columns=list(columns) if columns is not None else None)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, f"it is not readable as Parquet ({error})") from None
@@ -96,7 +97,8 @@ def damaged(path: Path, what: str) -> CorruptionError:
         if path.parent.name == "shards"
         else f"remove it and repeat the command that made it: `rm {path}`"
     )
-    return CorruptionError(f"{path} ({path.parent.name} of shard {path.stem}) is damaged: {what}. To mend it, {mend}.")
+    name = f"{path} ({path.parent.name} of shard {path.stem})"
+    return CorruptionError(f"{name} is damaged: {what}. To mend it, {mend}.")
 
 
 def _digest(data: bytes | bytearray) -> str:
@@ -106,7 +108,7 @@ def _digest(data: bytes | bytearray) -> str:
 def _seal_holds(data: bytes) -> bool:
     """Whether the 64 digits behind the last mention of the seal are the digest of all the rest."""
     start = data.rfind(_SEAL.encode()) + len(_SEAL)
-    for position in range(start, start + 8):  # Thrift announces a string with a few bytes, none of them a digit
+    for position in range(start, start + 8):  # Thrift puts a few bytes before a string, no digits
         digits = data[position : position + 64]
         if len(digits) == 64 and all(digit in b"0123456789abcdef" for digit in digits):
             sealed = hashlib.sha256(memoryview(data)[:position])

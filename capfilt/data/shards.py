@@ -40,8 +40,9 @@ def read_samples(run: RunDir, shard: str, keys: Collection[str] | None = None) -
         raise damaged_tar(path, 0, "the file is gone")
     whole = hashlib.sha256()
     with open(path, "rb") as file:
-        if (size := os.fstat(file.fileno()).st_size) != record.extra["tar_bytes"]:
-            raise damaged_tar(path, size, f"the file has {size:,} bytes, {record.extra['tar_bytes']:,} were committed")
+        size, expected_size = os.fstat(file.fileno()).st_size, record.extra["tar_bytes"]
+        if size != expected_size:
+            raise damaged_tar(path, size, f"the file has {size:,} bytes, {expected_size:,} were committed")
         hashed = 0
         for row in _successful_rows(run, shard).to_pylist():
             end = row["image_offset"] + row["image_length"]
@@ -61,9 +62,9 @@ def read_samples(run: RunDir, shard: str, keys: Collection[str] | None = None) -
 
 
 def read_sample(run: RunDir, shard: str, key: str) -> Sample:
-    """Give one sample of a committed shard. Raises UsageError for an unknown key, CorruptionError for damage."""
+    """Give one sample of a committed shard. Raises UsageError for an unknown key, CorruptionError if damaged."""
     rows = _successful_rows(run, shard)
-    rows = rows.filter(pc.equal(rows["key"], key)).to_pylist()
+    rows = rows.filter(pc.field("key") == key).to_pylist()
     if not rows:
         raise UsageError(f"Shard {shard} of {run.path} has no sample with the key {key!r}.")
     with open(run.tar_path(shard), "rb") as file:
@@ -72,7 +73,7 @@ def read_sample(run: RunDir, shard: str, key: str) -> Sample:
 
 def _successful_rows(run: RunDir, shard: str) -> pa.Table:
     table = read_table(run.stage_file("shards", shard), columns=[*_COLUMNS, "status"])
-    return table.filter(pc.equal(table["status"], SUCCESS)).select(_COLUMNS)
+    return table.filter(pc.field("status") == SUCCESS).select(_COLUMNS)
 
 
 def _checked_sample(file: Any, run: RunDir, shard: str, row: dict[str, Any]) -> Sample:

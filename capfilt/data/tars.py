@@ -40,8 +40,8 @@ class TarMember:
 
 
 def is_valid_key(key: str) -> bool:
-    """Whether `key` can name the members of a shard: letters, digits, `_=+@,~-`, folders by `/`, no dot at the
-    end (webdataset splits a name at the first dot behind the folders)."""
+    """Whether `key` can name the members of a shard: letters, digits, `_=+@,~-`, folders by `/`, no dot
+    in the last part (webdataset splits a name at its first dot behind the folders)."""
     return len(key) <= MAX_KEY_CHARS and _KEY.fullmatch(key) is not None
 
 
@@ -58,7 +58,9 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> list[TarMembe
             if not _NAME.fullmatch(name) or len(name) > 100 or name in seen:
                 raise ValueError(f"a shard may not have a member named {name!r} (or not twice)")
             if len(content) > MAX_MEMBER_BYTES:
-                raise ValueError(f"{name} has {len(content):,} bytes; at most {MAX_MEMBER_BYTES:,} fit a shard")
+                raise ValueError(
+                    f"{name} has {len(content):,} bytes; a member has {MAX_MEMBER_BYTES:,} at most"
+                )
             seen.add(name)
             file.write(_header(name, len(content)))
             index.append(TarMember(name, file.tell(), len(content)))
@@ -101,9 +103,9 @@ def parse_header(path: Path, block: bytes, position: int) -> tuple[str, int]:
     except (tarfile.HeaderError, ValueError) as error:
         raise damaged_tar(path, position, f"no valid member header ({error})") from None
     if info.type != tarfile.REGTYPE or not _NAME.fullmatch(info.name):
-        raise damaged_tar(path, position, f"a member that is not a plain file of a shard: {info.name[:100]!r}")
+        raise damaged_tar(path, position, f"a member that no shard has: {info.name[:100]!r}")
     if not 0 <= info.size <= MAX_MEMBER_BYTES:
-        raise damaged_tar(path, position, f"a member of {info.size:,} bytes, at most {MAX_MEMBER_BYTES:,} expected")
+        raise damaged_tar(path, position, f"a member of {info.size:,} bytes; {MAX_MEMBER_BYTES:,} at most")
     return info.name, info.size
 
 
@@ -112,7 +114,9 @@ def read_member(file: BinaryIO, path: Path, name: str, offset: int, length: int)
     file.seek(offset - BLOCK)
     found = parse_header(path, file.read(BLOCK), offset - BLOCK)
     if found != (name, length):
-        raise damaged_tar(path, offset - BLOCK, f"{found[0]} of {found[1]} bytes; {name} of {length} expected")
+        raise damaged_tar(
+            path, offset - BLOCK, f"{found[0]}, {found[1]} bytes; {name}, {length} bytes expected"
+        )
     content = file.read(length)
     if len(content) != length:
         raise damaged_tar(path, offset, f"{name} is cut after {len(content)} of {length} bytes")

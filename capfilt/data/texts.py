@@ -12,8 +12,8 @@ def _safe(char: str) -> str:
     if char in _SPACES:
         return " "
     category = unicodedata.category(char)
-    # Cc: C0, DEL, C1 (escape sequences start there); Cf: bidi controls, tags, zero-width; Cs: lone surrogates,
-    # which cannot be encoded; Cn and Co: no agreed appearance.
+    # Cc: C0, DEL, C1 (escape sequences start there); Cf: bidi controls, tags, zero-width; Cs: lone
+    # surrogates, which cannot be encoded; Cn and Co: no agreed appearance.
     if category[0] == "C" and char not in _JOINERS:
         code = ord(char)
         return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
