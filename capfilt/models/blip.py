@@ -1,0 +1,124 @@
+"""BLIP for pre-training: one image encoder, MED's encoder and decoder, the heads of ITC, ITM and LM.
+
+In: images and token ids. Out: the losses ITC, ITM and LM (BLIP §3.2).
+
+- encoder and decoder share everything but self-attention (`tie_decoder`)
+- one image forward serves all losses; the cross-attention keys and values of an image serve the positive
+  and the hard negative text
+- negatives come from the batch, with probability softmax(similarity); pairs of equal texts are no negatives
+
+Deviation from the paper: no momentum encoders, queue or soft targets; ITC contrasts within the batch.
+
+Legend: B images, T tokens, P patches, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+from capfilt.models.losses import draw_hard_negatives, itc_loss, itm_loss, lm_loss
+from capfilt.models.med import Captioner, Filter, KeyValue, MEDConfig, tie_decoder
+from capfilt.models.vit import VisionTransformer
+
+
+class ImageTextContrast(nn.Module):
+    """The learned temperature of ITC (0.07 at first, kept in 0.001 to 0.5, as BLIP's released code does)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+
+    def forward(self, images_BE: Tensor, texts_BE: Tensor) -> Tensor:
+        """Similarities over temperature, (B, B), images in rows."""
+        return images_BE @ texts_BE.T / self.temperature.clamp(0.001, 0.5)
+
+
+class FilterLosses(nn.Module):
+    """ITC and ITM of a filter, from pre-training on or for its fine-tuning."""
+
+    def __init__(self, model: Filter) -> None:
+        super().__init__()
+        self.model = model
+        self.contrast = ImageTextContrast()
+
+    def forward(self, features_BPD: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
+        """Losses `itc` and `itm` of pairs.
+
+        Args:
+            features_BPD: image features.
+            tokens_BT: (B, T) texts that begin with [CLS] and end with [SEP], padded.
+        """
+        config = self.model.encoder.config
+        mask_BT = tokens_BT != config.pad_token_id
+        images_BE = self.model.embed_images(features_BPD)
+        texts_BE = self.model.embed_texts(tokens_BT, mask_BT)
+        similarity_BB = self.contrast(images_BE, texts_BE)
+        same_text = (tokens_BT[:, None] == tokens_BT[None]).all(dim=2)
+        encoder_tokens_BT = tokens_BT.clone()
+        encoder_tokens_BT[:, 0] = config.enc_token_id
+        return {
+            "itc": itc_loss(similarity_BB, similarity_BB.T),
+            "itm": self._itm(features_BPD, encoder_tokens_BT, mask_BT, similarity_BB.detach(), same_text),
+        }
+
+    def _itm(
+        self, features_BPD: Tensor, tokens_BT: Tensor, mask_BT: Tensor, similarity_BB: Tensor, same_text: Tensor
+    ) -> Tensor:
+        """B matching pairs, B images with a hard negative text, B texts with a hard negative image."""
+        encoder = self.model.encoder
+        other_text = draw_hard_negatives(similarity_BB, same_text)
+        other_image = draw_hard_negatives(similarity_BB.T, same_text)
+        image = encoder.image_key_values(features_BPD)
+        both_texts = torch.stack([torch.arange(len(other_text)).to(other_text), other_text], dim=1).flatten()
+        by_image = self._match_logits(tokens_BT[both_texts], mask_BT[both_texts], image)
+        other = [(key[other_image], value[other_image]) for key, value in image]
+        by_text = self._match_logits(tokens_BT, mask_BT, other)
+        return itm_loss(by_image[0::2], torch.cat([by_image[1::2], by_text]))
+
+    def _match_logits(self, tokens_BT: Tensor, mask_BT: Tensor, image: list[KeyValue]) -> Tensor:
+        return self.model.itm_head(self.model.encoder(tokens_BT, mask_BT=mask_BT, image=image)[:, 0])
+
+
+class CaptionerLosses(nn.Module):
+    """LM of a captioner; the tokens of the prompt carry no loss."""
+
+    def __init__(self, model: Captioner, *, num_prompt_tokens: int = 0, label_smoothing: float = 0.1) -> None:
+        super().__init__()
+        self.model = model
+        self.num_prompt_tokens = num_prompt_tokens
+        self.label_smoothing = label_smoothing
+
+    def forward(self, features_BPD: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
+        """Loss `lm` of texts (B, T) that begin with any token (replaced by [DEC]) and the prompt, if any."""
+        decoder = self.model.decoder
+        inputs_BT = tokens_BT[:, :-1].clone()
+        inputs_BT[:, 0] = decoder.config.dec_token_id
+        target_BT = tokens_BT[:, 1:]
+        counts = target_BT != decoder.config.pad_token_id
+        counts[:, : self.num_prompt_tokens] = False
+        hidden_BTD = decoder(inputs_BT, image=decoder.image_key_values(features_BPD))
+        logits_NV = self.model.head(hidden_BTD[counts][None])[0]
+        return {"lm": lm_loss(logits_NV, target_BT[counts], label_smoothing=self.label_smoothing)}
+
+
+class Blip(nn.Module):
+    """A captioner and a filter that share one image encoder and all of MED but the self-attention."""
+
+    def __init__(
+        self, vision: VisionTransformer, config: MEDConfig, *, embed_dim: int = 256, label_smoothing: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.filter = Filter(vision, config, embed_dim=embed_dim)
+        self.captioner = Captioner(vision, config)
+        tie_decoder(self.captioner.decoder, self.filter.encoder)
+        self.captioner.head.vocabulary.weight = self.filter.encoder.word_embedding.weight
+        self.filter_losses = FilterLosses(self.filter)
+        self.captioner_losses = CaptionerLosses(self.captioner, label_smoothing=label_smoothing)
+
+    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
+        """The losses `itc`, `itm`, `lm` and their sum `loss` (BLIP §3.2)."""
+        features_BPD = self.filter.vision(images_BCHW)
+        losses = self.filter_losses(features_BPD, tokens_BT) | self.captioner_losses(features_BPD, tokens_BT)
+        return losses | {"loss": losses["itc"] + losses["itm"] + losses["lm"]}

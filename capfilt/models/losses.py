@@ -1,0 +1,66 @@
+"""The losses of BLIP and BLIP-2 as pure functions; nothing here needs a process group.
+
+In: embeddings, logits, token ids. Out: scalar losses, indices of hard negatives.
+
+Gathering across ranks is the caller's: pass the gathered embeddings as `all_*` and the rank's first row as
+`offset`. On one process they are the embeddings themselves and 0.
+
+Legend: B pairs on this rank, A pairs on all ranks, E embedding width, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def itc_loss(
+    similarity_i2t_BA: Tensor, similarity_t2i_BA: Tensor, *, offset: int = 0, label_smoothing: float = 0.0
+) -> Tensor:
+    """Image-text contrastive loss (ALBEF §3.2, BLIP §3.2, BLIP-2 §3.1).
+
+    Args:
+        similarity_i2t_BA: (B, A) similarities over temperature of this rank's images to all texts.
+        similarity_t2i_BA: (B, A) the same for this rank's texts to all images.
+        offset: column of this rank's first pair.
+        label_smoothing: share of the target spread over all pairs (BLIP-2's released code: 0.1).
+    """
+    rows = len(similarity_i2t_BA)
+    target = torch.arange(offset, offset + rows, device=similarity_i2t_BA.device)
+    i2t = F.cross_entropy(similarity_i2t_BA, target, label_smoothing=label_smoothing)
+    t2i = F.cross_entropy(similarity_t2i_BA, target, label_smoothing=label_smoothing)
+    return (i2t + t2i) / 2
+
+
+@torch.no_grad()
+def draw_hard_negatives(similarity_BA: Tensor, excluded_BA: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw for each row another column, with probability softmax(similarity) (ALBEF §3.2).
+
+    Args:
+        similarity_BA: (B, A) similarities over temperature.
+        excluded_BA: (B, A) boolean, True where a column is no negative: the pair itself, equal texts.
+        generator: source of the draws.
+
+    Returns:
+        (B,) column indices. A row whose columns are all excluded gets any column but its largest excluded one;
+        that only happens when every text of the batch is the same.
+    """
+    weights = F.softmax(similarity_BA.float(), dim=1) + 1e-6
+    weights = weights.masked_fill(excluded_BA, 0.0)
+    none_left = weights.sum(dim=1, keepdim=True) == 0
+    weights = torch.where(none_left, torch.ones_like(weights), weights)
+    return torch.multinomial(weights, 1, generator=generator).squeeze(1)
+
+
+def itm_loss(match_logits_B2: Tensor, mismatch_logits_N2: Tensor) -> Tensor:
+    """Image-text matching loss: two-class cross-entropy over positives and negatives (ALBEF §3.2)."""
+    logits = torch.cat([match_logits_B2, mismatch_logits_N2])
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    target[: len(match_logits_B2)] = 1
+    return F.cross_entropy(logits, target)
+
+
+def lm_loss(logits_NV: Tensor, target_N: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
+    """Language modelling loss over the positions that count (BLIP §3.2: label smoothing 0.1)."""
+    return F.cross_entropy(logits_NV.float(), target_N, label_smoothing=label_smoothing)
