@@ -228,3 +228,68 @@ class TrainSettings:
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         _require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "more than 0, at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1Settings(TrainSettings):
+    """BLIP-2 stage 1: the Q-Former on a frozen image encoder (BLIP-2 §3.2)."""
+
+    image_encoder: str = ""
+    """Folder or hub id of a BLIP model whose image encoder is taken, frozen, or `embedded`."""
+    qformer_init: str = ""
+    """Folder or hub id of BERT (BLIP-2 §3.1: bert-base-uncased) or of a BLIP model, whose text encoder and
+    tokenizer the Q-Former starts from; empty takes those of image_encoder."""
+    init_weights: bool = True
+    """Start from qformer_init's weights; otherwise take its sizes and tokenizer only, weights at random."""
+    init_cross_attention: bool = False
+    """Start from BLIP's cross-attention too, where qformer_init has one; BLIP-2 draws it at random."""
+    num_queries: int = 32
+    """Query tokens (BLIP-2 §3.1: 32)."""
+    cross_attention_every: int = 2
+    """Every n-th layer attends to the image (BLIP-2 §3.1: every other)."""
+    embed_dim: int = 256
+    """Width of ITC's embeddings (released code: 256)."""
+    dropout: float = 0.1
+    """Dropout in the Q-Former (BERT: 0.1)."""
+    max_text_tokens: int = 32
+    """Longest text in tokens, special tokens included (released code: 32)."""
+    losses: tuple[str, ...] = ("itc", "itm", "itg")
+    """Losses that are summed (BLIP-2 §3.2: all three; Table 6 leaves out itg)."""
+    feature_cache_bytes: int = 4 << 30
+    """Features of the frozen image encoder are computed once and held in memory up to this size; 0 for never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ("itc", "itm", "itg")
+        odd = not self.losses or any(name not in known for name in self.losses)
+        _require(not odd, "losses", self.losses, f"some of {', '.join(known)}")
+        _require(self.num_queries >= 1, "num_queries", self.num_queries, "at least 1")
+        _require(self.cross_attention_every >= 1, "cross_attention_every", self.cross_attention_every, "at least 1")
+        _require(self.max_text_tokens >= 4, "max_text_tokens", self.max_text_tokens, "at least 4")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2Settings(TrainSettings):
+    """BLIP-2 stage 2: Q-Former and projection in front of a frozen language model (BLIP-2 §3.3)."""
+
+    min_learning_rate: float = 5e-5
+    """Rate at the end of the cosine (BLIP-2 §3.4: 5e-5 in stage 2)."""
+    dropout: float = 0.1
+    """Dropout in the Q-Former (BERT: 0.1)."""
+    whole_caption_share: float = 0.5
+    """T5: share of captions trained with an empty prefix, so that a caption can be asked for without its first
+    word. BLIP-2 has none."""
+    llm_dtype: str = "auto"
+    """Precision of the frozen language model: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or
+    float16."""
+    feature_cache_bytes: int = 4 << 30
+    """Features of the frozen image encoder are computed once and held in memory up to this size; 0 for never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.llm_dtype in DTYPES, "llm_dtype", self.llm_dtype, f"one of {', '.join(DTYPES)}")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
+        share, lowest = self.whole_caption_share, self.min_learning_rate
+        _require(0 <= share <= 1, "whole_caption_share", share, "0 to 1")
+        _require(0 <= lowest <= self.learning_rate, "min_learning_rate", lowest, "0 to learning_rate")

@@ -68,7 +68,9 @@ class Stage1(nn.Module):
         for projection in (self.vision_projection, self.text_projection, self.itm_head):
             nn.init.normal_(projection.weight, std=0.02)
             nn.init.zeros_(projection.bias)
-        sizes = MEDConfig(vocab_size=config.vocab_size, width=config.width, layer_norm_eps=config.layer_norm_eps)
+        sizes = MEDConfig(
+            vocab_size=config.vocab_size, width=config.width, layer_norm_eps=config.layer_norm_eps
+        )
         self.lm_head = LanguageModelHead(sizes, self.qformer.word_embedding)
         self.temperature = nn.Parameter(torch.tensor(0.07))
 
@@ -82,14 +84,22 @@ class Stage1(nn.Module):
 
     def embed_texts(self, texts: Texts) -> Tensor:
         """ITC embeddings (B, E) of unit length, from [CLS]."""
-        return F.normalize(self.text_projection(self.qformer.encode_text(texts.tokens, texts.mask)[:, 0]), dim=-1)
+        return F.normalize(
+            self.text_projection(self.qformer.encode_text(texts.tokens, texts.mask)[:, 0]), dim=-1
+        )
 
     def itm_logits(self, image: ImageKeyValues, texts: Texts) -> Tensor:
         """ITM logits (B, 2), averaged over the queries; index 1 is "match"."""
         return self.itm_head(self.qformer.encode_pairs(image, texts.tokens, texts.mask)).mean(dim=1)
 
     def forward(
-        self, features_BPD: Tensor, texts: Texts, *, losses: tuple[str, ...] = ("itc", "itm", "itg"), gather: Gather = identity, rank: int = 0
+        self,
+        features_BPD: Tensor,
+        texts: Texts,
+        *,
+        losses: tuple[str, ...] = ("itc", "itm", "itg"),
+        gather: Gather = identity,
+        rank: int = 0,
     ) -> dict[str, Tensor]:
         """The losses asked for, and "loss", their plain sum.
 
@@ -121,7 +131,12 @@ class Stage1(nn.Module):
         return image_to_text, text_to_image
 
     def _itm_loss(
-        self, image: ImageKeyValues, texts: Texts, similarity: tuple[Tensor, Tensor], gather: Gather, rank: int
+        self,
+        image: ImageKeyValues,
+        texts: Texts,
+        similarity: tuple[Tensor, Tensor],
+        gather: Gather,
+        rank: int,
     ) -> Tensor:
         """B pairs that belong together, and for each image and each text a hard negative from all ranks."""
         num_own = len(texts.tokens)
@@ -150,7 +165,9 @@ class Stage1(nn.Module):
         return F.cross_entropy(logits, tokens[:, 1:][predicted], label_smoothing=LABEL_SMOOTHING)
 
 
-def itc_loss(image_to_text_BA: Tensor, text_to_image_BA: Tensor, temperature: Tensor, *, first_target: int = 0) -> Tensor:
+def itc_loss(
+    image_to_text_BA: Tensor, text_to_image_BA: Tensor, temperature: Tensor, *, first_target: int = 0
+) -> Tensor:
     """Mean of both directions' smoothed cross-entropy; in-batch negatives only, no queue (BLIP-2 §3.2).
 
     The target of row i is column `first_target` + i.
@@ -174,7 +191,9 @@ def draw_negatives(logits_BA: Tensor, same_BA: Tensor, first_own: int = 0) -> Te
     excluded[rows, rows + first_own] = True
     everything = excluded.all(dim=1, keepdim=True)
     own = F.one_hot(rows + first_own, logits_BA.shape[1]).bool()
-    weights = logits_BA.float().masked_fill(torch.where(everything, own, excluded), float("-inf")).softmax(dim=1)
+    weights = (
+        logits_BA.float().masked_fill(torch.where(everything, own, excluded), float("-inf")).softmax(dim=1)
+    )
     return torch.multinomial(weights, 1).squeeze(1)
 
 

@@ -21,7 +21,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, OPTForCausalLM, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    OPTForCausalLM,
+    T5ForConditionalGeneration,
+)
+from transformers.utils import logging
 
 from capfilt.errors import UsageError
 
@@ -142,7 +149,8 @@ class T5(nn.Module):
 
     def _encode_batch(self, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         rows = [
-            [*self.tokenizer(t, add_special_tokens=False).input_ids[:MAX_TOKENS], self.end_token_id] for t in texts
+            [*self.tokenizer(t, add_special_tokens=False).input_ids[:MAX_TOKENS], self.end_token_id]
+            for t in texts
         ]
         return _pad(rows, pad=self.pad_token_id, device=device)
 
@@ -154,7 +162,9 @@ LLMS: dict[str, tuple[type[OPT] | type[T5], Any]] = {
 """Family (transformers' model_type) → our class and transformers'."""
 
 
-def load_llm(path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LanguageModel:
+def load_llm(
+    path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> LanguageModel:
     """A frozen OPT or T5 from a folder or a hub id. No remote code is run.
 
     Raises UsageError where the path holds no such model, or weights are missing from it.
@@ -163,10 +173,16 @@ def load_llm(path: str, *, dtype: torch.dtype = torch.float32, device: torch.dev
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"No language model at {path!r} ({error}). Give a folder or hub id of an OPT or T5.") from error
+        raise UsageError(
+            f"No language model at {path!r} ({error}). Give a folder or hub id of an OPT or T5."
+        ) from error
     if config.model_type not in LLMS:
-        raise UsageError(f"{path!r} is a {config.model_type!r}; the language model must be one of {', '.join(LLMS)}.")
-    ours, theirs = LLMS[config.model_type]
+        raise UsageError(
+            f"{path!r} is a {config.model_type!r}; the language model must be one of {', '.join(LLMS)}."
+        )
+    _refuse_projection(path, config)
+    _, theirs = LLMS[config.model_type]
+    logging.disable_progress_bar()  # transformers' own; ours is shown
     model, info = theirs.from_pretrained(path, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
@@ -178,6 +194,16 @@ def wrap_llm(model: Any, tokenizer: Any) -> LanguageModel:
     """Our class around a transformers model, frozen and in eval mode."""
     model.requires_grad_(False)
     return LLMS[model.config.model_type][0](model, tokenizer).eval()
+
+
+def _refuse_projection(path: str, config: Any) -> None:
+    """OPT-350m embeds its tokens narrower than it computes; transformers' BLIP-2 has no place for such a model."""
+    narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)
+    if narrow != config.hidden_size:
+        raise UsageError(
+            f"{path!r} embeds tokens in {narrow} of {config.hidden_size} dimensions; BLIP-2's layout wants them "
+            f"equal. Take another size of OPT, such as facebook/opt-125m or facebook/opt-1.3b."
+        )
 
 
 def _newline_token_id(tokenizer: Any) -> int:
@@ -210,7 +236,9 @@ def _prepend(visual_BQW: Tensor, embedded_BTW: Tensor, mask_BT: Tensor) -> tuple
 
 
 def _generation_config(end_token_id: int, pad_token_id: int, options: dict[str, Any]) -> GenerationConfig:
-    return GenerationConfig(eos_token_id=end_token_id, pad_token_id=pad_token_id, **{"do_sample": False, **options})
+    return GenerationConfig(
+        eos_token_id=end_token_id, pad_token_id=pad_token_id, **{"do_sample": False, **options}
+    )
 
 
 def _decode(tokenizer: Any, tokens_BT: Tensor, end_token_id: int) -> list[str]:

@@ -47,7 +47,10 @@ from capfilt.train.optim import NamedParameters, build_optimizer, learning_rate_
 ComputeLosses = Callable[[Batch, int], dict[str, Tensor]]
 OpenBatches = Callable[[Cursor], Iterator[Batch]]
 
-UNBOUND_SETTINGS = ("save_every_steps", "log_every_steps", "device")
+UNBOUND_SETTINGS = (
+    "save_every_steps", "log_every_steps", "device", "feature_cache_bytes",
+    "image_encoder", "qformer_init",  # `fields` holds digests of what these paths name
+)  # fmt: skip
 """Settings that may change between a training and its resumption."""
 
 
@@ -148,7 +151,9 @@ def train(
             if taken % settings.log_every_steps == 0 or taken == settings.max_steps:
                 images_per_second = running.flush()
                 _write_metrics(output_dir, taken, running.last_losses, rate, images_per_second)
-                progress.advance(0, **running.last_losses, lr=f"{rate:.1e}", images_per_second=images_per_second)
+                progress.advance(
+                    0, **running.last_losses, lr=f"{rate:.1e}", images_per_second=images_per_second
+                )
             progress.advance(1)
             if taken % settings.save_every_steps == 0 or taken == settings.max_steps or caught:
                 _save(output_dir, tensors, optimizer, taken, batch.cursor, identity, running)
@@ -199,7 +204,10 @@ def _non_finite_message(what: str, step: int, batch: Batch) -> str:
 
 
 def _resume(
-    output_dir: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
+    output_dir: Path,
+    tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
 ) -> tuple[int, Cursor, _Running]:
     found = find_checkpoint(output_dir)
     if found is None:
@@ -232,7 +240,9 @@ def _save(
     save_checkpoint(output_dir, tensors=tensors, optimizer=optimizer, state=state)
 
 
-def _write_metrics(output_dir: Path, step: int, losses: Mapping[str, float], rate: float, speed: float) -> None:
+def _write_metrics(
+    output_dir: Path, step: int, losses: Mapping[str, float], rate: float, speed: float
+) -> None:
     line = {"step": step, **losses, "learning_rate": rate, "images_per_second": round(speed, 2)}
     with open(output_dir / "metrics.jsonl", "a") as handle:
         handle.write(json.dumps(line) + "\n")
@@ -251,9 +261,13 @@ def _summary(running: _Running, settings: TrainSettings) -> TrainSummary:
         steps=settings.max_steps,
         seconds=round(running.seconds, 3),
         images_per_second=round(settings.max_steps * settings.batch_size / max(running.seconds, 1e-9), 2),
-        first_losses=running.first_losses,
-        last_losses=running.last_losses,
+        first_losses=_without_norm(running.first_losses),
+        last_losses=_without_norm(running.last_losses),
     )
+
+
+def _without_norm(averages: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in averages.items() if name != "grad_norm"}
 
 
 def _finish(

@@ -6,6 +6,7 @@ the pictures fit as uint8, else streamed from a few shards at a time.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,16 @@ def read_pairs(
     return dataset
 
 
+def runs_digest(runs: Sequence[RunDir | str | Path]) -> str:
+    """sha256 over the content of the runs' manifests: a training goes on only with the same pairs."""
+    digest = hashlib.sha256()
+    for run, shard, table in iterate_manifest(runs, ["key", "text", "sha256"], kept_only=True):
+        digest.update(f"{run.path.name}\0{shard}\0".encode())
+        for column in table.columns:
+            digest.update("\0".join(str(value) for value in column.to_pylist()).encode())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class _ShardRows:
     """The rows of one shard: `first` is the row of its first kept sample."""
@@ -111,7 +122,9 @@ class RunPairs:
             return rng.permutation(len(self.keys))
         shards, parts = self._index.shards, []
         for group in rng.permutation(len(self._groups)):
-            rows = [np.arange(shards[s].first, shards[s].first + shards[s].num_rows) for s in self._groups[group]]
+            rows = [
+                np.arange(shards[s].first, shards[s].first + shards[s].num_rows) for s in self._groups[group]
+            ]
             parts.append(rng.permutation(np.concatenate(rows)))
         return np.concatenate(parts)
 
@@ -168,7 +181,9 @@ def _read_index(runs: Sequence[RunDir | str | Path]) -> _Index:
         texts.append(pa.array([clean_caption(text) for text in table["text"].to_pylist()], pa.string()))
     if not keys:
         names = ", ".join(str(run.path if isinstance(run, RunDir) else run) for run in runs)
-        raise UsageError(f"No kept pair in {names}. Lower the threshold: `capfilt select RUN --threshold 0.3`.")
+        raise UsageError(
+            f"No kept pair in {names}. Lower the threshold: `capfilt select RUN --threshold 0.3`."
+        )
     first_text = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
     return _Index(shards, keys, pa.concat_arrays(texts), first_text)
 
@@ -185,7 +200,7 @@ def _group_shards(shards: Sequence[_ShardRows]) -> Iterator[list[int]]:
 
 def _read_shard(rows: _ShardRows, keys: Sequence[str]) -> dict[str, bytes]:
     wanted = set(keys[rows.first : rows.first + rows.num_rows])
-    found = {s.key: s.image for s in read_samples(rows.run, rows.shard) if s.key in wanted}
+    found = {sample.key: sample.image for sample in read_samples(rows.run, rows.shard, wanted)}
     if missing := wanted - found.keys():
         raise CorruptionError(
             f"Shard {rows.shard} of {rows.run.path} lacks {len(missing)} samples of its manifest, the first "
@@ -198,5 +213,7 @@ def _decode_one(key: str, encoded: bytes, size_px: int, view: View | None) -> np
     try:
         image = decode_image(encoded, max_pixels=MAX_PIXELS, max_aspect_ratio=MAX_ASPECT_RATIO)
     except ImageRefused as refused:
-        raise CorruptionError(f"The picture of {key!r} was committed but cannot be decoded: {refused}.") from refused
+        raise CorruptionError(
+            f"The picture of {key!r} was committed but cannot be decoded: {refused}."
+        ) from refused
     return to_square(image, size_px, view)

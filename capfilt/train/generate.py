@@ -1,0 +1,90 @@
+"""Captions and answers from a trained BLIP-2 (stage 2).
+
+In: a model folder, images, prompts. Out: texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from capfilt.models.blip2 import Stage2
+from capfilt.settings import DTYPES
+from capfilt.train.batches import normalise, to_square
+from capfilt.train.loop import resolve_device
+from capfilt.train.pretrained import ImageEncoder, ImagePreparation
+from capfilt.train.saved import load_stage2
+
+BATCH_SIZE = 64
+"""Images described at a time."""
+
+Picture = Image.Image | np.ndarray
+"""An RGB image, or uint8 (H, W, 3)."""
+
+
+def prepare_images(images: Sequence[Picture], preparation: ImagePreparation) -> Tensor:
+    """float32 (B, 3, S, S), squared and normalised as the encoder wants it."""
+    size_px = preparation.image_size_px
+    pictures = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
+    pixels = np.stack([to_square(picture.convert("RGB"), size_px) for picture in pictures])
+    return normalise(pixels, preparation.mean, preparation.std)
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A stage-2 model, ready to describe images and to answer questions."""
+
+    encoder: ImageEncoder
+    stage: Stage2
+    device: torch.device
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Sequence[Picture],
+        prompts: Sequence[str] | None = None,
+        max_new_tokens: int = 30,
+        num_beams: int = 1,
+        **options: Any,
+    ) -> list[str]:
+        """A text for each image, continuing its prompt (OPT) or answering it (T5); no prompt asks for a caption.
+
+        Further options are those of transformers' GenerationConfig (min_new_tokens, length_penalty, …).
+        """
+        prompts = [""] * len(images) if prompts is None else prompts
+        if len(prompts) != len(images):
+            raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
+        texts: list[str] = []
+        for first in range(0, len(images), BATCH_SIZE):
+            part = slice(first, first + BATCH_SIZE)
+            pixels = prepare_images(images[part], self.encoder.preparation).to(self.device)
+            visual = self.stage.visual_prompts(self.encoder.vision(pixels))
+            texts += self.stage.llm.generate(
+                visual, prompts[part], max_new_tokens=max_new_tokens, num_beams=num_beams, **options
+            )
+        return texts
+
+    def answer(self, images: Sequence[Picture], questions: Sequence[str], **options: Any) -> list[str]:
+        """Short answers (BLIP-2 §4.1: the question in the model's frame, beam 5, length penalty -1, 10 tokens)."""
+        frame = self.stage.llm.question_prompt
+        chosen = {"max_new_tokens": 10, "num_beams": 5, "length_penalty": -1.0, **options}
+        return self.generate(images, [frame.format(question) for question in questions], **chosen)
+
+
+def load_generator(model_dir: str | Path, device: str = "auto", dtype: str = "auto") -> Generator:
+    """A stage-2 folder of ours or any `Blip2ForConditionalGeneration` with OPT or T5, by folder or hub id.
+
+    `dtype` is the language model's; auto keeps the saved one. UsageError where the folder is something else.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    chosen = resolve_device(device)
+    saved = load_stage2(model_dir, chosen, None if dtype == "auto" else getattr(torch, dtype))
+    return Generator(saved.encoder, saved.stage.eval(), chosen)

@@ -1,0 +1,105 @@
+"""BLIP-2 stage 1: train a Q-Former on a frozen image encoder, straight from shards and manifest (BLIP-2 §3.2).
+
+In: runs with a manifest. Out: a `Blip2ForImageTextRetrieval` folder that plain transformers opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capfilt.models.blip2 import Stage1
+from capfilt.progress import NullProgress, Progress
+from capfilt.settings import Stage1Settings
+from capfilt.train.batches import Batch, PairDataset, iterate_batches
+from capfilt.train.features import FrozenFeatures
+from capfilt.train.loop import TrainSummary, resolve_device, train
+from capfilt.train.pairs import read_pairs, runs_digest
+from capfilt.train.pretrained import (
+    copy_start,
+    find_model_dir,
+    load_image_encoder,
+    load_qformer_start,
+    weights_digest,
+)
+from capfilt.train.saved import encode_texts, save_stage1
+
+
+def train_stage1(
+    run_dirs: Sequence[str | Path],
+    settings: Stage1Settings,
+    output_dir: Path,
+    progress: Progress | None = None,
+) -> TrainSummary:
+    """Trains on the kept pairs of `run_dirs`; errors as those of `read_pairs`, the model loaders and `train`."""
+    progress = progress or NullProgress()
+    side = load_image_encoder(settings.image_encoder, torch.device("cpu")).preparation.image_size_px
+    dataset = read_pairs(run_dirs, image_size_px=side, progress=progress)
+    return train_stage1_on(
+        dataset, settings, output_dir, progress=progress, fields={"input": runs_digest(run_dirs)}
+    )
+
+
+def train_stage1_on(
+    dataset: PairDataset,
+    settings: Stage1Settings,
+    output_dir: Path,
+    *,
+    progress: Progress | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> TrainSummary:
+    """Trains on a dataset, whose pictures have the image encoder's size; `fields` identify it."""
+    progress = progress or NullProgress()
+    device = resolve_device(settings.device)
+    torch.manual_seed(settings.seed)
+    encoder = load_image_encoder(settings.image_encoder, device)
+    start = load_qformer_start(settings, encoder.vision.config.width)
+    stage = Stage1(
+        start.config,
+        embed_dim=settings.embed_dim,
+        dec_token_id=start.dec_token_id,
+        vision_norm_eps=encoder.vision.config.layer_norm_eps,
+    )
+    copy_start(stage.qformer, start.weights)
+    copy_start(stage.lm_head, start.head_weights)
+    stage.vision_norm.load_state_dict(encoder.norm)
+    stage.to(device).train()
+    features = FrozenFeatures(encoder, dataset, settings, device, progress)
+
+    def compute_losses(batch: Batch, _step: int) -> dict[str, Tensor]:
+        texts = encode_texts(start.tokenizer, batch.texts, settings.max_text_tokens, device)
+        return stage(features(batch), texts, losses=settings.losses)
+
+    preparation = encoder.preparation
+    return train(
+        compute_losses,
+        named_parameters=stage.named_parameters(),
+        open_batches=lambda cursor: iterate_batches(
+            dataset,
+            settings,
+            cursor,
+            mean=preparation.mean,
+            std=preparation.std,
+            with_pixels=not features.cached,
+        ),
+        settings=settings,
+        output_dir=output_dir,
+        save=lambda folder: save_stage1(folder, encoder, stage, start.tokenizer, settings.embed_dim),
+        progress=progress,
+        name="stage1",
+        fields={**_identity(settings), **(fields or {})},
+    )
+
+
+def _identity(settings: Stage1Settings) -> dict[str, str]:
+    """What the models named in the settings contain; where they lie may change."""
+    image_encoder = find_model_dir(settings.image_encoder, "image encoder")
+    start = find_model_dir(settings.qformer_init or settings.image_encoder, "start of the Q-Former")
+    return {
+        "image_encoder_sha256": weights_digest(image_encoder),
+        "qformer_init_sha256": weights_digest(start),
+    }

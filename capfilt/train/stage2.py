@@ -1,0 +1,93 @@
+"""BLIP-2 stage 2: connect a stage-1 Q-Former to a frozen language model (BLIP-2 §3.3).
+
+In: runs with a manifest, a stage-1 folder, an OPT or T5. Out: a `Blip2ForConditionalGeneration` folder that plain
+transformers opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capfilt.models.llms import T5, load_llm
+from capfilt.progress import NullProgress, Progress
+from capfilt.settings import Stage2Settings
+from capfilt.train.batches import Batch, PairDataset, iterate_batches
+from capfilt.train.features import FrozenFeatures
+from capfilt.train.loop import TrainSummary, resolve_device, train
+from capfilt.train.pairs import read_pairs, runs_digest
+from capfilt.train.pretrained import find_model_dir, read_preparation, weights_digest
+from capfilt.train.saved import save_stage2, start_stage2
+
+
+def train_stage2(
+    run_dirs: Sequence[str | Path],
+    init_dir: str | Path,
+    llm: str,
+    settings: Stage2Settings,
+    output_dir: Path,
+    progress: Progress | None = None,
+) -> TrainSummary:
+    """Trains on the kept pairs of `run_dirs`; errors as those of `read_pairs`, the model loaders and `train`."""
+    progress = progress or NullProgress()
+    side = read_preparation(find_model_dir(str(init_dir), "stage-1 model")).image_size_px
+    dataset = read_pairs(run_dirs, image_size_px=side, progress=progress)
+    fields = {"input": runs_digest(run_dirs)}
+    return train_stage2_on(dataset, init_dir, llm, settings, output_dir, progress=progress, fields=fields)
+
+
+def train_stage2_on(
+    dataset: PairDataset,
+    init_dir: str | Path,
+    llm: str,
+    settings: Stage2Settings,
+    output_dir: Path,
+    *,
+    progress: Progress | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> TrainSummary:
+    """Trains on a dataset, whose pictures have the image encoder's size; `fields` identify it."""
+    progress = progress or NullProgress()
+    device = resolve_device(settings.device)
+    torch.manual_seed(settings.seed)
+    llm_dir = find_model_dir(llm, "language model")
+    language = load_llm(str(llm_dir), dtype=_llm_dtype(settings, device), device=device)
+    if isinstance(language, T5):
+        language.whole_caption_share = settings.whole_caption_share
+    model = start_stage2(init_dir, language, settings.dropout, device)
+    stage, encoder = model.stage.train(), model.encoder
+    features = FrozenFeatures(encoder, dataset, settings, device, progress)
+
+    def compute_losses(batch: Batch, _step: int) -> dict[str, Tensor]:
+        return stage(features(batch), batch.texts)
+
+    preparation = encoder.preparation
+    init_digest = weights_digest(find_model_dir(str(init_dir), "stage-1 model"))
+    return train(
+        compute_losses,
+        named_parameters=stage.named_parameters(),
+        open_batches=lambda cursor: iterate_batches(
+            dataset,
+            settings,
+            cursor,
+            mean=preparation.mean,
+            std=preparation.std,
+            with_pixels=not features.cached,
+        ),
+        settings=settings,
+        output_dir=output_dir,
+        save=lambda folder: save_stage2(folder, encoder, stage),
+        progress=progress,
+        name="stage2",
+        fields={"init_sha256": init_digest, "llm_sha256": weights_digest(llm_dir), **(fields or {})},
+    )
+
+
+def _llm_dtype(settings: Stage2Settings, device: torch.device) -> torch.dtype:
+    if settings.llm_dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, settings.llm_dtype)
