@@ -21,19 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from capfilt import __version__
 from capfilt.data.reasons import Quarantined
+from capfilt.data.reconcile import check_counts, check_rows, check_tar, count_kept
 from capfilt.data.rundir import FORMAT_VERSION, STAGES, RunDir, sync_directory
-from capfilt.data.schemas import QUARANTINE_SCHEMA, SCHEMAS, SUCCESS
+from capfilt.data.schemas import QUARANTINE_SCHEMA
 from capfilt.data.sealed import canonical_json, damaged, read_record, read_sealed, sealed_bytes
-from capfilt.data.tars import index_tar
 from capfilt.data.texts import clean_for_terminal
 from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError
 
 __all__ = [
-    "CommitRecord", "Quarantined", "canonical_json", "check_tar", "commit_stage", "count_kept", "file_sha256",
+    "CommitRecord", "Quarantined", "canonical_json", "commit_stage", "file_sha256",
     "fingerprint", "input_digest", "read_commit_record", "read_quarantine", "read_table", "stage_state",
 ]  # fmt: skip
 
@@ -165,11 +164,15 @@ def commit_stage(
     final = run.stage_file(stage, shard)
     if final.exists() and not replace:
         raise CapfiltError(f"{final} is committed already; a committed stage is not written again.")
-    _check_rows(stage, table, quarantine)
+    with _named(stage, shard):
+        check_rows(stage, table, [row.key for row in quarantine])
+        kept = count_kept(stage, table)
+        check_counts(rows_in, kept, rows_rejected, len(quarantine))
     facts: dict[str, Any] = dict(extra or {}) | {"table_rows": table.num_rows}
     with _disk_errors(final), run.new_staging() as staging:
         if tar is not None:
-            facts |= check_tar(tar, table)
+            with _named(stage, shard):
+                facts |= _tar_facts(tar, table)
         staged_quarantine = None
         if quarantine:
             staged_quarantine = staging / "quarantine.parquet"
@@ -184,87 +187,24 @@ def commit_stage(
             fields=dict(fields),
             input_digest=input_digest,
             rows_in=rows_in,
-            rows_kept=count_kept(stage, table),
+            rows_kept=kept,
             rows_rejected=rows_rejected,
             rows_quarantined=len(quarantine),
             extra=facts,
             versions={"capfilt": __version__, "pyarrow": pa.__version__, "python": platform.python_version()},
         )
-        _reconcile(record)
         staged = staging / "stage.parquet"
         _write_checked(staged, table, asdict(record))
         _publish(run, stage, shard, staged, staged_quarantine, tar)
     return record
 
 
-def count_kept(stage: str, table: pa.Table) -> int:
-    """Count what a stage hands on: its successful rows for the shards, its distinct keys for the others."""
-    if stage == "shards":
-        return table.filter(pc.field("status") == SUCCESS).num_rows
-    return table.group_by("key").aggregate([]).num_rows
-
-
-def check_tar(tar: Path, table: pa.Table) -> dict[str, str | int]:
-    """Read a tar back in full: every member plain, every image where its row says, with its row's digest.
-
-    Gives `tar_sha256`, `tar_bytes`, `tar_members`. Raises ValueError where tar and rows differ,
-    CorruptionError where the tar is not one.
-    """
-    members = {member.name: member for member in index_tar(tar)}
-    columns = ["key", "image_offset", "image_length", "image_ext", "sha256"]
-    rows = table.filter(pc.field("status") == SUCCESS).select(columns).to_pylist()
-    num_members = len(members)
-    previous_end = 0
+def _tar_facts(tar: Path, table: pa.Table) -> dict[str, str | int]:
+    """Sync a staged tar, read it back in full against its rows, and give what the record says of it."""
     with open(tar, "rb") as file:
         os.fsync(file.fileno())
-        for row in rows:
-            name = f"{row['key']}.{row['image_ext']}"
-            member = members.pop(name, None)
-            if member is None or (member.offset, member.length) != (row["image_offset"], row["image_length"]):
-                raise ValueError(f"{tar} has {member} where the row says {row}")
-            if member.offset < previous_end:
-                raise ValueError(f"{name} stands before its predecessor; rows and members have one order")
-            previous_end = member.offset + member.length
-            file.seek(member.offset)
-            if hashlib.sha256(file.read(member.length)).hexdigest() != row["sha256"]:
-                raise ValueError(f"sha256 of row {row['key']} is not that of {name} as stored in the tar")
-            for ending in ("txt", "json"):
-                if members.pop(f"{row['key']}.{ending}", None) is None:
-                    raise ValueError(f"{tar} has no {row['key']}.{ending}")
-    if members:
-        raise ValueError(f"{tar} has members without a row: {', '.join(list(members)[:5])}")
+    num_members = check_tar(tar, table)
     return {"tar_sha256": file_sha256(tar), "tar_bytes": tar.stat().st_size, "tar_members": num_members}
-
-
-def _check_rows(stage: str, table: pa.Table, quarantine: Sequence[Quarantined]) -> None:
-    """Assert what every commit must hold: the columns of the contract, keys unique and disjoint."""
-    schema = SCHEMAS[stage]
-    has_more = stage == "shards" and len(table.schema) > len(schema)
-    found = pa.schema(list(table.schema)[: len(schema)]) if has_more else table.schema
-    if not found.equals(schema, check_metadata=False):
-        raise ValueError(f"the {stage} table has columns\n{table.schema}\nexpected\n{schema}")
-    unit = ["key"] if stage == "shards" else ["key", "caption_index"]
-    if table.group_by(unit).aggregate([]).num_rows != table.num_rows or table["key"].null_count:
-        raise ValueError(f"the {stage} table repeats a {' and '.join(unit)}, or has a row without a key")
-    if stage == "shards":
-        kept = set(table.filter(pc.field("status") == SUCCESS)["key"].to_pylist())
-        failed = set(table["key"].to_pylist()) - kept
-        if failed != {row.key for row in quarantine}:
-            raise ValueError("the rows without success are not those in quarantine")
-    else:
-        kept = set(table["key"].to_pylist())
-    quarantined = {row.key for row in quarantine}
-    if len(quarantined) != len(quarantine) or kept & quarantined:
-        raise ValueError(f"a key of {stage} is in quarantine twice, or both kept and in quarantine")
-
-
-def _reconcile(record: CommitRecord) -> None:
-    accounted = record.rows_kept + record.rows_rejected + record.rows_quarantined
-    if record.rows_in != accounted:
-        raise ValueError(
-            f"{record.stage} of shard {record.shard}: {record.rows_in} rows in, but {record.rows_kept} kept "
-            f"+ {record.rows_rejected} rejected + {record.rows_quarantined} quarantined = {accounted}"
-        )
 
 
 def _quarantine_table(stage: str, shard: str, quarantine: Sequence[Quarantined]) -> pa.Table:
@@ -329,6 +269,14 @@ def _make_directory(path: Path) -> None:
 
 
 @contextmanager
+def _named(stage: str, shard: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{stage} of shard {shard}: {error}") from error
+
+
+@contextmanager
 def _disk_errors(final: Path) -> Iterator[None]:
     try:
         yield
@@ -358,8 +306,8 @@ def _check_tar_size(run: RunDir, record: CommitRecord) -> None:
     found = tar.stat().st_size if tar.exists() else None
     if found != record.extra.get("tar_bytes"):
         raise CorruptionError(
-            f"{tar} has {found} bytes; {record.extra.get('tar_bytes')} were committed. Restore it from a copy, "
-            f"or remove {run.stage_file('shards', record.shard)} and download or import again."
+            f"{tar} has {found} bytes; {record.extra.get('tar_bytes')} were committed. Restore it from a "
+            f"copy, or remove {run.stage_file('shards', record.shard)} and download or import again."
         )
 
 

@@ -40,26 +40,31 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"MM\0+", "tiff"),
 )
 _OTHER_FORMATS = (
-    b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"8BPS", b"\0\0\1\0", b"\0\0\2\0", b"%PDF", b"%!PS", b"<svg", b"qoif",
-    b"DDS ", b"icns", b"\xff\x0a", b"\0\0\0\x0cJXL ", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"P7", b"Pf", b"PF",
-    b"SIMPLE", b"\x01\xda", b"\x76\x2f\x31\x01", b"#?RADIANCE", b"\xd7\xcd\xc6\x9a", b"id=ImageMagick", b"FORM",
+    b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"8BPS", b"\0\0\1\0", b"\0\0\2\0", b"%PDF", b"%!PS", b"<svg",
+    b"DDS ", b"icns", b"\xff\x0a", b"\0\0\0\x0cJXL ", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"P7",
+    b"SIMPLE", b"\x01\xda", b"\x76\x2f\x31\x01", b"#?RADIANCE", b"\xd7\xcd\xc6\x9a", b"FORM", b"qoif",
 )  # fmt: skip
 _ORIENTATION_TAG = 0x0112
 _BITS_PER_SAMPLE_TAG = 0x0102
 _TURNS = {
-    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
-}  # fmt: skip
-_BAND_PIXELS = (
-    1 << 20
-)  # pictures of odd modes are converted in bands of rows, so that memory stays near the result
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+# Pictures of odd modes are converted in bands of rows, so that memory stays near the result's.
+_BAND_PIXELS = 1 << 20
 
-# Pillow warns and logs about odd metadata of pictures that it decodes all the same; what it refuses, it raises.
+# Pillow warns and logs about odd metadata of pictures that it decodes all the same; what it refuses, it
+# raises.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-class ImageRefused(Exception):
+class ImageRefused(Exception):  # noqa: N818 - a verdict on the image, not a failure of the program
     """The bytes are no picture that capfilt works on."""
 
     def __init__(self, reason: str, detail: str) -> None:

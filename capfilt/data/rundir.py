@@ -84,8 +84,8 @@ class RunDir:
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"{root}/run.json cannot be read ({error}); expected the file that `capfilt` wrote when it made "
-                "the run. Restore it from a copy."
+                f"{root}/run.json cannot be read ({error}); expected what `capfilt` wrote when it made the "
+                "run. Restore it from a copy."
             ) from None
         if version != FORMAT_VERSION:
             raise UsageError(

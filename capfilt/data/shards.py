@@ -62,7 +62,7 @@ def read_samples(run: RunDir, shard: str, keys: Collection[str] | None = None) -
 
 
 def read_sample(run: RunDir, shard: str, key: str) -> Sample:
-    """Give one sample of a committed shard. Raises UsageError for an unknown key, CorruptionError if damaged."""
+    """Give one sample of a shard. Raises UsageError for an unknown key, CorruptionError for damage."""
     rows = _successful_rows(run, shard)
     rows = rows.filter(pc.field("key") == key).to_pylist()
     if not rows:

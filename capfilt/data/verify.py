@@ -1,0 +1,315 @@
+"""Reconciles a run with itself: every file against its commit record, every stage against the one before.
+
+In: a run directory. Out: a report; nothing is changed. One shard is in memory at a time, and eight bytes for
+every key, to find keys that two shards share. What is looked at (RELIABILITY, item 8):
+  - seals and checksums of every Parquet file; names, sizes, members and headers of every tar
+  - rows in = kept + rejected + quarantined, kept and quarantined keys unique and disjoint
+  - one stage's kept = the next one's rows in; digests chain from the tar to the manifest
+  - texts, scores, ranks and verdicts of the stages agree; every row of the URL table has come to something
+  - deep: every byte of every tar, every image against its digest
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import numpy as np
+import pyarrow as pa
+
+from capfilt.data.checks import CHECKS, check_manifest, check_shards
+from capfilt.data.commit import (
+    CommitRecord,
+    file_sha256,
+    input_digest,
+    read_commit_record,
+    read_quarantine,
+    read_table,
+)
+from capfilt.data.reconcile import check_counts, check_rows, check_tar, count_kept
+from capfilt.data.rundir import STAGES, RunDir
+from capfilt.errors import CapfiltError, CorruptionError
+from capfilt.progress import NullProgress, Progress
+
+_MAX_PROBLEMS_PER_FILE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is not as it should be."""
+
+    stage: str
+    """Folder of the stage: `clip`, or `clip@NAME` in a generation."""
+    shard: str
+    """Name of the shard; empty when it concerns none."""
+    problem: str
+    """What was found."""
+
+
+@dataclass(slots=True)
+class StageCounts:
+    """Sums over the shards of one stage."""
+
+    num_shards: int = 0
+    rows_in: int = 0
+    rows_kept: int = 0
+    rows_rejected: int = 0
+    rows_quarantined: int = 0
+
+
+@dataclass(slots=True)
+class Report:
+    """What `verify_run` found."""
+
+    findings: list[Finding] = field(default_factory=list)
+    """Damage: what is on disk is not what was committed, or does not agree with itself."""
+    unfinished: list[Finding] = field(default_factory=list)
+    """Work that an interrupted command has left; repeating the command mends it."""
+    counts: dict[str, StageCounts] = field(default_factory=dict)
+    """Folder of the stage → sums of its commit records."""
+
+    @property
+    def exit_code(self) -> int:
+        """5 with damage, 1 when unfinished, 0 when complete and reconciled."""
+        return (
+            CorruptionError.exit_code if self.findings else CapfiltError.exit_code if self.unfinished else 0
+        )
+
+    def line(self) -> str:
+        """The report in one line."""
+        shards = self.counts.get("shards", StageCounts())
+        state = {0: "complete and reconciled", 1: "not finished"}.get(self.exit_code, "DAMAGED")
+        return (
+            f"{state}: {shards.num_shards} shards, {shards.rows_in} rows = {shards.rows_kept} samples + "
+            f"{shards.rows_quarantined} quarantined; {len(self.findings)} damages, "
+            f"{len(self.unfinished)} pieces of work left"
+        )
+
+
+def verify_run(run: RunDir, deep: bool = False, progress: Progress | None = None) -> Report:
+    """Check everything in `run`: its own generation where it has one, else all of them.
+
+    With `deep`, every byte of the tars is hashed as well. Never raises for damage: it is in the report.
+    """
+    report, keys = Report(), _KeyLedger()
+    progress = progress or NullProgress()
+    views = [run]
+    if run.generation is None:
+        views += [RunDir(run.path, name) for name in run.generations()]
+    shards = run.shard_names()
+    _check_strays(run, views, set(shards), report)
+    progress.start("verify", len(shards), "shards")
+    for shard in shards:
+        rows = _verify_shard(run, shard, deep, report)
+        if rows is not None:
+            keys.add(shard, rows["key"].to_pylist())
+            for view in views:
+                _verify_stages(view, shard, rows, report)
+        progress.advance(1, problems=len(report.findings))
+    progress.finish()
+    keys.report_shared(run, report)
+    _check_plan(run, shards, report)
+    for view in views:
+        _check_parameters(view, report)
+    return report
+
+
+def _verify_shard(run: RunDir, shard: str, deep: bool, report: Report) -> pa.Table | None:
+    """Check a shard's rows, quarantine and tar. Gives the rows, None when they cannot be trusted."""
+    loaded = _verify_file(run, "shards", shard, report)
+    if loaded is None:
+        return None
+    rows, record, quarantine = loaded
+    tar, problems = run.tar_path(shard), list(check_shards(rows, quarantine))
+    try:
+        if not tar.exists() or tar.stat().st_size != record.extra.get("tar_bytes"):
+            size = f"{tar.stat().st_size:,} bytes" if tar.exists() else "gone"
+            raise ValueError(f"{tar.name} is {size}; {record.extra.get('tar_bytes'):,} bytes were committed")
+        num_members = check_tar(tar, rows, contents=deep)
+        if num_members != record.extra.get("tar_members"):
+            raise ValueError(
+                f"{tar.name} has {num_members} members; {record.extra.get('tar_members')} committed"
+            )
+        if deep and file_sha256(tar) != record.extra.get("tar_sha256"):
+            raise ValueError(f"the bytes of {tar.name} are not those committed")
+    except (ValueError, OSError, CorruptionError) as error:
+        problems.append(str(error))
+    _add(report.findings, "shards", shard, problems)
+    return rows
+
+
+def _verify_stages(view: RunDir, shard: str, rows: pa.Table, report: Report) -> None:
+    """Check the stages of one shard in one generation, each against those before it."""
+    tables = {"shards": rows}
+    kept_before: int | None = count_kept("shards", rows)
+    for stage in STAGES[1:]:
+        path = view.read_file(stage, shard)
+        is_own = path == view.stage_file(stage, shard)
+        folder = view.stage_file(stage, shard).parent.name
+        if not path.exists():
+            if _has_begun(view, stage):
+                _add(report.unfinished, folder, shard, [f"{path.name} is not there"])
+            kept_before = None
+            continue
+        loaded = _verify_file(view, stage, shard, report) if is_own else _quiet_load(view, stage, shard)
+        if loaded is None:
+            kept_before = None
+            continue
+        tables[stage], record, _ = loaded
+        if is_own:
+            _check_chain(view, record, kept_before, folder, report)
+            _check_content(stage, shard, tables, folder, report)
+        kept_before = record.rows_kept
+
+
+def _verify_file(
+    view: RunDir, stage: str, shard: str, report: Report
+) -> tuple[pa.Table, CommitRecord, pa.Table] | None:
+    """Read a stage's own file and quarantine, check them by themselves and count them in."""
+    path = view.stage_file(stage, shard)
+    folder = path.parent.name
+    try:
+        table, record = read_table(path), read_commit_record(path)
+        quarantine = read_quarantine(view, stage, shard)
+    except CapfiltError as error:
+        _add(report.findings, folder, shard, [str(error)])
+        return None
+    problems = []
+    try:
+        check_rows(stage, table, quarantine["key"].to_pylist())
+        if (count_kept(stage, table), quarantine.num_rows) != (record.rows_kept, record.rows_quarantined):
+            raise ValueError("kept and quarantined rows are not as many as the commit record says")
+        check_counts(record.rows_in, record.rows_kept, record.rows_rejected, record.rows_quarantined)
+        if stage == "shards" and record.rows_in != table.num_rows:
+            raise ValueError(f"{record.rows_in} rows came in; {table.num_rows} are there")
+    except (ValueError, KeyError) as error:
+        problems.append(str(error))
+    if "quarantine_seal" not in record.extra and view.quarantine_file(stage, shard).exists():
+        problems.append("there is a quarantine file that its commit record does not know")
+    _add(report.findings, folder, shard, problems)
+    counts = report.counts.setdefault(folder, StageCounts())
+    counts.num_shards += 1
+    counts.rows_in += record.rows_in
+    counts.rows_kept += record.rows_kept
+    counts.rows_rejected += record.rows_rejected
+    counts.rows_quarantined += record.rows_quarantined
+    return (table, record, quarantine) if not problems else None
+
+
+def _quiet_load(view: RunDir, stage: str, shard: str) -> tuple[pa.Table, CommitRecord, None] | None:
+    """Read the default generation's file for another generation; its damage is reported where it belongs."""
+    path = view.read_file(stage, shard)
+    try:
+        return read_table(path), read_commit_record(path), None
+    except CapfiltError:
+        return None
+
+
+def _check_chain(
+    view: RunDir, record: CommitRecord, kept_before: int | None, folder: str, report: Report
+) -> None:
+    if kept_before is not None and record.rows_in != kept_before:
+        _add(
+            report.findings,
+            folder,
+            record.shard,
+            [f"{record.rows_in} samples came in; the stage before kept {kept_before}"],
+        )
+    try:
+        is_current = record.input_digest == input_digest(view, record.stage, record.shard)
+    except CapfiltError:
+        return  # the stage before is missing or damaged, and reported
+    if not is_current:
+        _add(
+            report.unfinished, folder, record.shard, ["it was made from another input than the one there now"]
+        )
+
+
+def _check_content(stage: str, shard: str, tables: dict[str, pa.Table], folder: str, report: Report) -> None:
+    if set(STAGES[: STAGES.index(stage)]) - set(tables):
+        return  # a stage before is missing or damaged, and reported
+    problems = check_manifest(tables, shard) if stage == "manifest" else CHECKS[stage](tables)
+    _add(report.findings, folder, shard, list(problems))
+
+
+def _has_begun(view: RunDir, stage: str) -> bool:
+    return bool(view.committed(stage)) or (stage == "manifest" and view.generation is not None)
+
+
+def _check_strays(run: RunDir, views: list[RunDir], shards: set[str], report: Report) -> None:
+    """Tars without a commit record are what a crash leaves; stages of shards that are not there are not."""
+    for tar in sorted((run.path / "shards").glob("*.tar")):
+        if tar.stem not in shards:
+            _add(report.unfinished, "shards", tar.stem, [f"{tar.name} has no commit record"])
+    for view in views:
+        for stage in STAGES[1:]:
+            folder = view.stage_file(stage, "0").parent
+            for path in sorted(folder.glob("*.parquet")):
+                if path.stem not in shards:
+                    _add(report.findings, folder.name, path.stem, ["its shard is not committed"])
+
+
+def _check_plan(run: RunDir, shards: list[str], report: Report) -> None:
+    """Shards are numbered without gaps; where their maker knew how many there will be, all are there."""
+    present = {int(shard) for shard in shards}
+    planned = max(present, default=-1) + 1
+    for shard in shards[:1]:
+        with suppress(CorruptionError):  # reported already
+            extra = read_commit_record(run.stage_file("shards", shard)).extra
+            planned = max(planned, int(extra.get("num_shards", 0)))
+    for number in sorted(set(range(planned)) - present):
+        _add(report.unfinished, "shards", f"{number:05d}", ["the shard is not there"])
+
+
+def _check_parameters(view: RunDir, report: Report) -> None:
+    """All shards of a stage were made with the same parameters."""
+    for stage in STAGES:
+        if stage == "shards" and view.generation is not None:
+            continue
+        first: tuple[str, str] | None = None
+        folder = view.stage_file(stage, "0").parent
+        for path in sorted(folder.glob("*.parquet")):
+            try:
+                made_with = read_commit_record(path).fingerprint
+            except CapfiltError:
+                continue  # reported already
+            first = first or (made_with, path.stem)
+            if made_with != first[0]:
+                problem = f"it was made with other parameters than shard {first[1]}"
+                _add(report.unfinished, folder.name, path.stem, [problem])
+
+
+def _add(findings: list[Finding], folder: str, shard: str, problems: list[str]) -> None:
+    for problem in problems[:_MAX_PROBLEMS_PER_FILE]:
+        findings.append(Finding(folder, shard, problem))
+    if len(problems) > _MAX_PROBLEMS_PER_FILE:
+        more = len(problems) - _MAX_PROBLEMS_PER_FILE
+        findings.append(Finding(folder, shard, f"and {more} more of this kind"))
+
+
+class _KeyLedger:
+    """Remembers eight bytes of every key, to find the keys that two shards share."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, np.ndarray] = {}
+
+    def add(self, shard: str, keys: list[str]) -> None:
+        joined = b"".join(blake2b(str(key).encode(), digest_size=8).digest() for key in keys)
+        self._digests[shard] = np.frombuffer(joined, dtype=np.uint64)
+
+    def report_shared(self, run: RunDir, report: Report) -> None:
+        if not self._digests:
+            return
+        everything = np.sort(np.concatenate(list(self._digests.values())))
+        repeated = np.unique(everything[1:][everything[1:] == everything[:-1]])
+        if not repeated.size:
+            return
+        owner: dict[str, str] = {}
+        for shard, digests in self._digests.items():
+            keys = read_table(run.stage_file("shards", shard), columns=["key"])["key"].to_pylist()
+            suspects = [keys[number] for number in np.flatnonzero(np.isin(digests, repeated))]
+            shared = [key for key in suspects if owner.setdefault(key, shard) != shard]
+            if shared:
+                problem = f"it shares {len(shared)} keys with shard {owner[shared[0]]} (first: {shared[0]})"
+                _add(report.findings, "shards", shard, [problem])
