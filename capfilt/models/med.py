@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capfilt.models.vit import VisionTransformer
+from capfilt.models.vit import VisionTransformer, initialise
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each (B, H, S, D / H)."""
@@ -68,14 +68,16 @@ class TextLayout:
     """
 
     def __init__(self, image_of_row: Tensor, *, num_images: int, num_tokens: int) -> None:
-        """`image_of_row` (R,) gives each row's image, 0 to num_images - 1; every row has `num_tokens` tokens."""
+        """`image_of_row` (R,): each row's image, 0 to num_images - 1; every row has `num_tokens` tokens."""
         counts = torch.bincount(image_of_row, minlength=num_images)
         self.num_images, self.num_tokens = num_images, num_tokens
         self.num_slots = max(int(counts.max()), -(-_MIN_QUERIES // num_tokens))
         order = torch.argsort(image_of_row, stable=True)
         first = (counts.cumsum(0) - counts)[image_of_row[order]]
         slot = torch.empty_like(order)
-        slot[order] = image_of_row[order] * self.num_slots + torch.arange(len(order), device=order.device) - first
+        slot[order] = (
+            image_of_row[order] * self.num_slots + torch.arange(len(order), device=order.device) - first
+        )
         self.slot_of_row = slot
         self.row_of_slot = slot.new_zeros(num_images * self.num_slots)
         self.row_of_slot[slot] = torch.arange(len(slot), device=slot.device)
@@ -90,7 +92,7 @@ class TextLayout:
 
 
 _MIN_QUERIES = 4
-"""Below four queries torch's CPU attention rounds differently, so that a text would depend on its neighbours."""
+"""Below four queries torch's CPU attention rounds differently, and a text would depend on its neighbours."""
 
 
 class Attention(nn.Module):
@@ -128,7 +130,9 @@ class Attention(nn.Module):
         if query_BHTd.shape[2] == 1 and mask is None and query_BHTd.device.type == "cpu":
             attended = _attend_once(query_BHTd, *key_value)
         else:
-            attended = F.scaled_dot_product_attention(query_BHTd, *key_value, attn_mask=mask, is_causal=is_causal)
+            attended = F.scaled_dot_product_attention(
+                query_BHTd, *key_value, attn_mask=mask, is_causal=is_causal
+            )
         attended_BTD = attended.transpose(1, 2).flatten(2)
         if layout is not None:
             attended_BTD = layout.by_row(attended_BTD)
@@ -191,7 +195,9 @@ class TextLayer(nn.Module):
         attended = self.self_attention(hidden_BTD, key_value, mask, is_causal=is_causal)
         hidden_BTD = self.self_norm(hidden_BTD + self.dropout(attended))
         if image is not None:
-            hidden_BTD = self.cross_norm(hidden_BTD + self.dropout(self._attend_to_image(hidden_BTD, image, layout)))
+            hidden_BTD = self.cross_norm(
+                hidden_BTD + self.dropout(self._attend_to_image(hidden_BTD, image, layout))
+            )
         return self.norm(hidden_BTD + self.dropout(self.feed_forward(hidden_BTD)))
 
     def _attend_to_image(self, hidden_BTD: Tensor, image: KeyValue, layout: TextLayout | None) -> Tensor:
@@ -237,7 +243,7 @@ class TextTransformer(nn.Module):
         self.embedding_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.depth))
         self.dropout = nn.Dropout(config.dropout)
-        self.apply(_initialise)
+        initialise(self, config.width)
 
     def image_key_values(self, features_BPD: Tensor) -> list[KeyValue]:
         """Cross-attention keys and values of images, one pair per layer, to be shared by their texts."""
@@ -297,7 +303,7 @@ class LanguageModelHead(nn.Module):
         self.transform = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.vocabulary = nn.Linear(config.width, config.vocab_size)
-        self.apply(_initialise)
+        initialise(self, config.width)
         self.vocabulary.weight = word_embedding.weight
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
@@ -331,7 +337,7 @@ class Filter(nn.Module):
         self.text_projection = nn.Linear(config.width, embed_dim)
         self.itm_head = nn.Linear(config.width, 2)
         for projection in (self.vision_projection, self.text_projection, self.itm_head):
-            _initialise(projection)
+            initialise(projection, config.width)
 
     def itm_logits(self, features_BPD: Tensor, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """ITM logits (B·N, 2) of texts given image features (B, P, D); index 1 is "match".
@@ -362,11 +368,3 @@ def tie_decoder(decoder: TextTransformer, encoder: TextTransformer) -> None:
     for ours, theirs in zip(decoder.layers, encoder.layers, strict=True):
         ours.cross_attention, ours.cross_norm = theirs.cross_attention, theirs.cross_norm
         ours.feed_forward, ours.norm = theirs.feed_forward, theirs.norm
-
-
-def _initialise(module: nn.Module) -> None:
-    """BERT's initialisation: normal weights of std 0.02, zero biases."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)

@@ -1,0 +1,222 @@
+"""Writing captions with BLIP's captioner: many captions of many images, one token at a time.
+
+In: image features, a prompt, settings. Out: token ids of every caption, prompt and [SEP] left out.
+
+- an image's cross-attention keys and values are computed once and shared by its captions; the prompt is read
+  once an image; a caption leaves the batch when it ends
+- beam search is transformers' (early_stopping False, length penalty 1), whose scores count the repetition
+  penalty and divide by the number of tokens after the prompt
+- in float32 on a CPU a caption does not depend on the batch around it, to the bit: matrix products of four or
+  more rows do not, so rows are kept at a multiple of four
+
+Legend: B images, N captions per image, R rows of text, T tokens, V vocabulary, P patches, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capfilt.models.med import Captioner, TextLayout
+from capfilt.models.sampling import adjust_logits, choose_tokens, uniforms
+from capfilt.settings import CaptionSettings
+
+_ROWS_MULTIPLE = 4
+_IMPOSSIBLE = -1e9  # score of a beam that is none
+
+
+class _Rows:
+    """Rows of text under way: their cache, and the images they look at.
+
+    At first there is a row per image, which has read the prompt; `keep` repeats and drops rows.
+    """
+
+    def __init__(
+        self, model: Captioner, features_BPD: Tensor, prompt: Sequence[int], max_length: int
+    ) -> None:
+        self._model = model
+        self._image = model.decoder.image_key_values(features_BPD)
+        device, batch = features_BPD.device, len(features_BPD)
+        padded = -(-len(prompt) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+        tokens_T = torch.full((padded,), model.decoder.config.pad_token_id, device=device)
+        tokens_T[: len(prompt)] = torch.tensor(list(prompt), device=device)
+        self._cache = model.decoder.new_cache(batch, max(max_length, padded))
+        hidden_BTD = model.decoder(tokens_T.expand(batch, -1), image=self._image, cache=self._cache)
+        for layer in self._cache:
+            layer.truncate(len(prompt))
+        self.logits_BV = self._logits(hidden_BTD[:, len(prompt) - 1])
+        self._image_of_row = torch.arange(batch, device=device)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order; filled up to a multiple of four with repetitions."""
+        rows = _filled(rows)
+        for layer in self._cache:
+            layer.select(rows)
+        self._image_of_row = self._image_of_row[rows]
+        images = self._image_of_row.unique()
+        num_images = self._image[0][0].shape[0]
+        if len(images) <= num_images // 2:  # copying the others is worth it
+            self._image = [(key[images], value[images]) for key, value in self._image]
+            self._image_of_row = torch.searchsorted(images, self._image_of_row)
+            num_images = len(images)
+        self._layout = TextLayout(self._image_of_row, num_images=num_images, num_tokens=1)
+
+    def append(self, tokens_R: Tensor) -> Tensor:
+        """Read one more token of each row; next-token logits (R, V), float32, without the filling rows."""
+        hidden_RTD = self._model.decoder(
+            _filled(tokens_R)[:, None], image=self._image, cache=self._cache, layout=self._layout
+        )
+        return self._logits(hidden_RTD[:, 0])[: len(tokens_R)]
+
+    def _logits(self, hidden_RD: Tensor) -> Tensor:
+        return self._model.head(_filled(hidden_RD)[:, None])[: len(hidden_RD), 0].float()
+
+
+def write_captions(
+    model: Captioner,
+    features_BPD: Tensor,
+    keys: Sequence[str],
+    prompt: Sequence[int],
+    settings: CaptionSettings,
+) -> list[list[list[int]]]:
+    """Write `settings.num_captions` captions of each image.
+
+    Args:
+        model: in eval mode.
+        features_BPD: (B, P + 1, D) from `model.vision`.
+        keys: B keys of the samples; with the seed they fix the draws.
+        prompt: token ids the captions continue, [DEC] first, fewer than `settings.max_length`.
+        settings: decoding and its parameters; lengths count the prompt.
+
+    Returns:
+        Token ids by image and caption, without prompt and [SEP].
+    """
+    if len(prompt) >= settings.max_length:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, max_length is {settings.max_length}")
+    with torch.inference_mode():
+        if settings.decoding == "beam":
+            written = _search_beams(model, features_BPD, prompt, settings)
+        else:
+            written = _sample(model, features_BPD, keys, prompt, settings)
+    end = model.decoder.config.sep_token_id
+    texts = [_until(row, end) for row in written[:, len(prompt) :].tolist()]
+    per_image = len(texts) // len(features_BPD)
+    return [texts[start : start + per_image] for start in range(0, len(texts), per_image)]
+
+
+def _sample(
+    model: Captioner,
+    features_BPD: Tensor,
+    keys: Sequence[str],
+    prompt: Sequence[int],
+    settings: CaptionSettings,
+) -> Tensor:
+    """Nucleus, top-k or greedy: (B·N, max_length) token ids, filled up with [SEP]."""
+    end, start, num = model.decoder.config.sep_token_id, len(prompt), settings.num_captions
+    rows = _Rows(model, features_BPD, prompt, settings.max_length)
+    image_of_row = torch.arange(len(keys), device=features_BPD.device).repeat_interleave(num)
+    written = image_of_row.new_full((len(image_of_row), settings.max_length), end)
+    written[:, :start] = torch.tensor(list(prompt), device=written.device)
+    steps = settings.max_length - start
+    draws = np.stack([uniforms(settings.seed, key, index, steps) for key in keys for index in range(num)])
+    draws_RT = torch.from_numpy(draws)
+    caption_of_row = torch.arange(len(written), device=written.device)  # the captions still under way
+    logits_RV = rows.logits_BV[image_of_row]
+    rows.keep(image_of_row)
+    for length in range(start, settings.max_length):
+        tokens_RT = written[caption_of_row, :length]
+        adjust_logits(
+            logits_RV, tokens_RT, end_token_id=end, repetition_penalty=settings.repetition_penalty,
+            min_length=settings.min_length,
+        )  # fmt: skip
+        next_R = choose_tokens(logits_RV, draws_RT[caption_of_row.cpu(), length - start], settings)
+        written[caption_of_row, length] = next_R
+        live = (next_R != end).nonzero()[:, 0]
+        if length + 1 == settings.max_length or not len(live):
+            break
+        if len(live) < len(next_R):
+            rows.keep(live)
+            caption_of_row = caption_of_row[live]
+        logits_RV = rows.append(next_R[live])
+    return written
+
+
+def _search_beams(
+    model: Captioner, features_BPD: Tensor, prompt: Sequence[int], settings: CaptionSettings
+) -> Tensor:
+    """Beam search: (B, max_length) token ids of each image's best text, filled up with [SEP]."""
+    config, start, beams, device = model.decoder.config, len(prompt), settings.num_beams, features_BPD.device
+    end, batch = config.sep_token_id, len(features_BPD)
+    rows = _Rows(model, features_BPD, prompt, settings.max_length)
+    best = torch.full((batch, settings.max_length), end, device=device)
+    image_of_group = torch.arange(batch, device=device)  # the images still under way, `beams` rows each
+    running = best[:, None].repeat(1, beams, 1)
+    running[:, :, :start] = torch.tensor(list(prompt), device=device)
+    finished, finished_scores = running.clone(), torch.full((batch, beams), _IMPOSSIBLE, device=device)
+    running_scores = torch.full((batch, beams), _IMPOSSIBLE, device=device)
+    running_scores[:, 0] = 0.0  # the beams are equal at first: only one may grow
+    logits_RV = rows.logits_BV.repeat_interleave(beams, 0)
+    rows.keep(image_of_group.repeat_interleave(beams))
+    for length in range(start, settings.max_length):
+        scores_RV = adjust_logits(
+            logits_RV.log_softmax(dim=1), running.flatten(0, 1)[:, :length], end_token_id=end,
+            repetition_penalty=settings.repetition_penalty, min_length=settings.min_length,
+        )  # fmt: skip
+        grown_scores, grown, parents = _grow(running, running_scores, scores_RV, length)
+        ends = (grown[:, :, length] == end) | (length + 1 == settings.max_length)
+        running_scores, kept = (grown_scores + ends * _IMPOSSIBLE).topk(beams)
+        running, parents = _pick(grown, kept), parents.gather(1, kept)
+        finished, finished_scores = _finish(
+            finished, finished_scores, grown, grown_scores, ends, length + 1 - start
+        )
+        best[image_of_group] = finished[:, 0]
+        # An image is done when no running text could replace its worst finished one, says transformers.
+        open_ = (running_scores[:, 0] / (length + 1 - start) > finished_scores.amin(1)).nonzero()[:, 0]
+        if length + 1 == settings.max_length or not len(open_):
+            break
+        rows.keep((parents + torch.arange(len(parents), device=device)[:, None] * beams)[open_].flatten())
+        image_of_group, running, running_scores = image_of_group[open_], running[open_], running_scores[open_]
+        finished, finished_scores = finished[open_], finished_scores[open_]
+        logits_RV = rows.append(running[:, :, length].flatten())
+    return best
+
+
+def _grow(
+    running: Tensor, running_scores: Tensor, scores_RV: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best 2·beams texts one token longer: scores (B, 2·beams), tokens, the beam each continues."""
+    batch, beams = running_scores.shape
+    vocab_size = scores_RV.shape[1]
+    total = (scores_RV.view(batch, beams, vocab_size) + running_scores[:, :, None]).flatten(1)
+    scores, index = total.topk(2 * beams)
+    grown = _pick(running, index // vocab_size)
+    grown[:, :, length] = index % vocab_size
+    return scores, grown, index // vocab_size
+
+
+def _finish(
+    finished: Tensor, finished_scores: Tensor, grown: Tensor, grown_scores: Tensor, ends: Tensor, num_new: int
+) -> tuple[Tensor, Tensor]:
+    """The best texts that have ended, with those that end now and are among the best `beams` of all."""
+    beams = finished_scores.shape[1]
+    among_best = torch.arange(grown_scores.shape[1], device=ends.device) < beams
+    scores = (grown_scores / num_new).masked_fill(~(ends & among_best), _IMPOSSIBLE)
+    scores, kept = torch.cat([finished_scores, scores], dim=1).topk(beams)
+    return _pick(torch.cat([finished, grown], dim=1), kept), scores
+
+
+def _pick(texts_BNT: Tensor, index_BN: Tensor) -> Tensor:
+    return texts_BNT.gather(1, index_BN[:, :, None].expand(-1, -1, texts_BNT.shape[2]))
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """Rows, the last repeated up to a multiple of four."""
+    missing = -len(rows) % _ROWS_MULTIPLE
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
+
+
+def _until(tokens: list[int], end: int) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens
