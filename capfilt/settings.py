@@ -231,6 +231,56 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlipTrainSettings(TrainSettings):
+    """BLIP pre-training (ITC + ITM + LM, BLIP §3.2) and fine-tuning of its captioner or filter (§3.3)."""
+
+    init: str = ""
+    """What training starts from: a BLIP folder or hub id, or the output of `train blip`; empty for nothing."""
+    tokenizer: str = ""
+    """Folder or hub id of a BERT-style tokenizer with [DEC] and [ENC]; needed when init is empty."""
+    prompt: str = ""
+    """Captioner fine-tuning: text before every caption, without loss (BLIP: "a picture of ")."""
+    label_smoothing: float = 0.1
+    """LM: share of the target spread over the vocabulary (BLIP's released code: 0.1)."""
+    losses: tuple[str, ...] = ("itc", "itm", "lm")
+    """Pre-training: losses that are summed (BLIP §3.2: all three); fine-tuning has its own."""
+    max_text_tokens: int = 30
+    """Longest text in tokens, special tokens included (BLIP: 30 in pre-training, 40 in fine-tuning)."""
+    image_size_px: int = 224
+    """From nothing: side of the square input (BLIP §4.1: 224 in pre-training)."""
+    patch_size_px: int = 16
+    """From nothing: side of a patch."""
+    vision_width: int = 768
+    """From nothing: width of the image encoder."""
+    vision_depth: int = 12
+    """From nothing: blocks of the image encoder."""
+    text_width: int = 768
+    """From nothing: width of the text encoder and decoder."""
+    text_depth: int = 12
+    """From nothing: layers of the text encoder and decoder."""
+    max_positions: int = 512
+    """From nothing: longest text the model can hold, in tokens."""
+    embed_dim: int = 256
+    """From nothing: width of ITC's embeddings."""
+    head_width: int = 64
+    """From nothing: width of an attention head."""
+    autocast: str = "float32"
+    """Precision of matrix products: float32 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "0 or more, less than 1")
+        known = ("itc", "itm", "lm")
+        odd = not self.losses or any(name not in known for name in self.losses)
+        _require(not odd, "losses", self.losses, f"some of {', '.join(known)}")
+        _require(self.max_text_tokens >= 4, "max_text_tokens", self.max_text_tokens, "at least 4")
+        _require(self.autocast in ("float32", "bfloat16"), "autocast", self.autocast, "float32 or bfloat16")
+        for name in ("vision_width", "text_width"):
+            width = getattr(self, name)
+            _require(width % self.head_width == 0, name, width, f"a multiple of head_width ({self.head_width})")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage1Settings(TrainSettings):
     """BLIP-2 stage 1: the Q-Former on a frozen image encoder (BLIP-2 §3.2)."""
 

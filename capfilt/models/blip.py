@@ -14,6 +14,8 @@ Legend: B images, T tokens, P patches, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -43,25 +45,33 @@ class FilterLosses(nn.Module):
         self.model = model
         self.contrast = ImageTextContrast()
 
-    def forward(self, features_BPD: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
-        """Losses `itc` and `itm` of pairs.
+    def forward(
+        self, features_BPD: Tensor, tokens_BT: Tensor, losses: Sequence[str] = ("itc", "itm")
+    ) -> dict[str, Tensor]:
+        """Losses `itc` and `itm` of pairs, those of them that are asked for.
 
         Args:
             features_BPD: image features.
             tokens_BT: (B, T) texts that begin with [CLS] and end with [SEP], padded.
+            losses: names of the losses; another's name is passed over.
         """
+        if "itc" not in losses and "itm" not in losses:
+            return {}
         config = self.model.encoder.config
         mask_BT = tokens_BT != config.pad_token_id
         images_BE = self.model.embed_images(features_BPD)
         texts_BE = self.model.embed_texts(tokens_BT, mask_BT)
         similarity_BB = self.contrast(images_BE, texts_BE)
-        same_text = (tokens_BT[:, None] == tokens_BT[None]).all(dim=2)
-        encoder_tokens_BT = tokens_BT.clone()
-        encoder_tokens_BT[:, 0] = config.enc_token_id
-        return {
-            "itc": itc_loss(similarity_BB, similarity_BB.T),
-            "itm": self._itm(features_BPD, encoder_tokens_BT, mask_BT, similarity_BB.detach(), same_text),
-        }
+        found: dict[str, Tensor] = {}
+        if "itc" in losses:
+            found["itc"] = itc_loss(similarity_BB, similarity_BB.T)
+        if "itm" in losses:
+            same_text = (tokens_BT[:, None] == tokens_BT[None]).all(dim=2)
+            encoder_tokens_BT = tokens_BT.clone()
+            encoder_tokens_BT[:, 0] = config.enc_token_id
+            similarity_BB = similarity_BB.detach()
+            found["itm"] = self._itm(features_BPD, encoder_tokens_BT, mask_BT, similarity_BB, same_text)
+        return found
 
     def _itm(
         self, features_BPD: Tensor, tokens_BT: Tensor, mask_BT: Tensor, similarity_BB: Tensor, same_text: Tensor
@@ -117,8 +127,12 @@ class Blip(nn.Module):
         self.filter_losses = FilterLosses(self.filter)
         self.captioner_losses = CaptionerLosses(self.captioner, label_smoothing=label_smoothing)
 
-    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
-        """The losses `itc`, `itm`, `lm` and their sum `loss` (BLIP §3.2)."""
+    def forward(
+        self, images_BCHW: Tensor, tokens_BT: Tensor, losses: Sequence[str] = ("itc", "itm", "lm")
+    ) -> dict[str, Tensor]:
+        """The losses asked for of `itc`, `itm` and `lm`, and their sum `loss` (BLIP §3.2)."""
         features_BPD = self.filter.vision(images_BCHW)
-        losses = self.filter_losses(features_BPD, tokens_BT) | self.captioner_losses(features_BPD, tokens_BT)
-        return losses | {"loss": losses["itc"] + losses["itm"] + losses["lm"]}
+        found = self.filter_losses(features_BPD, tokens_BT, losses)
+        if "lm" in losses:
+            found |= self.captioner_losses(features_BPD, tokens_BT)
+        return found | {"loss": torch.stack(list(found.values())).sum()}

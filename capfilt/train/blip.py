@@ -1,0 +1,198 @@
+"""BLIP: pre-training with ITC + ITM + LM, and fine-tuning of its captioner and its filter (BLIP §3.2, §3.3).
+
+In: runs with a manifest, and a BLIP model to start from or a tokenizer and sizes. Out: folders in transformers'
+layout that plain transformers opens; pre-training writes two, `captioner/` and `filter/`, with shared weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from capfilt.errors import UsageError
+from capfilt.models.blip import Blip, CaptionerLosses, FilterLosses
+from capfilt.models.med import Captioner, Filter, MEDConfig
+from capfilt.models.vit import VisionTransformer, ViTConfig
+from capfilt.progress import NullProgress, Progress
+from capfilt.settings import BlipTrainSettings
+from capfilt.train.batches import Batch, iterate_batches
+from capfilt.train.blip_files import SavedBlip, load_blip, save_blip
+from capfilt.train.cpu import tune_cpu
+from capfilt.train.loop import TrainSummary, resolve_device, train
+from capfilt.train.pairs import read_pairs, runs_digest
+from capfilt.train.pretrained import ImagePreparation, find_model_dir, load_tokenizer, weights_digest
+
+PARTS = ("captioner", "filter")
+
+RunDirs = Sequence[str | Path]
+
+
+def train_blip(
+    run_dirs: RunDirs, settings: BlipTrainSettings, output_dir: Path, progress: Progress | None = None
+) -> TrainSummary:
+    """Pre-train captioner and filter together (ITC + ITM + LM).
+
+    Errors are those of `read_pairs`, the model loaders and `train`; UsageError where neither `init` nor
+    `tokenizer` is given.
+    """
+    torch.manual_seed(settings.seed)
+    model, start = _start_from_init(settings) if settings.init else _start_from_nothing(settings)
+
+    def losses(images_BCHW: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
+        return model(images_BCHW, tokens_BT, settings.losses)
+
+    def save(folder: Path) -> None:
+        save_blip(folder / "captioner", "captioner", model.captioner, start)
+        save_blip(folder / "filter", "filter", model.filter, start)
+
+    return _train(run_dirs, settings, output_dir, progress, model, losses, start, save, "train blip")
+
+
+def train_captioner(
+    run_dirs: RunDirs, settings: BlipTrainSettings, output_dir: Path, progress: Progress | None = None
+) -> TrainSummary:
+    """Fine-tune a captioner with LM; the tokens of the prompt carry no loss (BLIP §3.3)."""
+    torch.manual_seed(settings.seed)
+    start = load_blip(_part_of(settings.init, "captioner"), "captioner")
+    assert isinstance(start.model, Captioner)
+    prompt_tokens = start.tokenizer(settings.prompt, add_special_tokens=False).input_ids
+    objective = CaptionerLosses(
+        start.model, num_prompt_tokens=len(prompt_tokens), label_smoothing=settings.label_smoothing
+    )
+
+    def losses(images_BCHW: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
+        parts = objective(objective.model.vision(images_BCHW), tokens_BT)
+        return parts | {"loss": parts["lm"]}
+
+    def save(folder: Path) -> None:
+        save_blip(folder, "captioner", objective.model, start, prompt=settings.prompt)
+
+    return _train(run_dirs, settings, output_dir, progress, objective, losses, start, save, "train captioner")
+
+
+def train_filter(
+    run_dirs: RunDirs, settings: BlipTrainSettings, output_dir: Path, progress: Progress | None = None
+) -> TrainSummary:
+    """Fine-tune a filter with ITC and ITM (BLIP §3.3)."""
+    torch.manual_seed(settings.seed)
+    start = load_blip(_part_of(settings.init, "filter"), "filter")
+    assert isinstance(start.model, Filter)
+    objective = FilterLosses(start.model)
+
+    def losses(images_BCHW: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
+        parts = objective(objective.model.vision(images_BCHW), tokens_BT)
+        return parts | {"loss": parts["itc"] + parts["itm"]}
+
+    def save(folder: Path) -> None:
+        save_blip(folder, "filter", objective.model, start)
+
+    return _train(run_dirs, settings, output_dir, progress, objective, losses, start, save, "train filter")
+
+
+def _train(
+    run_dirs: RunDirs,
+    settings: BlipTrainSettings,
+    output_dir: Path,
+    progress: Progress | None,
+    module: nn.Module,
+    losses: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    start: SavedBlip,
+    save: Callable[[Path], None],
+    name: str,
+) -> TrainSummary:
+    """The shared part: data, device, tokens; then the loop."""
+    progress = progress or NullProgress()
+    device = resolve_device(settings.device)
+    tune_cpu()
+    module.to(device).train()
+    side = start.preparation.image_size_px
+    dataset = read_pairs(run_dirs, image_size_px=side, progress=progress)
+    prompt = settings.prompt.strip() + " " if settings.prompt.strip() else ""
+
+    def compute_losses(batch: Batch, _step: int) -> dict[str, Tensor]:
+        tokens_BT = encode_texts(start.tokenizer, [prompt + text for text in batch.texts], settings, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bfloat16"):
+            return losses(batch.images.to(device), tokens_BT)
+
+    fields = {"input": runs_digest(run_dirs)}
+    if settings.init:
+        fields["init_sha256"] = weights_digest(_part_of(settings.init, "captioner" if "blip" in name else name[6:]))
+    return train(
+        compute_losses,
+        named_parameters=module.named_parameters(),
+        open_batches=lambda cursor: iterate_batches(
+            dataset, settings, cursor, mean=start.preparation.mean, std=start.preparation.std
+        ),
+        settings=settings,
+        output_dir=output_dir,
+        save=save,
+        progress=progress,
+        name=name,
+        fields=fields,
+    )
+
+
+def encode_texts(tokenizer: Any, texts: list[str], settings: BlipTrainSettings, device: torch.device) -> Tensor:
+    """[CLS] … [SEP] of each text, padded to the longest: (B, T) token ids."""
+    encoded = tokenizer(
+        texts, padding=True, truncation=True, max_length=settings.max_text_tokens, return_tensors="pt"
+    )
+    return encoded.input_ids.to(device)
+
+
+def _part_of(init: str, part: str) -> Path:
+    """The folder of a part in the output of `train blip`, or the model folder itself."""
+    folder = find_model_dir(init, f"BLIP {part} to start from")
+    return folder / part if (folder / part / "config.json").exists() else folder
+
+
+def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, SavedBlip]:
+    """Both parts of an earlier `train blip`; what they share must be equal."""
+    parts = {part: load_blip(_part_of(settings.init, part), part) for part in PARTS}
+    captioner, filter_model = parts["captioner"].model, parts["filter"].model
+    assert isinstance(captioner, Captioner) and isinstance(filter_model, Filter)
+    config = filter_model.encoder.config
+    model = Blip(
+        VisionTransformer(filter_model.vision.config), config,
+        embed_dim=filter_model.text_projection.out_features, label_smoothing=settings.label_smoothing,
+    )  # fmt: skip
+    model.captioner.load_state_dict(captioner.state_dict())
+    shared = {name: tensor.clone() for name, tensor in model.captioner.vision.state_dict().items()}
+    model.filter.load_state_dict(filter_model.state_dict())
+    for name, tensor in model.captioner.vision.state_dict().items():
+        if not torch.equal(tensor, shared[name]):
+            raise UsageError(
+                f"The captioner and the filter in {settings.init} have different image encoders; pre-training "
+                f"goes on from the output of `capfilt train blip` only."
+            )
+    return model, parts["captioner"]
+
+
+def _start_from_nothing(settings: BlipTrainSettings) -> tuple[Blip, SavedBlip]:
+    if not settings.tokenizer:
+        raise UsageError("Neither --init nor --tokenizer is given; name a BLIP model, or a tokenizer to start with.")
+    tokenizer = load_tokenizer(find_model_dir(settings.tokenizer, "tokenizer"))
+    names = tokenizer.get_vocab()
+    if missing := [token for token in ("[DEC]", "[ENC]") if token not in names]:
+        raise UsageError(f"The tokenizer {settings.tokenizer} lacks {', '.join(missing)}; BLIP's has both.")
+    vision = ViTConfig(
+        image_size_px=settings.image_size_px, patch_size_px=settings.patch_size_px, width=settings.vision_width,
+        depth=settings.vision_depth, num_heads=settings.vision_width // settings.head_width,
+        mlp_width=4 * settings.vision_width,
+    )  # fmt: skip
+    text = MEDConfig(
+        vocab_size=len(tokenizer), width=settings.text_width, depth=settings.text_depth,
+        num_heads=settings.text_width // settings.head_width, mlp_width=4 * settings.text_width,
+        max_positions=settings.max_positions, vision_width=settings.vision_width,
+        pad_token_id=tokenizer.pad_token_id, sep_token_id=tokenizer.sep_token_id,
+        dec_token_id=names["[DEC]"], enc_token_id=names["[ENC]"],
+    )  # fmt: skip
+    model = Blip(
+        VisionTransformer(vision), text, embed_dim=settings.embed_dim, label_smoothing=settings.label_smoothing
+    )
+    preparation = ImagePreparation(settings.image_size_px)
+    return model, SavedBlip(model.captioner, tokenizer, preparation)
