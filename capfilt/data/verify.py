@@ -251,15 +251,23 @@ def _check_strays(run: RunDir, views: list[RunDir], shards: set[str], report: Re
 
 
 def _check_plan(run: RunDir, shards: list[str], report: Report) -> None:
-    """Shards are numbered without gaps; where their maker knew how many there will be, all are there."""
+    """Shards are numbered without gaps; where their maker knew how many shards and rows there will be, all
+    have come to something."""
     present = {int(shard) for shard in shards}
-    planned = max(present, default=-1) + 1
+    planned, source_rows = max(present, default=-1) + 1, None
     for shard in shards[:1]:
         with suppress(CorruptionError):  # reported already
             extra = read_commit_record(run.stage_file("shards", shard)).extra
             planned = max(planned, int(extra.get("num_shards", 0)))
-    for number in sorted(set(range(planned)) - present):
+            source_rows = extra.get("source_rows")
+    absent = sorted(set(range(planned)) - present)
+    for number in absent:
         _add(report.unfinished, "shards", f"{number:05d}", ["the shard is not there"])
+    counts = report.counts.get("shards", StageCounts())
+    is_whole = not absent and counts.num_shards == len(shards)
+    if source_rows is not None and is_whole and counts.rows_in != source_rows:
+        problem = f"the shards account for {counts.rows_in} rows; the table has {source_rows}"
+        _add(report.findings, "shards", "", [problem])
 
 
 def _check_parameters(view: RunDir, report: Report) -> None:
