@@ -190,6 +190,6 @@ def _liven(model: Any, head: torch.Tensor | None) -> None:
         elif parameter.ndim == 1:
             parameter.add_(0.05 * torch.randn_like(parameter))
         else:
-            parameter.mul_(4.0)
+            parameter.mul_(8.0 if "crossattention" in name else 4.0)
     if head is not None:
         head.mul_(6.0)

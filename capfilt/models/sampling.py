@@ -85,9 +85,13 @@ def candidates(logits_RV: Tensor, *, top_k: int, top_p: float) -> tuple[Tensor, 
     num = min(vocab_size, max(_FIRST_CANDIDATES, top_k + 14))
     while True:
         values_RK, ids_RK = torch.topk(logits_RV, num)
-        kept_RK = _kept(logits_RV, values_RK, top_k, top_p)
-        # What is beyond the candidates cannot be kept when the last of them is not: equal logits could be.
-        lowest_R = values_RK.masked_fill(~kept_RK, torch.inf).amin(dim=1)
+        if 0 < top_k < vocab_size:
+            lowest_R = values_RK[:, top_k - 1]
+        else:
+            lowest_R = values_RK.masked_fill(~_kept(logits_RV, values_RK, top_k, top_p), torch.inf).amin(
+                dim=1
+            )
+        # What is not among the candidates is below the lowest that counts when the last candidate is.
         if num == vocab_size or bool((values_RK[:, -1] < lowest_R).all()):
             break
         num = min(vocab_size, 4 * num)
