@@ -1,7 +1,7 @@
 """Progress of a long piece of work: what is done, how fast, and how long it will take.
 
-In: `start(name, total, unit)`, then `advance(n)` as work is done, then `finish()`. Out: on a terminal one line
-that is redrawn in place; elsewhere (a log file, a pipe) a plain line every few seconds and one at the end.
+In: `start(name, total, unit)`, then `advance(n)` as work is done, then `finish()`. Out: on a terminal a line
+that is redrawn in place; elsewhere (a log, a pipe) a plain line every few seconds and one at the end.
 No thread and no dependency: a line is drawn only when work advances, so worker processes can be forked at
 any time.
 """
@@ -21,7 +21,7 @@ BAR_WIDTH = 24
 
 
 class Progress(Protocol):
-    """What long functions report to. One piece of work at a time: start, advance as often as liked, finish."""
+    """What long functions report to, one piece of work at a time: start, advance, finish."""
 
     def start(self, name: str, total: int | None, unit: str, /) -> None:
         """Begin a piece of work of `total` units (None: not known), called `name`."""

@@ -3,7 +3,8 @@
 A recipe has a `description`, an optional `run_dir` and sections. `[source]` says what is curated and may be
 left out (the run then goes on from the shards it has); `[download]`, `[caption]`, `[rank]`, `[filter]`,
 `[train.stage1]` and `[train.stage2]` fill the settings of that name; a stage without its section is not run
-(`[download]` may be left out: its defaults hold). Nothing is inherited or merged: a recipe is complete by itself.
+(`[download]` may be left out: its defaults hold). Nothing is inherited or merged: a recipe is complete by
+itself.
 Every unknown section or key is refused with its line and the nearest valid name.
 """
 
@@ -13,13 +14,20 @@ import difflib
 import re
 import tomllib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from capfilt.errors import UsageError
-from capfilt.settings import CaptionSettings, DownloadSettings, FilterSettings, RankSettings
+from capfilt.settings import (
+    CaptionSettings,
+    DownloadSettings,
+    FilterSettings,
+    RankSettings,
+    Stage1Settings,
+    Stage2Settings,
+)
 
 Settings = TypeVar("Settings")
 MAX_RECIPE_BYTES = 1_000_000
@@ -46,6 +54,18 @@ class SourceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage2Section(Stage2Settings):
+    """Stage 2 and the language model that it connects to."""
+
+    llm: str = ""
+    """Folder or hub id of an OPT or T5, `embedded-opt` or `embedded-t5`."""
+
+    def settings(self) -> Stage2Settings:
+        """The settings alone."""
+        return Stage2Settings(**{f.name: getattr(self, f.name) for f in fields(Stage2Settings)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One recipe, read and checked. A stage that is None is not run."""
 
@@ -58,6 +78,8 @@ class Recipe:
     caption: CaptionSettings | None = None
     rank: RankSettings | None = None
     filter: FilterSettings | None = None
+    stage1: Stage1Settings | None = None
+    stage2: Stage2Section | None = None
 
     sections: ClassVar[dict[str, type]] = {
         "source": SourceSettings,
@@ -65,7 +87,16 @@ class Recipe:
         "caption": CaptionSettings,
         "rank": RankSettings,
         "filter": FilterSettings,
+        "train.stage1": Stage1Settings,
+        "train.stage2": Stage2Section,
     }
+    """Name of a section → what it fills; the part behind the dot is the field."""
+
+    def __post_init__(self) -> None:
+        if self.stage2 is not None and self.stage1 is None:
+            raise UsageError(f"{self.path} has [train.stage2] without [train.stage1], which it starts from.")
+        if self.caption is None and (self.rank is not None or self.filter is not None):
+            raise UsageError(f"{self.path} has no [caption]; [rank] and [filter] work on its captions.")
 
 
 def bundled_dirs() -> list[Path]:
@@ -88,9 +119,8 @@ def find_recipe(recipe: str) -> Path:
     bundled = known.get(recipe.removesuffix(".toml")) if path.name == recipe else None
     if bundled is not None:
         return bundled
-    raise UsageError(
-        f"No recipe {recipe}: neither a file nor one of {', '.join(sorted(known))}.{did_you_mean(recipe, known)}"
-    )
+    nearest = did_you_mean(recipe, known)
+    raise UsageError(f"No recipe {recipe}: neither a file nor one of {', '.join(sorted(known))}.{nearest}")
 
 
 def read_recipe(recipe: str) -> Recipe:
@@ -101,7 +131,9 @@ def read_recipe(recipe: str) -> Recipe:
     """
     path = find_recipe(recipe)
     if path.stat().st_size > MAX_RECIPE_BYTES:
-        raise UsageError(f"{path} has {path.stat().st_size:,} bytes; a recipe has {MAX_RECIPE_BYTES:,} at most.")
+        raise UsageError(
+            f"{path} has {path.stat().st_size:,} bytes; a recipe has {MAX_RECIPE_BYTES:,} at most."
+        )
     try:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text)
@@ -119,15 +151,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def _recipe_of(path: Path, text: str, document: Mapping[str, Any]) -> Recipe:
     texts = ("description", "run_dir")
     values: dict[str, Any] = {"name": path.stem, "path": path}
-    for key, value in document.items():
+    for key, value in _flat(document):
         where = f"{path}:{line_of(text, None, key)}"
         if key in Recipe.sections:
             if not isinstance(value, dict):
                 raise UsageError(f"{where}: {key} is {value!r}; expected a section [{key}].")
-            values[key] = _section_of(Recipe.sections[key], key, value, path, text)
+            values[key.rpartition(".")[2]] = _section_of(Recipe.sections[key], key, value, path, text)
         elif key not in texts:
             known = [*texts, *Recipe.sections]
-            raise UsageError(f"{where}: unknown {_kind(value)} {key}.{did_you_mean(key, known)} Known: {', '.join(known)}.")
+            nearest = did_you_mean(key, known)
+            raise UsageError(f"{where}: unknown {_kind(value)} {key}.{nearest} Known: {', '.join(known)}.")
         elif not isinstance(value, str):
             raise UsageError(f"{where}: {key} is {value!r}; expected a text in quotes.")
         else:
@@ -135,18 +168,31 @@ def _recipe_of(path: Path, text: str, document: Mapping[str, Any]) -> Recipe:
     return Recipe(**values)
 
 
+def _flat(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of the document, those of [train] as train.NAME."""
+    for key, value in document.items():
+        if key == "train" and isinstance(value, dict):
+            yield from ((f"train.{name}", item) for name, item in value.items())
+        else:
+            yield key, value
+
+
 def _kind(value: object) -> str:
     return "section" if isinstance(value, dict) else "key"
 
 
-def _section_of(cls: type[Settings], section: str, values: Mapping[str, Any], path: Path, text: str) -> Settings:
+def _section_of(
+    cls: type[Settings], section: str, values: Mapping[str, Any], path: Path, text: str
+) -> Settings:
     hints = get_type_hints(cls)
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     typed: dict[str, Any] = {}
     for key, value in values.items():
         where = f"{path}:{line_of(text, section, key)}: [{section}]"
         if key not in names:
-            raise UsageError(f"{where} has no setting {key}.{did_you_mean(key, names)} Known: {', '.join(names)}.")
+            raise UsageError(
+                f"{where} has no setting {key}.{did_you_mean(key, names)} Known: {', '.join(names)}."
+            )
         try:
             typed[key] = _typed(value, hints[key])
         except TypeError as error:
@@ -184,7 +230,7 @@ def line_of(text: str, section: str | None, key: str) -> int:
         match = header.match(line)
         if match:
             current = match.group(1)
-            if current == section or (section is None and current.split(".")[0] == key):
+            if current == section or (section is None and key in (current, current.split(".")[0])):
                 section_line = number
         elif current == section and wanted.match(line):
             return number

@@ -9,6 +9,7 @@ import pytest
 
 from capfilt.errors import UsageError
 from capfilt.recipes import Recipe, bundled_recipes, find_recipe, read_recipe
+from capfilt.settings import Stage2Settings
 
 FULL = """\
 description = "all of it"
@@ -31,6 +32,14 @@ include_web = true
 
 [filter]
 filter_model = "embedded"
+
+[train.stage1]
+image_encoder = "embedded"
+losses = ["itc"]
+
+[train.stage2]
+llm = "embedded-opt"
+dropout = 0
 """
 
 
@@ -63,10 +72,15 @@ def test_every_setting_arrives_typed(tmp_path: Path) -> None:
     assert recipe.rank is not None
     assert recipe.rank.include_web is True
     assert recipe.filter is not None
+    assert recipe.stage1 is not None
+    assert recipe.stage1.losses == ("itc",)
+    assert recipe.stage2 is not None
+    assert recipe.stage2.llm == "embedded-opt"
+    assert recipe.stage2.settings() == Stage2Settings(dropout=0.0)
 
 
 def test_sections_are_fields_of_a_recipe() -> None:
-    assert set(Recipe.sections) <= {f.name for f in fields(Recipe)}
+    assert {name.rpartition(".")[2] for name in Recipe.sections} <= {f.name for f in fields(Recipe)}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +97,9 @@ def test_sections_are_fields_of_a_recipe() -> None:
         ("include_web = true", "include_web = 1", 17, "expected true or false"),
         ('tars = ["a.tar", "b-{00..09}.tar"]', "world_seed = 1", 4, "source gives none of them"),
         ('tars = ["a.tar",', 'table = "x"\ntars = ["a.tar",', 4, "source gives table and tars"),
+        ("[train.stage2]", "[train.stage3]", 26, "Did you mean train.stage"),
+        ("dropout = 0", "dropout = 2", 28, "dropout is 2.0; expected 0 or more"),
+        ("llm =", "lm =", 27, "Did you mean llm?"),
         ('"runs/x"', "7", 2, "expected a text in quotes"),
     ],
 )
@@ -93,6 +110,13 @@ def test_a_mistake_is_refused_with_its_line(tmp_path: Path, old: str, new: str, 
         read_recipe(path)
     assert f"{path}:{line}:" in str(caught.value)
     assert said in str(caught.value)
+
+
+def test_stages_that_lack_what_they_start_from_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"\[train.stage2\] without \[train.stage1\]"):
+        read_recipe(write(tmp_path, '[train.stage2]\nllm = "embedded-opt"'))
+    with pytest.raises(UsageError, match=r"has no \[caption\]"):
+        read_recipe(write(tmp_path, "[rank]"))
 
 
 def test_what_is_not_toml_is_refused(tmp_path: Path) -> None:

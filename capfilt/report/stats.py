@@ -25,12 +25,12 @@ THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 NUM_TOP_WORDS = 20
 EDGE_BOUNDS_PX = (32, 64, 128, 256, 384, 512, 768, 1024)
 """Bounds of the histogram of shorter edges."""
-SCORE_BINS = 20
+CLIP_BINS, ITM_BINS = 100, 20
 
 
 @dataclass
 class Histogram:
-    """Counts between bounds: `counts[i]` values lie in [bounds[i], bounds[i + 1]), the last bound included."""
+    """Counts between bounds: `counts[i]` values lie in [bounds[i], bounds[i + 1]); the last bin has both."""
 
     bounds: list[float]
     counts: list[int]
@@ -79,8 +79,8 @@ class SourceStats:
     by_drop_reason: dict[str, int] = field(default_factory=dict)
     words: Spread | None = None
     words_histogram: dict[int, int] = field(default_factory=dict)
-    clip_score: Histogram = field(default_factory=lambda: Histogram.even(-1, 1, 2 * SCORE_BINS))
-    itm_score: Histogram = field(default_factory=lambda: Histogram.even(0, 1, SCORE_BINS))
+    clip_score: Histogram = field(default_factory=lambda: Histogram.even(-1, 1, CLIP_BINS))
+    itm_score: Histogram = field(default_factory=lambda: Histogram.even(0, 1, ITM_BINS))
     kept_by_threshold: dict[str, float] = field(default_factory=dict)
     """ITM threshold → share kept of the pairs that nothing but the threshold drops."""
     top_words: dict[str, int] = field(default_factory=dict)
@@ -210,7 +210,9 @@ class _Sums:
         stats.by_drop_reason = _by_count(self.reasons)
         stats.words = spread_of(self.lengths)
         stats.words_histogram = dict(sorted(self.lengths.items()))
-        stats.top_words = dict(sorted(self.words.items(), key=lambda item: (-item[1], item[0]))[:NUM_TOP_WORDS])
+        stats.top_words = dict(
+            sorted(self.words.items(), key=lambda item: (-item[1], item[0]))[:NUM_TOP_WORDS]
+        )
         if self.num_candidates:
             shares = self.passing / self.num_candidates
             stats.kept_by_threshold = {
@@ -270,4 +272,6 @@ def spread_of(counter: Mapping[int, int]) -> Spread | None:
     before = np.cumsum(times)
     num = int(before[-1])
     low, high = (values[np.searchsorted(before, rank + 1)] for rank in ((num - 1) // 2, num // 2))
-    return Spread(num, int(values[0]), float(low + high) / 2, float((values * times).sum() / num), int(values[-1]))
+    return Spread(
+        num, int(values[0]), float(low + high) / 2, float((values * times).sum() / num), int(values[-1])
+    )

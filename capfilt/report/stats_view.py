@@ -15,6 +15,7 @@ from capfilt.report.stats import Histogram, RunStats, SourceStats, Spread
 
 RULE_WIDTH = 78
 BAR_WIDTH = 30
+MAX_ROWS = 16
 
 
 def stats_lines(stats: RunStats, *, plain: bool = False) -> Iterator[str]:
@@ -43,7 +44,12 @@ def table_lines(rows: Iterable[tuple[str, int]], total: int, *, plain: bool) -> 
     width = max((len(name) for name, _ in listed), default=0)
     for name, number in listed:
         share = number / total if total else 0.0
-        yield f"  {name:<{width}}  {number:>11,}  {share:6.1%}  {bar(share, BAR_WIDTH, plain=plain).rstrip(' ·.')}".rstrip()
+        yield f"  {name:<{width}}  {number:>11,}  {share:6.1%}  {_drawn(share, BAR_WIDTH, plain)}".rstrip()
+
+
+def _drawn(share: float, width: int, plain: bool) -> str:
+    """A bar without its empty cells."""
+    return bar(share, width, plain=plain).rstrip(" ·.")
 
 
 def _run_lines(stats: RunStats, plain: bool) -> Iterator[str]:
@@ -59,12 +65,15 @@ def _download_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     found = stats.download
     yield ""
     yield rule("Download", plain=plain)
-    yield from table_lines([("rows", found.num_rows), ("images", found.num_images)], found.num_rows, plain=plain)
+    yield from table_lines(
+        [("rows", found.num_rows), ("images", found.num_images)], found.num_rows, plain=plain
+    )
     if found.by_reason:
         yield ""
         yield "  rows without an image, by reason"
         for name, number in found.by_reason.items():
-            yield f"  {name:<20} {number:>9,}  {number / found.num_rows:6.1%}  {REASON_SENTENCES.get(name, '')}"
+            sentence = REASON_SENTENCES.get(name, "")
+            yield f"  {name:<20} {number:>9,}  {number / found.num_rows:6.1%}  {sentence}"
     if found.width_px and found.height_px:
         yield ""
         yield f"  width {_spread(found.width_px, 'px')};  height {_spread(found.height_px, 'px')}"
@@ -103,7 +112,8 @@ def _caption_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     if different and different.distinct_per_image:
         yield (
             f"  synthetic  {different.captions_per_image:.1f} captions an image, "
-            f"median {different.distinct_per_image.median:.0f} distinct, {different.distinct_share:.1%} distinct in all"
+            f"median {different.distinct_per_image.median:.0f} distinct, "
+            f"{different.distinct_share:.1%} distinct in all"
         )
 
 
@@ -125,30 +135,35 @@ def _itm(found: SourceStats) -> Histogram:
 
 
 def _histogram_lines(histograms: Mapping[str, Histogram], plain: bool) -> Iterator[str]:
-    """The histograms side by side, from the first to the last bin that has anything."""
-    first = next(iter(histograms.values()))
-    filled = [i for i in range(len(first.counts)) if any(h.counts[i] for h in histograms.values())]
+    """The histograms side by side, from the first to the last bin that has anything, in MAX_ROWS at most."""
+    bounds = next(iter(histograms.values())).bounds
+    filled = [i for i in range(len(bounds) - 1) if any(h.counts[i] for h in histograms.values())]
+    step = -(-(filled[-1] + 1 - filled[0]) // MAX_ROWS)
+    starts = range(filled[0], filled[-1] + 1, step)
+    merged = {source: [sum(h.counts[i : i + step]) for i in starts] for source, h in histograms.items()}
     yield " " * 16 + "".join(f"{source:<{BAR_WIDTH + 8}}" for source in histograms).rstrip()
-    for i in range(filled[0], filled[-1] + 1):
+    for row, start in enumerate(starts):
         cells = []
-        for histogram in histograms.values():
-            share = histogram.counts[i] / max(histogram.counts)
-            drawn = bar(share, BAR_WIDTH - 6, plain=plain).rstrip(" ·.")
-            cells.append(f"{histogram.counts[i]:>9,} {drawn:<{BAR_WIDTH - 2}}")
-        yield f"  {first.bounds[i]:>5.2f} …{first.bounds[i + 1]:>5.2f}  {''.join(cells)}".replace("…", "-").rstrip()
+        for counts in merged.values():
+            drawn = _drawn(counts[row] / max(1, *counts), BAR_WIDTH - 6, plain)
+            cells.append(f"{counts[row]:>9,} {drawn:<{BAR_WIDTH - 2}}")
+        end = bounds[min(start + step, len(bounds) - 1)]
+        yield f"  {bounds[start]:>5.2f} -{end:>5.2f}  {''.join(cells)}".rstrip()
 
 
 def _threshold_lines(stats: RunStats, plain: bool) -> Iterator[str]:
-    curves = {source: found.kept_by_threshold for source, found in stats.pairs.items() if found.kept_by_threshold}
+    curves = {
+        source: found.kept_by_threshold for source, found in stats.pairs.items() if found.kept_by_threshold
+    }
     if not curves:
         return
     yield ""
-    yield rule("Kept rate against the ITM threshold, of the pairs that are best by CLIP", plain=plain)
+    yield rule("Kept rate against the ITM threshold, of the pairs that nothing else drops", plain=plain)
     yield "  threshold   " + "".join(f"{source:<{BAR_WIDTH + 8}}" for source in curves).rstrip()
     for threshold in next(iter(curves.values())):
         cells = []
         for curve in curves.values():
-            drawn = bar(curve[threshold], BAR_WIDTH - 6, plain=plain).rstrip(" ·.")
+            drawn = _drawn(curve[threshold], BAR_WIDTH - 6, plain)
             cells.append(f"{curve[threshold]:>6.1%} {drawn:<{BAR_WIDTH + 1}}")
         yield f"  {float(threshold):>9.2f}   {''.join(cells)}".rstrip()
 

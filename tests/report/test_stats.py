@@ -49,7 +49,14 @@ def write_shards(run: RunDir) -> None:
             copy = staging / key
             copy.write_bytes(data[key])
             rows.append(
-                dict(key=key, url=f"http://x/{key}", caption="web", status="success", width=width, height=height)
+                dict(
+                    key=key,
+                    url=f"http://x/{key}",
+                    caption="web",
+                    status="success",
+                    width=width,
+                    height=height,
+                )
                 | dict(original_width=width, original_height=height, sha256=file_sha256(copy))
                 | dict(image_offset=member.offset, image_length=member.length, image_ext="png")
             )
@@ -63,19 +70,37 @@ def write_shards(run: RunDir) -> None:
 
 
 def write_rest(run: RunDir) -> None:
-    captions = [dict(key=k, caption_index=i, text=t) for k, texts in CAPTIONS.items() for i, t in enumerate(texts)]
+    captions = [
+        dict(key=k, caption_index=i, text=t) for k, texts in CAPTIONS.items() for i, t in enumerate(texts)
+    ]
     tables = {"captions": captions, "clip": [], "itm": [], "manifest": []}
-    scores = {-1: (None, None, 0.2), 0: (0.9, 1, 0.95), 1: (0.9, None, None), 2: (0.5, 2, 0.4), 3: (0.1, 3, None)}
+    scores = {
+        -1: (None, None, 0.2),
+        0: (0.9, 1, 0.95),
+        1: (0.9, None, None),
+        2: (0.5, 2, 0.4),
+        3: (0.1, 3, None),
+    }
     reasons = {-1: "low_itm", 0: None, 1: "duplicate", 2: "low_itm", 3: "low_clip"}
     for key, texts in CAPTIONS.items():
         for i, text in enumerate(["Web: a shop's picture", *texts], start=-1):
             clip, rank, itm = scores[i]
             source = "web" if i < 0 else "synthetic"
-            tables["clip"].append(dict(key=key, caption_index=i, source=source, text=text, clip_score=clip, rank=rank))
+            tables["clip"].append(
+                dict(key=key, caption_index=i, source=source, text=text, clip_score=clip, rank=rank)
+            )
             if itm is not None:
                 tables["itm"].append(dict(key=key, caption_index=i, itm_score=itm))
             tables["manifest"].append(
-                dict(shard="00000", key=key, caption_index=i, source=source, text=text, clip_score=clip, rank=rank)
+                dict(
+                    shard="00000",
+                    key=key,
+                    caption_index=i,
+                    source=source,
+                    text=text,
+                    clip_score=clip,
+                    rank=rank,
+                )
                 | dict(itm_score=itm, kept=reasons[i] is None, drop_reason=reasons[i])
             )
     for stage, rows in tables.items():

@@ -1,0 +1,135 @@
+"""`capfilt caption`, `rank`, `filter` and `select`: from shards to the manifest, stage by stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from capfilt.cli.console import open_progress, say_result
+from capfilt.cli.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    Generation,
+    Keep,
+    Run,
+    Threshold,
+    settings_from,
+)
+from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
+
+
+def caption(
+    run: Run,
+    captioner: Annotated[
+        str,
+        typer.Option(metavar="PATH|ID", help="BLIP captioner: folder, hub id, original .pth, or embedded."),
+    ] = CaptionSettings.captioner,
+    num_captions: Annotated[
+        int, typer.Option(help="Captions drawn for each image.")
+    ] = CaptionSettings.num_captions,
+    decoding: Annotated[str, typer.Option(help="nucleus, greedy, beam or top-k.")] = CaptionSettings.decoding,
+    top_p: Annotated[
+        float, typer.Option(help="Nucleus: smallest set of tokens with this probability.")
+    ] = CaptionSettings.top_p,
+    top_k: Annotated[
+        int, typer.Option(help="Tokens considered at each step; 0: all.")
+    ] = CaptionSettings.top_k,
+    temperature: Annotated[float, typer.Option(help="Divides the logits.")] = CaptionSettings.temperature,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Penalty of tokens already written.")
+    ] = CaptionSettings.repetition_penalty,
+    num_beams: Annotated[int, typer.Option(help="Beams when decoding is beam.")] = CaptionSettings.num_beams,
+    min_length: Annotated[
+        int, typer.Option(help="Shortest text in tokens, prompt included.")
+    ] = CaptionSettings.min_length,
+    max_length: Annotated[
+        int, typer.Option(help="Longest text in tokens, prompt included.")
+    ] = CaptionSettings.max_length,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Text the captions continue; unset: the model's own.")
+    ] = CaptionSettings.prompt,
+    seed: Annotated[int, typer.Option(help="Fixes every draw.")] = CaptionSettings.seed,
+    batch_size: BatchSize = CaptionSettings.batch_size,
+    device: Device = CaptionSettings.device,
+    dtype: Dtype = CaptionSettings.dtype,
+    generation: Generation = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write synthetic captions for every image of a run."""
+    settings = settings_from(CaptionSettings, locals())
+    _annotate(run, generation, as_json, f"capfilt rank {run}", ["captions"], caption=settings)
+
+
+def rank(
+    run: Run,
+    clip_model: Annotated[
+        str, typer.Option(metavar="NAME", help="open_clip model, or embedded.")
+    ] = RankSettings.clip_model,
+    clip_weights: Annotated[
+        str | None, typer.Option(metavar="TAG|PATH", help="open_clip tag or a local file; unset: openai.")
+    ] = RankSettings.clip_weights,
+    keep: Keep = RankSettings.keep,
+    include_web: Annotated[
+        bool, typer.Option("--include-web", help="Rank the web caption among the synthetic ones.")
+    ] = RankSettings.include_web,
+    batch_size: BatchSize = RankSettings.batch_size,
+    device: Device = RankSettings.device,
+    dtype: Dtype = RankSettings.dtype,
+    generation: Generation = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score every caption by CLIP and rank the captions of each image."""
+    settings = settings_from(RankSettings, locals())
+    _annotate(run, generation, as_json, f"capfilt filter {run}", ["clip"], rank=settings)
+
+
+def filter_(
+    run: Run,
+    filter_model: Annotated[
+        str,
+        typer.Option(metavar="PATH|ID", help="BLIP ITM model: folder, hub id, original .pth, or embedded."),
+    ] = FilterSettings.filter_model,
+    threshold: Threshold = FilterSettings.threshold,
+    first_token: Annotated[
+        str, typer.Option(help="First text token: enc (as trained) or cls (as transformers feeds it).")
+    ] = FilterSettings.first_token,
+    batch_size: BatchSize = FilterSettings.batch_size,
+    device: Device = FilterSettings.device,
+    dtype: Dtype = FilterSettings.dtype,
+    generation: Generation = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score the web caption and the kept synthetic captions by ITM, and write the manifest."""
+    settings = settings_from(FilterSettings, locals())
+    _annotate(run, generation, as_json, f"capfilt stats {run}", ["itm", "manifest"], filter=settings)
+
+
+def select(
+    run: Run,
+    threshold: Threshold = FilterSettings.threshold,
+    keep: Keep = RankSettings.keep,
+    generation: Generation = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose anew from the stored scores: another threshold, another top K. No model is run."""
+    from capfilt.curate.selection import reselect
+    from capfilt.data.rundir import RunDir
+
+    summary = reselect(RunDir.open(run, generation), threshold=threshold, keep=keep)
+    say_result(summary, summary.line(), f"capfilt stats {run}", as_json=as_json)
+
+
+def _annotate(
+    run: Path, generation: str | None, as_json: bool, following: str, stages: list[str], **settings: Any
+) -> None:
+    """Run the shard loop for some stages, and say what it did."""
+    from capfilt.curate.annotate import annotate
+    from capfilt.data.rundir import RunDir
+
+    chosen = {"caption": None, "rank": None, "filter": None, **settings}
+    summary = annotate(RunDir.open(run, generation), stages, **chosen, progress=open_progress())
+    say_result(summary, summary.line(), following, as_json=as_json)

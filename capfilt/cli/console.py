@@ -1,0 +1,76 @@
+"""What the commands print: results on standard output, everything else on standard error.
+
+Text that came from the web, a file or a model goes through `clean` before it is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from capfilt.data.texts import clean_for_terminal
+from capfilt.progress import StreamProgress, format_field
+
+
+def say(text: str = "") -> None:
+    """One line on standard output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """One line on standard error: what a script does not want to read."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def clean(text: object, max_chars: int = 200) -> str:
+    """Untrusted text, safe to print."""
+    return clean_for_terminal(str(text), max_chars)
+
+
+def open_progress() -> StreamProgress:
+    """Progress on standard error."""
+    return StreamProgress(sys.stderr)
+
+
+def end(summary: str, next_command: str | None = None) -> None:
+    """The one-line summary of a command, and the command to try next."""
+    say(summary)
+    if next_command:
+        note(f"Next: {next_command}")
+
+
+def say_json(value: object) -> None:
+    """`value` (a dataclass, mapping, list, …) as one JSON document on standard output."""
+    say(json.dumps(to_plain(value), ensure_ascii=True, indent=2, allow_nan=False))
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as JSON's types; floats that are not finite as null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def say_result(value: object, summary: str, next_command: str | None, *, as_json: bool) -> None:
+    """A command's result: the JSON document a script asked for, or the summary and the next command."""
+    if as_json:
+        say_json(value)
+    else:
+        end(summary, next_command)
+
+
+def count(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`, `1,200 shards`."""
+    return f"{format_field(number)} {noun}" if number == 1 else f"{format_field(number)} {noun}s"

@@ -1,0 +1,78 @@
+"""`capfilt download` and `capfilt import`: images and web captions into the shards of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from capfilt.cli.console import open_progress, say_result
+from capfilt.cli.options import AsJson, Run, settings_from
+from capfilt.settings import DownloadSettings
+
+
+def download(
+    table: Annotated[
+        str,
+        typer.Argument(
+            metavar="URLS",
+            help="URL + text table: Parquet, CSV, TSV, JSONL or TXT; local, s3://, gs:// or hf://.",
+        ),
+    ],
+    run: Run,
+    url_column: Annotated[str, typer.Option(help="Column with the address.")] = DownloadSettings.url_column,
+    caption_column: Annotated[
+        str, typer.Option(help="Column with the web caption.")
+    ] = DownloadSettings.caption_column,
+    samples_per_shard: Annotated[
+        int, typer.Option(min=1, help="Rows of the table in one shard.")
+    ] = DownloadSettings.samples_per_shard,
+    num_shards: Annotated[
+        int | None, typer.Option(min=1, help="Number of shards, instead of --samples-per-shard.")
+    ] = None,
+    image_size_px: Annotated[
+        int, typer.Option("--image-size", help="Shorter edges above this are scaled down to it (pixels).")
+    ] = DownloadSettings.image_size_px,
+    num_processes: Annotated[
+        int, typer.Option(min=1, help="Shards at the same time.")
+    ] = DownloadSettings.num_processes,
+    num_threads: Annotated[
+        int, typer.Option(min=1, help="Connections at the same time in one shard.")
+    ] = DownloadSettings.num_threads,
+    timeout_seconds: Annotated[
+        float, typer.Option("--timeout", help="Wall clock for one address, redirects included (seconds).")
+    ] = DownloadSettings.timeout_seconds,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Further tries where the failure may pass.")
+    ] = DownloadSettings.retries,
+    allow_private_addresses: Annotated[
+        bool,
+        typer.Option("--allow-private-addresses", help="Open loopback and private networks, and any port."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Download a URL table into WebDataset shards; every failure is kept with its reason."""
+    settings = settings_from(DownloadSettings, locals())
+    from capfilt.curate.download import download as download_table
+    from capfilt.data.rundir import RunDir
+
+    summary = download_table(table, RunDir.create(run), settings, open_progress())
+    say_result(summary, summary.line(), f"capfilt run capfilt {run}", as_json=as_json)
+
+
+def import_(
+    tars: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARS...", help="Tars; braces ({00000..00099}) and globs allowed.", show_default=False
+        ),
+    ],
+    run: Run,
+    as_json: AsJson = False,
+) -> None:
+    """Take WebDataset tars that you have, as img2dataset or webdataset wrote them, into a run."""
+    from capfilt.curate.import_shards import import_shards
+    from capfilt.data.rundir import RunDir
+
+    summary = import_shards(tars, RunDir.create(run), DownloadSettings(), open_progress())
+    say_result(summary, summary.line(), f"capfilt run capfilt {run}", as_json=as_json)

@@ -1,0 +1,60 @@
+"""`capfilt stats` and `capfilt verify`: look at a run and change nothing."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from capfilt.cli.console import clean, note, open_progress, say, say_json
+from capfilt.cli.options import AsJson, Generation, Run
+
+MAX_FINDINGS_SHOWN = 50
+
+
+def stats(run: Run, generation: Generation = None, as_json: AsJson = False) -> None:
+    """Counts, yields, failures by reason, sizes, captions, scores, kept rate against threshold, words."""
+    from capfilt.data.rundir import RunDir
+    from capfilt.progress import speaks_unicode
+    from capfilt.report.stats import compute_stats
+    from capfilt.report.stats_view import stats_lines
+
+    found = compute_stats(RunDir.open(run, generation))
+    if as_json:
+        say_json(found)
+        return
+    for line in stats_lines(found, plain=not speaks_unicode(sys.stdout)):
+        say(line)
+    if found.pairs:
+        note(f"Next: capfilt select {run} --threshold T --keep K   (another choice, from the stored scores)")
+    else:
+        note(f"Next: capfilt run capfilt {run}")
+
+
+def verify(
+    run: Run,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Hash every byte of the tars and every image too.")
+    ] = False,
+    generation: Generation = None,
+    as_json: AsJson = False,
+) -> None:
+    """Reconcile everything on disk. Exit code 0: complete; 1: not finished; 5: damaged."""
+    from capfilt.data.rundir import RunDir
+    from capfilt.data.verify import verify_run
+
+    report = verify_run(RunDir.open(run, generation), deep, open_progress())
+    if as_json:
+        say_json(report)
+    else:
+        for what, found in (("damaged", report.findings), ("unfinished", report.unfinished)):
+            for finding in found[:MAX_FINDINGS_SHOWN]:
+                where = f"{finding.stage}/{finding.shard}" if finding.shard else finding.stage
+                say(f"{what}  {clean(where)}  {clean(finding.problem, 500)}")
+            if len(found) > MAX_FINDINGS_SHOWN:
+                say(f"{what}  and {len(found) - MAX_FINDINGS_SHOWN:,} more; --json lists all")
+        say(f"{clean(run)}: {report.line()}")
+        if report.exit_code == 0:
+            note(f"Next: capfilt stats {run}")
+    raise typer.Exit(report.exit_code)

@@ -1,0 +1,118 @@
+"""The `capfilt` command: assembles the groups, and turns every way to fail into a message and an exit code.
+
+Nothing here or in the groups imports torch, transformers or pyarrow before a command runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from capfilt import __version__
+from capfilt.cli import annotate, generate, ingest, inspection, recipe, rehearsal, train
+from capfilt.cli.console import clean, note
+from capfilt.errors import CapfiltError
+
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+MAX_MESSAGE_CHARS = 2000
+
+FAILURES: tuple[tuple[type[BaseException], str, int | None], ...] = (
+    (CapfiltError, "{error}", None),  # the class carries its exit code
+    (PermissionError, "No permission: {error}. Change the permission or name another path.", 1),
+    (FileNotFoundError, "Not found: {error}. Check the path.", 2),
+    (IsADirectoryError, "A file was expected: {error}. Check the path.", 2),
+    (NotADirectoryError, "A directory was expected: {error}. Check the path.", 2),
+    (MemoryError, "Out of memory. Take a smaller --batch-size and run again; finished shards are kept.", 1),
+    (OSError, "{error}. Finished shards are kept; mend the cause and run the same command again.", 1),
+    (KeyboardInterrupt, "Interrupted. Finished shards are kept; the same command goes on.", EXIT_INTERRUPTED),
+)
+"""Exception → message and exit code, first match; what is not listed is a defect of capfilt."""
+
+app = typer.Typer(
+    name="capfilt",
+    help="Curate image-text data from the web with BLIP's CapFilt method, and train on the result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: half the time to the first line
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(rehearsal.demo)
+app.command("download")(ingest.download)
+app.command("import")(ingest.import_)
+app.command("caption")(annotate.caption)
+app.command("rank")(annotate.rank)
+app.command("filter")(annotate.filter_)
+app.command("run")(recipe.run)
+app.command("select")(annotate.select)
+app.command("stats")(inspection.stats)
+app.command("verify")(inspection.verify)
+app.add_typer(train.app, name="train")
+app.command("generate")(generate.generate)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"capfilt {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="CAPFILT_DEBUG=1 shows the traceback of an error.")
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Curate image-text data from the web with BLIP's CapFilt method, and train on the result."""
+
+
+def main() -> NoReturn:
+    """Run the command line; always ends the process with one of the exit codes of capfilt/errors.py."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except SystemExit as ended:
+        sys.exit(_closed_quietly(ended.code))
+    except BaseException as error:
+        sys.exit(report(error))
+    sys.exit(0)
+
+
+def report(error: BaseException) -> int:
+    """Print what `error` means for the user, and give its exit code."""
+    debug = os.environ.get("CAPFILT_DEBUG", "") not in ("", "0")
+    for kind, message, code in FAILURES:
+        if isinstance(error, kind):
+            if debug:
+                traceback.print_exception(error)
+            note(f"capfilt: {clean(message.format(error=error), MAX_MESSAGE_CHARS)}")
+            return error.exit_code if isinstance(error, CapfiltError) else int(code or 1)
+    if debug:
+        traceback.print_exception(error)
+    detail = clean(f"{type(error).__name__}: {error}", MAX_MESSAGE_CHARS)
+    note(f"capfilt: this is a defect of capfilt: {detail}. CAPFILT_DEBUG=1 shows where; please report it.")
+    return 1
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    note("capfilt: Terminated. Finished shards are kept; the same command goes on.")
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def _closed_quietly(code: object) -> int:
+    """The exit code; a reader that went away (`| head`) is no error to talk about."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code if isinstance(code, int) else 0 if code is None else 1
+
+
+if __name__ == "__main__":
+    main()

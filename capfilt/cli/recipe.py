@@ -1,0 +1,64 @@
+"""`capfilt run`: everything that a recipe says, in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from capfilt.cli.console import clean, note, open_progress, say, say_json
+from capfilt.cli.options import AsJson, Generation
+from capfilt.cli.train import training_line
+from capfilt.pipeline import StepResult, plan_recipe, run_dir_of, run_recipe
+from capfilt.recipes import Recipe, read_recipe
+
+
+def run(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe file, or quickstart, capfilt, blip, blip2.")
+    ],
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="The run directory; unset: the recipe's run_dir.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and what is already done; change nothing.")
+    ] = False,
+    generation: Generation = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe: download or import, caption, rank, filter, train. What is done is not done again."""
+    chosen = read_recipe(recipe)
+    path = run_dir_of(chosen, run)
+    if dry_run:
+        _show_plan(chosen, path, generation, as_json)
+        return
+    progress = open_progress()
+    results = {}
+    for step in run_recipe(chosen, path, generation=generation, progress=progress):
+        results[step.name] = step.summary
+        if not as_json:
+            say(summary_line(step, path))
+    if as_json:
+        say_json(results)
+    else:
+        note(f"Next: capfilt stats {path}")
+
+
+def _show_plan(recipe: Recipe, path: Path, generation: str | None, as_json: bool) -> None:
+    plans = plan_recipe(recipe, path, generation)
+    if as_json:
+        say_json({"recipe": recipe.path, "run": path, "steps": plans})
+        return
+    say(f"{recipe.path}: {clean(recipe.description)}")
+    say(f"run directory: {clean(path)}")
+    for plan in plans:
+        say(f"  {plan.name:<9} {plan.state:<18} {clean(plan.what)}")
+    note(f"Nothing was changed. Next: capfilt run {recipe.name} {path}")
+
+
+def summary_line(step: StepResult, path: Path) -> str:
+    """One line about a step that has ended."""
+    if step.name in ("stage1", "stage2"):
+        return training_line(step.name, step.summary, path / step.name)
+    return step.summary.line()

@@ -1,0 +1,190 @@
+"""`capfilt train …`: every training, straight from runs with a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from capfilt.cli.console import open_progress, say_result
+from capfilt.cli.options import AsJson, Device, Output, Runs, settings_from
+from capfilt.progress import format_seconds
+from capfilt.settings import BlipTrainSettings, Stage1Settings, Stage2Settings
+
+if TYPE_CHECKING:
+    from capfilt.train.loop import TrainSummary
+
+app = typer.Typer(help="Train on curated runs.", no_args_is_help=True, rich_markup_mode=None)
+
+MaxTextTokens = Annotated[int, typer.Option(min=4, help="Longest text in tokens.")]
+MaxSteps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
+TrainBatchSize = Annotated[int, typer.Option("--batch-size", min=2, help="Images in a step.")]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate.")]
+WarmupSteps = Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")]
+SaveEverySteps = Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")]
+Seed = Annotated[int, typer.Option(help="Fixes initialisation, order and draws.")]
+
+
+Precision = Annotated[str, typer.Option(help="Precision of matrix products: float32 or bfloat16.")]
+Size = Annotated[int, typer.Option(min=1, help="Size, when training starts from nothing.")]
+
+
+@app.command("blip")
+def blip(
+    runs: Runs,
+    output: Output,
+    init: Annotated[
+        str,
+        typer.Option(metavar="PATH|ID", help="BLIP to start from; unset: from nothing, with --tokenizer."),
+    ] = BlipTrainSettings.init,
+    tokenizer: Annotated[
+        str, typer.Option(metavar="PATH|ID", help="BERT-style tokenizer with [DEC] and [ENC].")
+    ] = BlipTrainSettings.tokenizer,
+    image_size_px: Size = BlipTrainSettings.image_size_px,
+    patch_size_px: Size = BlipTrainSettings.patch_size_px,
+    vision_width: Size = BlipTrainSettings.vision_width,
+    vision_depth: Size = BlipTrainSettings.vision_depth,
+    text_width: Size = BlipTrainSettings.text_width,
+    text_depth: Size = BlipTrainSettings.text_depth,
+    embed_dim: Size = BlipTrainSettings.embed_dim,
+    head_width: Size = BlipTrainSettings.head_width,
+    max_text_tokens: MaxTextTokens = BlipTrainSettings.max_text_tokens,
+    max_steps: MaxSteps = BlipTrainSettings.max_steps,
+    batch_size: TrainBatchSize = BlipTrainSettings.batch_size,
+    learning_rate: LearningRate = BlipTrainSettings.learning_rate,
+    warmup_steps: WarmupSteps = BlipTrainSettings.warmup_steps,
+    save_every_steps: SaveEverySteps = BlipTrainSettings.save_every_steps,
+    seed: Seed = BlipTrainSettings.seed,
+    device: Device = BlipTrainSettings.device,
+    autocast: Precision = BlipTrainSettings.autocast,
+    as_json: AsJson = False,
+) -> None:
+    """BLIP pre-training: captioner and filter together (ITC, ITM, LM)."""
+    settings = settings_from(BlipTrainSettings, locals())
+    from capfilt.train.blip import train_blip
+
+    summary = train_blip(runs, settings, output, open_progress())
+    following = f"capfilt train captioner {' '.join(map(str, runs))} --init {output} --output DIR"
+    say_result(summary, training_line("blip", summary, output), following, as_json=as_json)
+
+
+def _fine_tuning(part: str, run_with: str, help_text: str) -> Callable[..., None]:
+    """The command that fine-tunes one part of a BLIP; captioner and filter take the same options."""
+
+    def fine_tune(
+        runs: Runs,
+        init: Annotated[
+            str, typer.Option(metavar="PATH|ID", help="BLIP to start from, or what `train blip` saved.")
+        ],
+        output: Output,
+        prompt: Annotated[
+            str, typer.Option(metavar="TEXT", help="Text before every caption, without loss.")
+        ] = BlipTrainSettings.prompt,
+        max_text_tokens: MaxTextTokens = BlipTrainSettings.max_text_tokens,
+        max_steps: MaxSteps = BlipTrainSettings.max_steps,
+        batch_size: TrainBatchSize = BlipTrainSettings.batch_size,
+        learning_rate: LearningRate = BlipTrainSettings.learning_rate,
+        warmup_steps: WarmupSteps = BlipTrainSettings.warmup_steps,
+        save_every_steps: SaveEverySteps = BlipTrainSettings.save_every_steps,
+        seed: Seed = BlipTrainSettings.seed,
+        device: Device = BlipTrainSettings.device,
+        autocast: Precision = BlipTrainSettings.autocast,
+        as_json: AsJson = False,
+    ) -> None:
+        settings = settings_from(BlipTrainSettings, locals())
+        from capfilt.train import blip as trainings
+
+        train = trainings.train_captioner if part == "captioner" else trainings.train_filter
+        summary = train(runs, settings, output, open_progress())
+        following = f"capfilt {run_with.format(output=output)}"
+        say_result(summary, training_line(part, summary, output), following, as_json=as_json)
+
+    fine_tune.__doc__ = help_text
+    return fine_tune
+
+
+app.command("captioner")(
+    _fine_tuning("captioner", "caption RUN --captioner {output}", "Fine-tune a BLIP captioner (LM).")
+)
+app.command("filter")(
+    _fine_tuning("filter", "filter RUN --filter-model {output}", "Fine-tune a BLIP filter (ITC, ITM).")
+)
+
+
+@app.command("stage1")
+def stage1(
+    runs: Runs,
+    output: Output,
+    image_encoder: Annotated[
+        str,
+        typer.Option(metavar="PATH|ID", help="BLIP model whose image encoder is taken, frozen; or embedded."),
+    ] = Stage1Settings.image_encoder,
+    qformer_init: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH|ID", help="BERT or BLIP the Q-Former starts from; unset: the image encoder's."
+        ),
+    ] = Stage1Settings.qformer_init,
+    num_queries: Annotated[int, typer.Option(min=1, help="Query tokens.")] = Stage1Settings.num_queries,
+    max_steps: MaxSteps = Stage1Settings.max_steps,
+    batch_size: TrainBatchSize = Stage1Settings.batch_size,
+    learning_rate: LearningRate = Stage1Settings.learning_rate,
+    warmup_steps: WarmupSteps = Stage1Settings.warmup_steps,
+    save_every_steps: SaveEverySteps = Stage1Settings.save_every_steps,
+    seed: Seed = Stage1Settings.seed,
+    device: Device = Stage1Settings.device,
+    as_json: AsJson = False,
+) -> None:
+    """BLIP-2 stage 1: a Q-Former on a frozen image encoder (ITC, ITM, ITG)."""
+    settings = settings_from(Stage1Settings, locals())
+    from capfilt.train.stage1 import train_stage1
+
+    summary = train_stage1(runs, settings, output, open_progress())
+    runs_text = " ".join(map(str, runs))
+    following = f"capfilt train stage2 {runs_text} --init {output} --llm PATH --output DIR"
+    say_result(summary, training_line("stage 1", summary, output), following, as_json=as_json)
+
+
+@app.command("stage2")
+def stage2(
+    runs: Runs,
+    init: Annotated[
+        Path, typer.Option("--init", metavar="STAGE1_DIR", help="What stage 1 saved.", show_default=False)
+    ],
+    llm: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH|ID",
+            help="OPT or T5: folder, hub id, embedded-opt or embedded-t5.",
+            show_default=False,
+        ),
+    ],
+    output: Output,
+    max_steps: MaxSteps = Stage2Settings.max_steps,
+    batch_size: TrainBatchSize = Stage2Settings.batch_size,
+    learning_rate: LearningRate = Stage2Settings.learning_rate,
+    warmup_steps: WarmupSteps = Stage2Settings.warmup_steps,
+    save_every_steps: SaveEverySteps = Stage2Settings.save_every_steps,
+    seed: Seed = Stage2Settings.seed,
+    device: Device = Stage2Settings.device,
+    as_json: AsJson = False,
+) -> None:
+    """BLIP-2 stage 2: the Q-Former of stage 1 and a projection in front of a frozen language model."""
+    settings = settings_from(Stage2Settings, locals())
+    from capfilt.train.stage2 import train_stage2
+
+    summary = train_stage2(runs, init, llm, settings, output, open_progress())
+    following = f"capfilt generate {output} IMAGE"
+    say_result(summary, training_line("stage 2", summary, output), following, as_json=as_json)
+
+
+def training_line(what: str, summary: TrainSummary, output: Path) -> str:
+    """One line: steps, losses from start to end, speed, where the model is."""
+    first, last = summary.first_losses.get("loss"), summary.last_losses.get("loss")
+    losses = f", loss {first:.3f} to {last:.3f}" if first is not None and last is not None else ""
+    if summary.already_done:
+        return f"{what}: nothing to do, {summary.steps:,} steps are done{losses}. The model is in {output}"
+    speed = f"{summary.images_per_second:,.0f} images/s in {format_seconds(summary.seconds)}"
+    return f"{what}: {summary.steps:,} steps{losses}, {speed}. The model is in {output}"

@@ -1,0 +1,228 @@
+"""Runs one recipe in order: source → shards → captions → clip → itm → manifest → stage 1 → stage 2.
+
+In: a `Recipe` and a run directory. Out: the run, and the summary of each step as it ends. Every step knows
+what it has done already, so a recipe that was interrupted is run again, and one that is complete does
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from capfilt.errors import UsageError
+from capfilt.progress import NullProgress, Progress
+from capfilt.recipes import Recipe, SourceSettings
+from capfilt.settings import DownloadSettings
+
+WORLD_PORTS = range(20080, 22080)
+"""The miniature world's site prefers one of these, by its seed: runs of one world have equal addresses."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One line of the plan: what would be done, and how much of it is there."""
+
+    name: str
+    what: str
+    state: str
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step that has ended, with the summary of what it did."""
+
+    name: str
+    summary: Any
+
+
+def run_dir_of(recipe: Recipe, given: Path | None) -> Path:
+    """The run directory: the one given, the recipe's own, or runs/NAME."""
+    return given or Path(recipe.run_dir or f"runs/{recipe.name}")
+
+
+def run_recipe(
+    recipe: Recipe, run_path: Path, *, generation: str | None = None, progress: Progress | None = None
+) -> Iterator[StepResult]:
+    """Do what the recipe says, step by step; a step is done when its result is yielded.
+
+    Raises UsageError when the recipe has no [source] and the run no shards, and what the steps raise.
+    """
+    from capfilt.data.rundir import RunDir
+
+    progress = progress or NullProgress()
+    run = RunDir.create(run_path, generation) if recipe.source else RunDir.open(run_path, generation)
+    with run.lock():
+        if recipe.source is not None:
+            yield _take_source(recipe.source, recipe.download, run, progress)
+        if not run.shard_names():
+            raise UsageError(
+                f"No shards in {run.path}/shards, and {recipe.path} has no [source]. Run "
+                f"`capfilt download URLS {run.path}` or `capfilt import TARS {run.path}` first."
+            )
+        if recipe.caption is not None:
+            yield StepResult("annotate", _annotate(recipe, run, progress))
+    yield from _train(recipe, run_path, progress)
+
+
+def _annotate(recipe: Recipe, run: Any, progress: Progress) -> Any:
+    from capfilt.curate.annotate import annotate
+
+    return annotate(run, stages_of(recipe), recipe.caption, recipe.rank, recipe.filter, progress)
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages that the recipe asks for, in order."""
+    stages = {
+        "captions": recipe.caption,
+        "clip": recipe.rank,
+        "itm": recipe.filter,
+        "manifest": recipe.filter,
+    }
+    return [stage for stage, settings in stages.items() if settings is not None]
+
+
+def _train(recipe: Recipe, run_path: Path, progress: Progress) -> Iterator[StepResult]:
+    if recipe.stage1 is not None:
+        from capfilt.train.stage1 import train_stage1
+
+        yield StepResult("stage1", train_stage1([run_path], recipe.stage1, run_path / "stage1", progress))
+    if recipe.stage2 is not None:
+        from capfilt.train.stage2 import train_stage2
+
+        section, start, output = recipe.stage2, run_path / "stage1", run_path / "stage2"
+        yield StepResult(
+            "stage2", train_stage2([run_path], start, section.llm, section.settings(), output, progress)
+        )
+
+
+# --- sources ------------------------------------------------------------------------------------------------
+
+
+def _take_source(
+    source: SourceSettings, settings: DownloadSettings, run: Any, progress: Progress
+) -> StepResult:
+    if source.tars:
+        from capfilt.curate.import_shards import import_shards
+
+        return StepResult("import", import_shards(source.tars, run, settings, progress))
+    from capfilt.curate.download import download
+
+    if source.table:
+        return StepResult("download", download(source.table, run, settings, progress))
+    with open_world(run.path, source.world_urls or 0, source.world_seed) as table:
+        private = replace(settings, allow_private_addresses=True, url_column="url", caption_column="text")
+        return StepResult("download", download(str(table), run, private, progress))
+
+
+@contextmanager
+def open_world(run_path: Path, num_urls: int, seed: int) -> Iterator[Path]:
+    """Serve a miniature world while the context lasts; gives its URL table, RUN/world/urls.parquet.
+
+    RUN/world/site.json keeps the port, which is part of the addresses, for the next time;
+    RUN/world/truth.parquet is what only the judge may read. Raises UsageError when the run has another world.
+    """
+    from capfilt.world.site import SiteSettings, WorldSite
+
+    folder = run_path / "world"
+    folder.mkdir(parents=True, exist_ok=True)
+    table, described = folder / "urls.parquet", folder / "site.json"
+    wanted = {"num_urls": num_urls, "seed": seed}
+    known = _read_site(described)
+    if known is not None and {name: known[name] for name in wanted} != wanted:
+        raise UsageError(
+            f"{run_path} was made from the world {known}; the recipe asks for {wanted}. Name another run."
+        )
+    site_settings = SiteSettings(num_urls=num_urls, seed=seed)
+    with _start_site(lambda port: WorldSite(site_settings, port=port), seed, known) as site:
+        if known is None:
+            site.write_table(table)
+            site.write_truth(folder / "truth.parquet")
+            staged = described.with_suffix(".tmp")
+            staged.write_text(json.dumps({**wanted, "port": site.port}), encoding="utf-8")
+            staged.replace(described)
+        yield table
+
+
+def _start_site(make: Callable[[int], Any], seed: int, known: dict[str, int] | None) -> Any:
+    """The site on the port of its addresses; a new one on the port of its seed, or on any that is free."""
+    if known is not None:
+        return make(known["port"])
+    preferred = make(WORLD_PORTS[seed % len(WORLD_PORTS)])
+    try:
+        preferred.__enter__()
+    except UsageError:
+        return make(0)
+    preferred.__exit__()
+    return make(preferred.port)
+
+
+def _read_site(path: Path) -> dict[str, int] | None:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {name: int(known[name]) for name in ("num_urls", "seed", "port")}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}). Remove the run and start anew.") from None
+
+
+# --- the plan -----------------------------------------------------------------------------------------------
+
+
+def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -> list[StepPlan]:
+    """What `run_recipe` would do, and what of it is there; changes nothing and loads no model.
+
+    Raises UsageError when the recipe has no [source] and the run no shards.
+    """
+    from capfilt.data.rundir import RunDir
+
+    run = RunDir.open(run_path, generation) if (run_path / "run.json").exists() else None
+    shards = run.shard_names() if run else []
+    if not shards and recipe.source is None:
+        raise UsageError(f"No shards in {run_path}/shards, and {recipe.path} has no [source].")
+    plans = [StepPlan("shards", _source_text(recipe.source), _count(len(shards)))]
+    if recipe.caption:
+        said = recipe.caption
+        what = (
+            f"{said.num_captions} captions an image ({said.decoding}) by {said.captioner or '(none named)'}"
+        )
+        plans.append(StepPlan("captions", what, _done(run, "captions", shards)))
+    if recipe.rank:
+        name = recipe.rank.clip_model + (f" / {recipe.rank.clip_weights}" if recipe.rank.clip_weights else "")
+        what = f"CLIP scores by {name}, best {recipe.rank.keep} kept"
+        plans.append(StepPlan("clip", what, _done(run, "clip", shards)))
+    if recipe.filter:
+        what = f"ITM scores by {recipe.filter.filter_model or '(none named)'}"
+        plans.append(StepPlan("itm", what, _done(run, "itm", shards)))
+        plans.append(
+            StepPlan("manifest", f"threshold {recipe.filter.threshold:g}", _done(run, "manifest", shards))
+        )
+    for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
+        if stage is not None:
+            done = (run_path / name / "training.json").exists()
+            what = f"{stage.max_steps:,} steps of {stage.batch_size} images"
+            plans.append(StepPlan(name, what, "done" if done else "to do"))
+    return plans
+
+
+def _source_text(source: SourceSettings | None) -> str:
+    if source is None:
+        return "the shards that are there"
+    if source.world_urls:
+        return f"download {source.world_urls:,} URLs of the miniature world"
+    return f"download {source.table}" if source.table else f"import {', '.join(source.tars)}"
+
+
+def _done(run: Any, stage: str, shards: list[str]) -> str:
+    committed = set(run.committed(stage)) if run else set()
+    num_done = sum(shard in committed for shard in shards)
+    return "to do" if not num_done else f"{num_done:,} of {_count(len(shards))}"
+
+
+def _count(num_shards: int) -> str:
+    return f"{num_shards:,} shard{'' if num_shards == 1 else 's'}" if num_shards else "to do"
