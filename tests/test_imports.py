@@ -1,0 +1,64 @@
+"""The import rules, and what starting the command line costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "open_clip",
+    "pyarrow",
+    "img2dataset",
+    "pandas",
+    "aiohttp",
+    "PIL",
+)
+LIGHT = ("capfilt.cli.main", "capfilt.pipeline", "capfilt.recipes", "capfilt.settings", "capfilt.progress")
+HELP_SECONDS = 0.5
+
+
+def python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, check=True)
+
+
+def test_imports_go_one_way() -> None:
+    """The contracts are in pyproject.toml, [tool.importlinter]."""
+    linter = Path(sys.executable).parent / "lint-imports"
+    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    loaded = python(f"import sys, {module}; print(*sys.modules)").stdout.split()
+    assert sorted(set(HEAVY) & set(loaded)) == []
+
+
+def test_data_imports_no_torch() -> None:
+    names = [p.stem for p in (ROOT / "capfilt" / "data").glob("*.py") if p.stem != "__init__"]
+    code = (
+        "import sys\n" + "\n".join(f"import capfilt.data.{name}" for name in names) + "\nprint(*sys.modules)"
+    )
+    loaded = python(code).stdout.split()
+    assert sorted({"torch", "transformers", "open_clip"} & set(loaded)) == []
+
+
+def test_help_is_immediate() -> None:
+    """Best of five: the tests beside this one keep the cores busy."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "capfilt.cli.main", "--help"], capture_output=True, text=True, check=True
+        )
+        times.append(time.perf_counter() - start)
+    assert "caption" in done.stdout
+    assert min(times) < HELP_SECONDS, f"capfilt --help took {min(times):.2f} s"
