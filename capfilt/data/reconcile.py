@@ -22,7 +22,7 @@ def count_kept(stage: str, table: pa.Table) -> int:
     """Count what a stage hands on: its successful rows for the shards, its distinct keys for the others."""
     if stage == "shards":
         return table.filter(pc.field("status") == SUCCESS).num_rows
-    return table.group_by("key").aggregate([]).num_rows
+    return table.group_by("key", use_threads=False).aggregate([]).num_rows
 
 
 def check_counts(rows_in: int, kept: int, rejected: int, quarantined: int) -> None:
@@ -46,7 +46,10 @@ def check_rows(stage: str, table: pa.Table, quarantined: Collection[str]) -> Non
     if not found.equals(schema, check_metadata=False):
         raise ValueError(f"the columns are [{_columns(found)}]; expected [{_columns(schema)}]")
     unit = ["key"] if stage == "shards" else ["key", "caption_index"]
-    if table["key"].null_count or table.group_by(unit).aggregate([]).num_rows != table.num_rows:
+    if (
+        table["key"].null_count
+        or table.group_by(unit, use_threads=False).aggregate([]).num_rows != table.num_rows
+    ):
         raise ValueError(f"a {' and '.join(unit)} stands twice, or a row has no key")
     for field in schema:
         values = table[field.name].drop_null() if pa.types.is_floating(field.type) else None

@@ -84,7 +84,7 @@ def read_sealed(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Ta
             if unknown:
                 known = ", ".join(file.schema_arrow.names)
                 raise UsageError(f"{path} has no column {', '.join(unknown)}; it has {known}.")
-            table = file.read(columns=list(columns) if columns is not None else None)
+            table = file.read(columns=list(columns) if columns is not None else None, use_threads=False)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, f"it is not readable as Parquet ({error})") from None
     return table.replace_schema_metadata(None), record, seal

@@ -1,0 +1,57 @@
+"""The manifest across shards and runs, and in the tools that people open it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import duckdb
+import pandas as pd
+import pytest
+
+from capfilt.data.manifest import SCHEMAS, iterate_manifest, read_manifest
+from capfilt.data.rundir import RunDir
+from capfilt.errors import CapfiltError, UsageError
+
+
+def test_all_rows_of_all_runs(make_run: Callable[..., RunDir]) -> None:
+    runs = [make_run(2, 3, name="one"), make_run(1, 4, name="two")]
+    table = read_manifest(runs)
+    assert table.schema.equals(SCHEMAS["manifest"])
+    assert table.num_rows == (2 * 2 + 3) * 4
+    assert read_manifest([run.path for run in runs]).equals(table)
+    kept = read_manifest(runs, ["key", "text"], kept_only=True)
+    assert kept.column_names == ["key", "text"]
+    assert kept.num_rows == sum(table["kept"].to_pylist())
+    shards = [(run.path.name, shard) for run, shard, _ in iterate_manifest(runs)]
+    assert shards == [("one", "00000"), ("one", "00001"), ("two", "00000")]
+
+
+def test_duckdb_and_pandas_open_it(make_run: Callable[..., RunDir]) -> None:
+    run = make_run(2, 3)
+    table = read_manifest([run])
+    files = run.path / "manifest" / "*.parquet"
+    num_kept = sum(table["kept"].to_pylist())
+    query = f"select count(*), sum(kept::int), max(clip_score) from '{files}' where drop_reason is null"
+    assert duckdb.sql(query).fetchall() == [(num_kept, num_kept, 0.75)]
+    frame = pd.read_parquet(run.path / "manifest")
+    assert list(frame.columns) == SCHEMAS["manifest"].names
+    assert len(frame) == table.num_rows
+    assert frame["kept"].dtype == bool
+
+
+def test_what_is_missing_is_said(make_run: Callable[..., RunDir], stages: SimpleNamespace, tmp_path) -> None:
+    run = make_run(2, 3)
+    with pytest.raises(UsageError, match="no column uid; it has shard, key"):
+        read_manifest([run], ["uid"])
+    stages.manifest(run, "00001", threshold=0.95, replace=True)
+    with pytest.raises(CapfiltError, match="mixes 2 selections"):
+        read_manifest([run])
+    run.stage_file("manifest", "00001").unlink()
+    with pytest.raises(CapfiltError, match="lacks 1 of 2 shards"):
+        read_manifest([run])
+    run.stage_file("manifest", "00000").unlink()
+    with pytest.raises(UsageError, match="no manifest yet"):
+        read_manifest([run])
+    with pytest.raises(UsageError, match="No shards"):
+        read_manifest([RunDir.create(tmp_path / "empty")])
