@@ -291,6 +291,9 @@ def _checked_record(path: Path, record: Mapping[str, Any], num_rows: int) -> Com
     if {field.name for field in fields(CommitRecord)} != set(record):
         raise damaged(path, "its commit record lacks entries or has unknown ones")
     parsed = CommitRecord(**record)
+    counts = (parsed.rows_in, parsed.rows_kept, parsed.rows_rejected, parsed.rows_quarantined)
+    if not all(type(count) is int for count in counts) or not isinstance(parsed.extra, dict):
+        raise damaged(path, "its commit record has entries of the wrong type")
     folder = path.parent.name.partition("@")[0]
     if (parsed.stage, parsed.shard) != (folder, path.stem):
         raise damaged(path, f"it is the file of {parsed.stage} of shard {parsed.shard}")

@@ -33,6 +33,7 @@ from capfilt.errors import CapfiltError, CorruptionError
 from capfilt.progress import NullProgress, Progress
 
 _MAX_PROBLEMS_PER_FILE = 5
+_MAX_SHARDS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,15 +253,21 @@ def _check_strays(run: RunDir, views: list[RunDir], shards: set[str], report: Re
 
 def _check_plan(run: RunDir, shards: list[str], report: Report) -> None:
     """Shards are numbered without gaps; where their maker knew how many shards and rows there will be, all
-    have come to something."""
-    present = {int(shard) for shard in shards}
-    planned, source_rows = max(present, default=-1) + 1, None
-    for shard in shards[:1]:
-        with suppress(CorruptionError):  # reported already
+    shards say so, and all have come to something."""
+    plans: dict[str, tuple[int, int | None]] = {}
+    for shard in shards:
+        with suppress(CorruptionError, TypeError, ValueError):  # reported already, or no plan
             extra = read_commit_record(run.stage_file("shards", shard)).extra
-            planned = max(planned, int(extra.get("num_shards", 0)))
-            source_rows = extra.get("source_rows")
-    absent = sorted(set(range(planned)) - present)
+            plans[shard] = (int(extra.get("num_shards", 0)), extra.get("source_rows"))
+    first, (num_shards, source_rows) = next(iter(plans.items()), ("", (0, None)))
+    for shard, plan in plans.items():
+        if plan != (num_shards, source_rows):
+            problem = f"its plan has {plan[0]} shards and {plan[1]} rows; that of shard {first} has "
+            problem += f"{num_shards} and {source_rows}"
+            _add(report.findings, "shards", shard, [problem])
+    present = {int(shard) for shard in shards}
+    planned = min(num_shards, _MAX_SHARDS)
+    absent = sorted(set(range(max(planned, max(present, default=-1) + 1))) - present)
     for number in absent:
         _add(report.unfinished, "shards", f"{number:05d}", ["the shard is not there"])
     counts = report.counts.get("shards", StageCounts())
