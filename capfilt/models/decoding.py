@@ -52,7 +52,7 @@ class _Rows:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows, in this order; filled up to a multiple of four with repetitions."""
-        rows = _filled(rows)
+        rows = filled(rows)
         for layer in self._cache:
             layer.select(rows)
         self._image_of_row = self._image_of_row[rows]
@@ -67,12 +67,12 @@ class _Rows:
     def append(self, tokens_R: Tensor) -> Tensor:
         """Read one more token of each row; next-token logits (R, V), float32, without the filling rows."""
         hidden_RTD = self._model.decoder(
-            _filled(tokens_R)[:, None], image=self._image, cache=self._cache, layout=self._layout
+            filled(tokens_R)[:, None], image=self._image, cache=self._cache, layout=self._layout
         )
         return self._logits(hidden_RTD[:, 0])[: len(tokens_R)]
 
     def _logits(self, hidden_RD: Tensor) -> Tensor:
-        return self._model.head(_filled(hidden_RD)[:, None])[: len(hidden_RD), 0].float()
+        return self._model.head(filled(hidden_RD)[:, None])[: len(hidden_RD), 0].float()
 
 
 def write_captions(
@@ -212,7 +212,7 @@ def _pick(texts_BNT: Tensor, index_BN: Tensor) -> Tensor:
     return texts_BNT.gather(1, index_BN[:, :, None].expand(-1, -1, texts_BNT.shape[2]))
 
 
-def _filled(rows: Tensor) -> Tensor:
+def filled(rows: Tensor) -> Tensor:
     """Rows, the last repeated up to a multiple of four."""
     missing = -len(rows) % _ROWS_MULTIPLE
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows

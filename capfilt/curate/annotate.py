@@ -1,0 +1,330 @@
+"""The shard loop: captions, CLIP scores, ITM scores and the manifest of every shard of a run.
+
+In: a run with shards, the stages asked for and their settings. Out: one committed Parquet file per stage and
+shard. What is committed and matches is skipped; the stages asked for of a shard share one pass over its
+images (`shard_pass`), and one pass with all stages gives the same rows as one command after another.
+
+A stage's fingerprint covers its version, its settings, the sha256 of every file of its model, and the dtype.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from capfilt.curate.selection import RankedCaption, commit_manifest, manifest_fields
+from capfilt.curate.shard_pass import CaptionLane, ClipLane, Item, ItmLane, Lane, run_lanes
+from capfilt.data.commit import commit_stage, input_digest, read_commit_record, read_table, stage_state
+from capfilt.data.rundir import STAGES, RunDir
+from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
+from capfilt.data.shards import read_samples
+from capfilt.errors import FingerprintMismatchError, UsageError
+from capfilt.progress import NullProgress, Progress
+from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
+
+STAGE_VERSIONS = {"captions": 1, "clip": 1, "itm": 1}
+"""A change of what a stage writes counts its version up."""
+
+COMMANDS = {"captions": "caption", "clip": "rank", "itm": "filter", "manifest": "filter"}
+"""Stage → the command that makes it."""
+
+
+@dataclass(slots=True)
+class StageSummary:
+    """What a stage did, and what it holds now."""
+
+    num_shards: int = 0
+    num_new_shards: int = 0
+    num_samples: int = 0
+    """Samples in, those of earlier commands included."""
+    num_quarantined: int = 0
+
+
+@dataclass(slots=True)
+class AnnotateSummary:
+    """What a pass over the run did."""
+
+    stages: dict[str, StageSummary] = field(default_factory=dict)
+    num_pairs: int = 0
+    """Rows of the manifest, where it was asked for."""
+    num_kept: int = 0
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        """One line for people."""
+        names = ", ".join(self.stages)
+        num_samples = max((stage.num_samples for stage in self.stages.values()), default=0)
+        num_new = max((stage.num_new_shards for stage in self.stages.values()), default=0)
+        quarantined = sum(stage.num_quarantined for stage in self.stages.values())
+        kept = ""
+        if "manifest" in self.stages:
+            share = self.num_kept / max(self.num_pairs, 1)
+            kept = f"; {self.num_kept:,} of {self.num_pairs:,} pairs kept ({share:.1%})"
+        if not num_new:
+            return f"Nothing to do: {names} of {num_samples:,} images are there already{kept}."
+        bad = f", {quarantined:,} in quarantine" if quarantined else ""
+        return f"Wrote {names} of {num_samples:,} images in {self.seconds:.1f} s{bad}{kept}."
+
+
+def annotate(
+    run: RunDir,
+    stages: Sequence[str],
+    caption: CaptionSettings | None = None,
+    rank: RankSettings | None = None,
+    filter: FilterSettings | None = None,  # noqa: A002 - the stage's name
+    progress: Progress | None = None,
+) -> AnnotateSummary:
+    """Make the given stages of every shard.
+
+    Args:
+        run: an open run.
+        stages: some of captions, clip, itm, manifest; each needs its settings (the manifest, the filter's).
+
+    Raises UsageError for missing settings, models, shards or earlier stages; FingerprintMismatchError where a
+    stage is there with other parameters; CorruptionError for damage. An image that fails is quarantined.
+    """
+    plan = _Plan(run, stages, caption, rank, filter)
+    progress = progress or NullProgress()
+    started = time.monotonic()
+    with run.lock():
+        shards = run.shard_names()
+        if not shards:
+            raise UsageError(
+                f"No shards in {run.path}/shards. Run `capfilt download TABLE {run.path}` or "
+                f"`capfilt import TARS {run.path}` first."
+            )
+        counts = {shard: read_commit_record(run.stage_file("shards", shard)).rows_kept for shard in shards}
+        commands = {COMMANDS[stage] for stage in plan.stages}
+        name = commands.pop() if len(commands) == 1 else "annotate"
+        progress.start(name, sum(counts.values()), "images")
+        for shard in shards:
+            _annotate_shard(plan, shard, counts[shard], progress)
+        progress.finish()
+        return _summarise(plan, shards, time.monotonic() - started)
+
+
+class _Plan:
+    """The stages asked for, their settings and, once they are needed, their models."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        stages: Sequence[str],
+        caption: CaptionSettings | None,
+        rank: RankSettings | None,
+        filter_: FilterSettings | None,
+    ) -> None:
+        needed = {"captions": caption, "clip": rank, "itm": filter_, "manifest": filter_}
+        unknown = [stage for stage in stages if stage not in needed]
+        lacking = [stage for stage in stages if stage in needed and needed[stage] is None]
+        if unknown or lacking or not stages:
+            raise UsageError(
+                f"The stages asked for are {', '.join(stages) or 'none'}; expected some of "
+                f"{', '.join(needed)}, each with its settings."
+            )
+        self.run = run
+        self.stages = [stage for stage in STAGES if stage in stages]
+        self.caption, self.rank, self.filter = caption, rank, filter_
+        self.new_shards: dict[str, set[str]] = {stage: set() for stage in self.stages}
+        self.num_quarantined = 0
+
+    @cached_property
+    def captioner(self) -> Any:
+        """Loaded at the first use."""
+        from capfilt.curate.captioner import BlipCaptioner
+
+        assert self.caption is not None
+        return BlipCaptioner(self.caption)
+
+    @cached_property
+    def clip_scorer(self) -> Any:
+        """Loaded at the first use."""
+        from capfilt.curate.scorers import SCORERS
+
+        assert self.rank is not None
+        return SCORERS["clip"](self.rank)
+
+    @cached_property
+    def itm_scorer(self) -> Any:
+        """Loaded at the first use."""
+        from capfilt.curate.scorers import SCORERS
+
+        assert self.filter is not None
+        return SCORERS["itm"](self.filter)
+
+    def ranking(self, shard: str) -> tuple[int, bool]:
+        """(keep, include_web) that a shard is ranked with: of the settings, or as the CLIP stage recorded."""
+        if self.rank is not None and "clip" in self.stages:
+            return self.rank.keep, self.rank.include_web
+        fields = read_commit_record(self.run.read_file("clip", shard)).fields
+        return int(fields["keep"]), bool(fields["include_web"])
+
+    def fields(self, stage: str, shard: str) -> dict[str, Any]:
+        """What the fingerprint of a stage covers."""
+        if stage == "manifest":
+            assert self.filter is not None
+            keep, include_web = self.ranking(shard)
+            return manifest_fields(threshold=self.filter.threshold, keep=keep, include_web=include_web)
+        fields: dict[str, Any] = {"stage_version": STAGE_VERSIONS[stage]}
+        if stage == "captions":
+            return fields | self.captioner.fields
+        if stage == "clip":
+            keep, include_web = self.ranking(shard)
+            return fields | self.clip_scorer.fields | {"keep": keep, "include_web": include_web}
+        return fields | self.itm_scorer.fields
+
+    def lane(self, stage: str, shard: str) -> Lane:
+        """The lane of a stage in the pass over a shard."""
+        if stage == "captions":
+            return CaptionLane(self.captioner)
+        keep, include_web = self.ranking(shard)
+        if stage == "clip":
+            return ClipLane(self.clip_scorer, include_web=include_web)
+        return ItmLane(self.itm_scorer, keep=keep, include_web=include_web)
+
+
+def _annotate_shard(plan: _Plan, shard: str, num_images: int, progress: Progress) -> None:
+    """Bring one shard up to date; every stage is committed before the next shard begins."""
+    todo = _find_todo(plan, shard)
+    lanes = [plan.lane(stage, shard) for stage in todo if stage != "manifest"]
+    if lanes:
+        items: list[Item] = []
+        for item in run_lanes(_read_items(plan.run, shard, lanes[0].stage), lanes):
+            items.append(item)
+            plan.num_quarantined += item.failure is not None
+            progress.advance(1, quarantined=plan.num_quarantined)
+        # Samples that an earlier stage quarantined do not come up again.
+        progress.advance(num_images - len(items), already=True)
+        _commit_pass(plan, shard, [lane.stage for lane in lanes], items)
+    else:
+        progress.advance(num_images, already=True)
+    if "manifest" in todo:
+        commit_manifest(plan.run, shard, plan.fields("manifest", shard))
+        plan.new_shards["manifest"].add(shard)
+
+
+def _find_todo(plan: _Plan, shard: str) -> list[str]:
+    """The stages of a shard that are not there, or made from what has changed since, and what follows."""
+    run, first = plan.run, plan.stages[0]
+    previous = STAGES[STAGES.index(first) - 1]
+    if not run.read_file(previous, shard).exists():
+        raise UsageError(
+            f"Shard {shard} of {run.path} has no {previous} yet. "
+            f"Run `capfilt {COMMANDS[previous]} {run.path}` first."
+        )
+    todo: list[str] = []
+    for stage in plan.stages:
+        try:
+            # Asked of every stage: what was made with other parameters is refused, not replaced.
+            digest = "" if todo else input_digest(run, stage, shard)
+            state = stage_state(run, stage, shard, plan.fields(stage, shard), digest)
+        except FingerprintMismatchError as error:
+            if stage != "manifest":
+                raise
+            assert plan.filter is not None
+            advice = f"Or choose anew from the stored scores: `capfilt select {run.path} --threshold T`."
+            raise FingerprintMismatchError(f"{error} {advice}") from error
+        if todo or state != "done":
+            todo.append(stage)
+    return todo
+
+
+def _read_items(run: RunDir, shard: str, first_stage: str) -> Iterator[Item]:
+    """The samples that the first stage of a pass works on, with what the stages before it found."""
+    if first_stage == "captions":
+        yield from map(Item.of, read_samples(run, shard))
+        return
+    previous = "captions" if first_stage == "clip" else "clip"
+    rows = _rows_by_key(read_table(run.read_file(previous, shard)))
+    for sample in read_samples(run, shard, keys=rows.keys()):
+        item, own = Item.of(sample), rows[sample.key]
+        if first_stage == "clip":
+            item.captions = [row["text"] for row in own]
+        else:
+            item.ranked = [
+                RankedCaption(
+                    row["caption_index"], row["text"], row["clip_score"], row["rank"], row["duplicate_of"]
+                )
+                for row in own
+            ]
+        yield item
+
+
+def _rows_by_key(table: pa.Table) -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        rows.setdefault(row["key"], []).append(row)
+    return rows
+
+
+def _commit_pass(plan: _Plan, shard: str, stages: Sequence[str], items: Sequence[Item]) -> None:
+    """Publish the stages of a pass, in order; each is made from the one just published."""
+    run, left = plan.run, list(items)
+    for stage in stages:
+        rows = [row for item in left if item.failed_stage != stage for row in _ROWS_OF[stage](item)]
+        commit_stage(
+            run,
+            stage,
+            shard,
+            pa.Table.from_pylist(rows, schema=SCHEMAS[stage]),
+            fields=plan.fields(stage, shard),
+            input_digest=input_digest(run, stage, shard),
+            rows_in=len(left),
+            quarantine=[item.failure for item in left if item.failure and item.failed_stage == stage],
+            replace=True,
+        )
+        left = [item for item in left if item.failed_stage != stage]
+        plan.new_shards[stage].add(shard)
+
+
+def _caption_rows(item: Item) -> list[dict[str, Any]]:
+    return [
+        {"key": item.key, "caption_index": index, "text": text} for index, text in enumerate(item.captions)
+    ]
+
+
+def _clip_rows(item: Item) -> list[dict[str, Any]]:
+    return [
+        {
+            "key": item.key,
+            "caption_index": caption.caption_index,
+            "source": "web" if caption.caption_index == WEB_CAPTION_INDEX else "synthetic",
+            "text": caption.text,
+            "clip_score": caption.clip_score,
+            "rank": caption.rank,
+            "duplicate_of": caption.duplicate_of,
+        }
+        for caption in item.ranked
+    ]
+
+
+def _itm_rows(item: Item) -> list[dict[str, Any]]:
+    return [{"key": item.key, "caption_index": index, "itm_score": score} for index, score in item.itm_scores]
+
+
+_ROWS_OF: dict[str, Callable[[Item], list[dict[str, Any]]]] = {
+    "captions": _caption_rows,
+    "clip": _clip_rows,
+    "itm": _itm_rows,
+}
+
+
+def _summarise(plan: _Plan, shards: Sequence[str], seconds: float) -> AnnotateSummary:
+    summary = AnnotateSummary(seconds=seconds)
+    for stage in plan.stages:
+        records = [read_commit_record(plan.run.read_file(stage, shard)) for shard in shards]
+        summary.stages[stage] = StageSummary(
+            num_shards=len(shards),
+            num_new_shards=len(plan.new_shards[stage]),
+            num_samples=sum(record.rows_in for record in records),
+            num_quarantined=sum(record.rows_quarantined for record in records),
+        )
+        if stage == "manifest":
+            summary.num_pairs = sum(int(record.extra["table_rows"]) for record in records)
+            summary.num_kept = sum(int(record.extra["pairs_kept"]) for record in records)
+    return summary

@@ -1,0 +1,88 @@
+"""Synthetic captions: BLIP's captioner from a checkpoint, pictures in, texts out.
+
+In: RGB pictures and the keys of their samples. Out: captions, prompt left out. The same picture, key and
+settings give the same captions, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+from capfilt.curate.checkpoints import Preparation, choose_device, choose_dtype, load_blip
+from capfilt.errors import UsageError
+from capfilt.models.decoding import write_captions
+from capfilt.models.med import Captioner
+from capfilt.settings import CaptionSettings
+
+
+class BlipCaptioner:
+    """A BLIP captioner (BLIP §3.1) with its tokenizer and image preparation."""
+
+    def __init__(self, settings: CaptionSettings) -> None:
+        """Load `settings.captioner`. Raises UsageError where it cannot be had, or the prompt is too long."""
+        self.settings = settings
+        self.batch_size = settings.batch_size
+        self._device = choose_device(settings.device)
+        dtype = choose_dtype(settings.dtype, self._device)
+        loaded = load_blip(settings.captioner, "captioner", device=self._device, dtype=dtype)
+        assert isinstance(loaded.model, Captioner)
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self.preparation = loaded.preparation
+        self.prompt = loaded.prompt if settings.prompt is None else settings.prompt
+        config = loaded.model.decoder.config
+        # As BLIP's code does: the first token becomes [DEC], the closing [SEP] is dropped.
+        self._prompt_ids = [config.dec_token_id, *self._tokenizer(self.prompt).input_ids[1:-1]]
+        longest = min(settings.max_length, config.max_positions)
+        if len(self._prompt_ids) >= longest or settings.max_length > config.max_positions:
+            raise UsageError(
+                f"max_length is {settings.max_length}; expected more than {len(self._prompt_ids)}, the "
+                f"tokens of the prompt {self.prompt!r}, and at most {config.max_positions}, the model's. "
+                "Give --max-length."
+            )
+        self.fields: dict[str, Any] = {
+            **{name: getattr(settings, name) for name in settings.fingerprint_fields},
+            "prompt": self.prompt,
+            "dtype": str(dtype).removeprefix("torch."),
+            "model": loaded.digests,
+        }
+
+    def prepare(self, image: Image) -> Tensor:
+        """An RGB picture as the model wants it, not yet normalised: uint8 (3, S, S)."""
+        return to_square(image, self.preparation.image_size_px)
+
+    def caption(self, images: Sequence[Image], keys: Sequence[str]) -> list[list[str]]:
+        """Captions of RGB pictures, `settings.num_captions` of each."""
+        return self.caption_prepared([self.prepare(image) for image in images], keys)
+
+    def caption_prepared(self, images: Sequence[Tensor], keys: Sequence[str]) -> list[list[str]]:
+        """Captions of pictures from `prepare`."""
+        with torch.inference_mode():
+            batch = normalise(images, self.preparation, self._model.vision.class_embedding)
+            features = self._model.vision(batch)
+        written = write_captions(self._model, features, keys, self._prompt_ids, self.settings)
+        return [[self._decode(tokens) for tokens in texts] for texts in written]
+
+    def _decode(self, tokens: list[int]) -> str:
+        known = [token for token in tokens if token < len(self._tokenizer)]
+        return self._tokenizer.decode(known, skip_special_tokens=True).strip()
+
+
+def to_square(image: Image, side_px: int) -> Tensor:
+    """Resize an RGB picture to a square, bicubic and antialiased as transformers does it: uint8 (3, S, S)."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return resize(pixels, [side_px, side_px], interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+
+def normalise(images: Sequence[Tensor], preparation: Preparation, like: Tensor) -> Tensor:
+    """Pictures of uint8 (3, S, S) as one normalised batch (B, 3, S, S), of the device and dtype of `like`."""
+    batch = torch.stack(list(images)).to(like.device).float()
+    mean = torch.tensor(preparation.mean, device=like.device).view(3, 1, 1)
+    std = torch.tensor(preparation.std, device=like.device).view(3, 1, 1)
+    return ((batch / 255 - mean) / std).to(like.dtype)

@@ -1,0 +1,242 @@
+"""Scores of image-text pairs: CLIP similarity and ITM probability. A scorer never drops.
+
+In: pictures and their texts. Out: a number for each pair, higher is better. A new scorer is a class with
+`prepare`, `score`, `fields` and `batch_size`, and an entry in SCORERS.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from capfilt.curate.captioner import normalise, to_square
+from capfilt.curate.checkpoints import (
+    choose_device,
+    choose_dtype,
+    find_embedded,
+    is_offline,
+    load_blip,
+)
+from capfilt.data.captions import clean_caption
+from capfilt.data.commit import file_sha256, fingerprint
+from capfilt.errors import UsageError
+from capfilt.models.matching import match_probabilities
+from capfilt.models.med import Filter
+from capfilt.settings import EMBEDDED, FilterSettings, RankSettings
+
+ITM_MAX_TOKENS = 35
+"""Longest text given to the filter, special tokens included (BLIP's released code: 35)."""
+DEFAULT_CLIP_WEIGHTS = "openai"
+
+_TEXTS_AT_ONCE = 64
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+
+
+class Scorer(Protocol):
+    """What the shard loop asks of a scorer."""
+
+    batch_size: int
+    """Images scored at a time."""
+    fields: dict[str, Any]
+    """What changes the scores, for the fingerprint."""
+
+    def prepare(self, image: Image) -> Tensor:
+        """An RGB picture as the model wants it."""
+        ...
+
+    def score(self, images: Sequence[Tensor], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Scores by image and text, for pictures from `prepare` and the texts of each."""
+        ...
+
+
+class ClipScorer:
+    """Cosine similarity of CLIP's image and text embeddings, by open_clip (BLIP-2 §3.4: ViT-L/14)."""
+
+    def __init__(self, settings: RankSettings) -> None:
+        """Load the model. Raises UsageError for an unknown name, and for weights that cannot be had."""
+        self.batch_size = settings.batch_size
+        self._device = choose_device(settings.device)
+        dtype = choose_dtype(settings.dtype, self._device)
+        source = _find_clip(settings)
+        self._model, self._transform, self._tokenize = _load_clip(source, dtype, self._device)
+        self._dtype = dtype
+        self.fields: dict[str, Any] = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "model": source.digests(),
+        }
+
+    def prepare(self, image: Image) -> Tensor:
+        """An RGB picture through open_clip's own transform: float32 (3, S, S)."""
+        return self._transform(image.convert("RGB"))
+
+    @torch.inference_mode()
+    def score(self, images: Sequence[Tensor], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Cosine similarities in [-1, 1]; each distinct text of the batch is encoded once."""
+        distinct = list(dict.fromkeys(text for own in texts for text in own))
+        if not distinct:
+            return [[] for _ in texts]
+        row = {text: number for number, text in enumerate(distinct)}
+        batch = torch.stack(list(images)).to(device=self._device, dtype=self._dtype)
+        image_BE = self._model.encode_image(batch, normalize=True).float()
+        parts = [
+            self._model.encode_text(
+                self._tokenize(distinct[start : start + _TEXTS_AT_ONCE]).to(self._device), normalize=True
+            )
+            for start in range(0, len(distinct), _TEXTS_AT_ONCE)
+        ]
+        text_NE = torch.cat(parts).float()
+        return [
+            (text_NE[[row[text] for text in own]] * image_E).sum(dim=1).clamp(-1, 1).tolist() if own else []
+            for own, image_E in zip(texts, image_BE, strict=True)
+        ]
+
+
+class ItmScorer:
+    """Probability that a text describes an image, by BLIP's ITM head (BLIP §3.3)."""
+
+    def __init__(self, settings: FilterSettings) -> None:
+        """Load `settings.filter_model`. Raises UsageError where it cannot be had."""
+        self.batch_size = settings.batch_size
+        self._device = choose_device(settings.device)
+        dtype = choose_dtype(settings.dtype, self._device)
+        loaded = load_blip(settings.filter_model, "filter", device=self._device, dtype=dtype)
+        assert isinstance(loaded.model, Filter)
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._preparation = loaded.preparation
+        config = loaded.model.encoder.config
+        is_enc = settings.first_token == "enc"
+        self._first_token_id = config.enc_token_id if is_enc else self._tokenizer.cls_token_id
+        self._max_tokens = min(ITM_MAX_TOKENS, config.max_positions // 8 * 8)
+        self.fields: dict[str, Any] = {
+            **{name: getattr(settings, name) for name in settings.fingerprint_fields},
+            "max_tokens": self._max_tokens,
+            "dtype": str(dtype).removeprefix("torch."),
+            "model": loaded.digests,
+        }
+
+    def prepare(self, image: Image) -> Tensor:
+        """An RGB picture as the model wants it, not yet normalised: uint8 (3, S, S)."""
+        return to_square(image, self._preparation.image_size_px)
+
+    @torch.inference_mode()
+    def score(self, images: Sequence[Tensor], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """softmax(ITM logits)[1] in [0, 1]. Texts are prepared as in BLIP's training (`clean_caption`)."""
+        batch = normalise(images, self._preparation, self._model.vision.class_embedding)
+        tokens = [[self._tokens(text) for text in own] for own in texts]
+        return match_probabilities(self._model, self._model.vision(batch), tokens)
+
+    def _tokens(self, text: str) -> list[int]:
+        encoded = self._tokenizer(clean_caption(text), truncation=True, max_length=self._max_tokens).input_ids
+        return [self._first_token_id, *encoded[1:]]
+
+
+SCORERS = {"clip": ClipScorer, "itm": ItmScorer}
+"""Stage → the scorer that fills it."""
+
+
+class _ClipSource:
+    """What open_clip is asked for: a model's name (or `local-dir:`), weights, and the files behind them."""
+
+    def __init__(
+        self, name: str, weights: str | None, files: list[Path], *, quick_gelu: bool = False
+    ) -> None:
+        self.name, self.weights, self.files, self.quick_gelu = name, weights, files, quick_gelu
+
+    def digests(self) -> dict[str, str]:
+        """File → sha256; for a model that open_clip knows by name, also of its configuration."""
+        import open_clip
+
+        found = {file.name: file_sha256(file) for file in self.files}
+        if self.weights is not None:
+            config = open_clip.get_model_config(self.name) or {}
+            found[f"{self.name}.json"] = fingerprint(config | {"quick_gelu": self.quick_gelu})
+        return found
+
+
+def _find_clip(settings: RankSettings) -> _ClipSource:
+    """The folder, or the name and weights, that the settings mean."""
+    if settings.clip_model == EMBEDDED:
+        return _clip_folder(find_embedded("clip"))
+    for given in (settings.clip_weights, settings.clip_model):
+        if given and (Path(given).expanduser() / _OPEN_CLIP_CONFIG).is_file():
+            return _clip_folder(Path(given).expanduser())
+    import open_clip
+
+    name, weights = settings.clip_model, settings.clip_weights or DEFAULT_CLIP_WEIGHTS
+    if name not in open_clip.list_models():
+        raise UsageError(
+            f"open_clip has no model {name!r}, and it is no folder with {_OPEN_CLIP_CONFIG}. Give --clip-model "
+            f"one of open_clip's names (ViT-L-14, ViT-B-32, ...), a folder, or `{EMBEDDED}`."
+        )
+    path = Path(weights).expanduser()
+    if path.is_file():
+        if path.suffix not in _WEIGHT_ENDINGS:
+            raise UsageError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(_WEIGHT_ENDINGS)}.")
+        return _ClipSource(name, str(path), [path])
+    return _clip_tag(name, weights)
+
+
+def _clip_folder(folder: Path) -> _ClipSource:
+    files = sorted(
+        file
+        for pattern in ("*.json", "*.txt", "*.safetensors", "*.bin", "*.pth")
+        for file in folder.glob(pattern)
+    )
+    return _ClipSource(f"local-dir:{folder}", None, files)
+
+
+def _clip_tag(name: str, tag: str) -> _ClipSource:
+    """Weights that open_clip knows by a tag, from the cache or the network."""
+    import open_clip
+
+    known = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in known:
+        raise UsageError(
+            f"open_clip has no weights {tag!r} for {name}, and there is no such file. Give --clip-weights a "
+            f"file, or one of {', '.join(known) or '(none)'}."
+        )
+    entry = open_clip.get_pretrained_cfg(name, tag)
+    try:
+        if is_offline() and not entry.get("hf_hub"):
+            raise FileNotFoundError(
+                f"its address {entry.get('url')} is not on the hub, and HF_HUB_OFFLINE is set"
+            )
+        file = Path(open_clip.download_pretrained(entry))
+    except (OSError, RuntimeError, ValueError) as error:
+        hub = str(entry.get("hf_hub", "")).rstrip("/")
+        raise UsageError(
+            f"The weights {tag!r} of {name} could not be had ({error}). Where there is a network, run "
+            f"`huggingface-cli download {hub}`; without one, give --clip-weights the file or folder."
+        ) from error
+    # open_clip only warns when a tag was trained with QuickGELU and the model's name says otherwise, and then
+    # scores wrongly; OpenAI's weights under the plain names are such.
+    return _ClipSource(name, tag, [file], quick_gelu=bool(entry.get("quick_gelu")))
+
+
+def _load_clip(source: _ClipSource, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, Any]:
+    """The model in eval mode, its image transform and its tokenizer."""
+    import open_clip
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, _, transform = open_clip.create_model_and_transforms(
+                source.name, pretrained=source.weights, precision=_PRECISIONS[dtype], device=device,
+                force_quick_gelu=source.quick_gelu, require_pretrained=True, pretrained_text=False,
+            )  # fmt: skip
+            tokenizer = open_clip.get_tokenizer(source.name)
+    except Exception as error:  # open_clip and torch raise many kinds for files that do not fit
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"open_clip cannot load {source.name} {source.weights or ''} ({first}). Give --clip-model and "
+            "--clip-weights that belong together."
+        ) from error
+    return model.eval().requires_grad_(False), transform, tokenizer

@@ -1,0 +1,206 @@
+"""One pass over the images of a shard: each is decoded once, then captioned, ranked and filtered as asked.
+
+In: samples in the order of their keys, and a lane for each stage. Out: the same samples in the same order,
+with what the stages found or why one of them failed. A lane works on batches of its own size, always the same
+ones, so that a stage finds the same alone, together with others, and after an interruption.
+
+Pictures are decoded and resized by a few threads while the models compute; only a bounded number of them is
+held at a time, whatever the size of the shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from capfilt.curate.selection import RankedCaption, captions_to_filter, rank_captions
+from capfilt.data.images import ImageRefused, decode_image
+from capfilt.data.reasons import Quarantined
+from capfilt.data.samples import Sample
+from capfilt.data.schemas import WEB_CAPTION_INDEX
+
+NUM_DECODERS = 2
+"""Threads that decode; one feeds a CPU, two a small model."""
+
+
+@dataclass(slots=True)
+class Item:
+    """One sample on its way through the lanes."""
+
+    key: str
+    web_caption: str
+    image: bytes
+    """Encoded; empty as soon as it is decoded, so that a shard's pictures do not pile up."""
+    sha256: str
+    num_bytes: int
+    captions: list[str] = field(default_factory=list)
+    """Synthetic captions, by caption_index."""
+    ranked: list[RankedCaption] = field(default_factory=list)
+    """Web caption and synthetic captions with CLIP scores."""
+    itm_scores: list[tuple[int, float | None]] = field(default_factory=list)
+    """(caption_index, ITM score) of the captions the filter looked at."""
+    prepared: dict[str, Any] = field(default_factory=dict)
+    """Lane → the picture as its model wants it."""
+    failed_stage: str = ""
+    failure: Quarantined | None = None
+
+    @classmethod
+    def of(cls, sample: Sample) -> Item:
+        """The item of a sample, nothing found yet."""
+        return cls(sample.key, sample.web_caption, sample.image, sample.sha256, len(sample.image))
+
+    def fail(self, stage: str, reason: str, detail: str) -> None:
+        """Take the sample out at `stage`."""
+        self.failed_stage = stage
+        self.failure = Quarantined(
+            key=self.key, reason=reason, detail=detail, sha256=self.sha256, num_bytes=self.num_bytes
+        )
+        self.prepared.clear()
+
+
+class Lane(Protocol):
+    """One stage of the pass."""
+
+    stage: str
+    batch_size: int
+
+    def prepare(self, image: Any, /) -> Any:
+        """An RGB picture as the model wants it; called in a decoding thread."""
+        ...
+
+    def work(self, items: Sequence[Item], /) -> None:
+        """Fill in what the stage finds in items that did not fail."""
+        ...
+
+
+class CaptionLane:
+    """Fills `captions`."""
+
+    stage = "captions"
+
+    def __init__(self, captioner: Any) -> None:
+        self._captioner = captioner
+        self.batch_size: int = captioner.batch_size
+        self.prepare: Callable[[Any], Any] = captioner.prepare
+
+    def work(self, items: Sequence[Item]) -> None:
+        """Write the captions of a batch."""
+        images = [item.prepared.pop(self.stage) for item in items]
+        texts = self._captioner.caption_prepared(images, [item.key for item in items])
+        for item, own in zip(items, texts, strict=True):
+            item.captions = own
+
+
+class ClipLane:
+    """Fills `ranked`: scores of every text, ranks of the distinct ones."""
+
+    stage = "clip"
+
+    def __init__(self, scorer: Any, *, include_web: bool) -> None:
+        self._scorer = scorer
+        self._include_web = include_web
+        self.batch_size: int = scorer.batch_size
+        self.prepare: Callable[[Any], Any] = scorer.prepare
+
+    def work(self, items: Sequence[Item]) -> None:
+        """Score and rank the captions of a batch. An empty text has no score."""
+        texts = [[item.web_caption, *item.captions] for item in items]
+        asked = [[text for text in own if text.strip()] for own in texts]
+        scores = self._scorer.score([item.prepared.pop(self.stage) for item in items], asked)
+        for item, own, found in zip(items, texts, scores, strict=True):
+            if not all(map(math.isfinite, found)):
+                item.fail(self.stage, "scoring_failed", "a CLIP score is not finite")
+                continue
+            left = iter(found)
+            captions = [
+                (index, text, next(left) if text.strip() else None)
+                for index, text in enumerate(own, start=WEB_CAPTION_INDEX)
+            ]
+            item.ranked = rank_captions(captions, include_web=self._include_web)
+
+
+class ItmLane:
+    """Fills `itm_scores`: of the top K, and of the web caption unless it was ranked."""
+
+    stage = "itm"
+
+    def __init__(self, scorer: Any, *, keep: int, include_web: bool) -> None:
+        self._scorer = scorer
+        self._keep, self._include_web = keep, include_web
+        self.batch_size: int = scorer.batch_size
+        self.prepare: Callable[[Any], Any] = scorer.prepare
+
+    def work(self, items: Sequence[Item]) -> None:
+        """Score a batch. A sample without any text has one row without a score, and so is accounted for."""
+        chosen = [
+            captions_to_filter(item.ranked, keep=self._keep, include_web=self._include_web) for item in items
+        ]
+        images = [item.prepared.pop(self.stage) for item in items]
+        scores = self._scorer.score(images, [[caption.text for caption in own] for own in chosen])
+        for item, own, found in zip(items, chosen, scores, strict=True):
+            if not all(map(math.isfinite, found)):
+                item.fail(self.stage, "scoring_failed", "an ITM score is not finite")
+            elif own:
+                indices = [caption.caption_index for caption in own]
+                item.itm_scores = list(zip(indices, found, strict=True))
+            else:
+                item.itm_scores = [(WEB_CAPTION_INDEX, None)]
+
+
+def run_lanes(items: Iterable[Item], lanes: Sequence[Lane]) -> Iterator[Item]:
+    """Send items through the lanes, in order; each comes out when the last lane is done with it.
+
+    An item that fails, in decoding or in a lane, comes out in its place and is not worked on further.
+    """
+    flow: Iterator[Item] = _decode_ahead(items, lanes)
+    for lane in lanes:
+        flow = _in_batches(flow, lane)
+    return flow
+
+
+def _in_batches(items: Iterator[Item], lane: Lane) -> Iterator[Item]:
+    waiting: list[Item] = []
+    num_sound = 0
+    for item in items:
+        waiting.append(item)
+        num_sound += item.failure is None
+        if num_sound == lane.batch_size:
+            lane.work([one for one in waiting if one.failure is None])
+            yield from waiting
+            waiting, num_sound = [], 0
+    if num_sound:
+        lane.work([one for one in waiting if one.failure is None])
+    yield from waiting
+
+
+def _decode_ahead(items: Iterable[Item], lanes: Sequence[Lane]) -> Iterator[Item]:
+    """Items with their pictures prepared for every lane, in order; decoded by threads, a few ahead."""
+    num_ahead = 2 * lanes[0].batch_size
+    source = iter(items)
+    under_way: deque[tuple[Item, Future[None]]] = deque()
+    with ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode") as pool:
+        try:
+            while True:
+                while len(under_way) < num_ahead and (item := next(source, None)) is not None:
+                    under_way.append((item, pool.submit(_prepare, item, lanes)))
+                if not under_way:
+                    return
+                item, future = under_way.popleft()
+                future.result()
+                yield item
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _prepare(item: Item, lanes: Sequence[Lane]) -> None:
+    data, item.image = item.image, b""
+    try:
+        image = decode_image(data)
+    except ImageRefused as refused:
+        item.fail(lanes[0].stage, refused.reason, refused.detail)
+        return
+    item.prepared = {lane.stage: lane.prepare(image) for lane in lanes}
