@@ -120,7 +120,9 @@ def _train(
 
     fields = {"input": runs_digest(run_dirs)}
     if settings.init:
-        fields["init_sha256"] = weights_digest(_part_of(settings.init, "captioner" if "blip" in name else name[6:]))
+        fields["init_sha256"] = weights_digest(
+            _part_of(settings.init, "captioner" if "blip" in name else name[6:])
+        )
     return train(
         compute_losses,
         named_parameters=module.named_parameters(),
@@ -136,7 +138,9 @@ def _train(
     )
 
 
-def encode_texts(tokenizer: Any, texts: list[str], settings: BlipTrainSettings, device: torch.device) -> Tensor:
+def encode_texts(
+    tokenizer: Any, texts: list[str], settings: BlipTrainSettings, device: torch.device
+) -> Tensor:
     """[CLS] … [SEP] of each text, padded to the longest: (B, T) token ids."""
     encoded = tokenizer(
         texts, padding=True, truncation=True, max_length=settings.max_text_tokens, return_tensors="pt"
@@ -174,7 +178,9 @@ def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, SavedBlip]:
 
 def _start_from_nothing(settings: BlipTrainSettings) -> tuple[Blip, SavedBlip]:
     if not settings.tokenizer:
-        raise UsageError("Neither --init nor --tokenizer is given; name a BLIP model, or a tokenizer to start with.")
+        raise UsageError(
+            "Neither --init nor --tokenizer is given; name a BLIP model, or a tokenizer to start with."
+        )
     tokenizer = load_tokenizer(find_model_dir(settings.tokenizer, "tokenizer"))
     names = tokenizer.get_vocab()
     if missing := [token for token in ("[DEC]", "[ENC]") if token not in names]:
@@ -192,7 +198,10 @@ def _start_from_nothing(settings: BlipTrainSettings) -> tuple[Blip, SavedBlip]:
         dec_token_id=names["[DEC]"], enc_token_id=names["[ENC]"],
     )  # fmt: skip
     model = Blip(
-        VisionTransformer(vision), text, embed_dim=settings.embed_dim, label_smoothing=settings.label_smoothing
+        VisionTransformer(vision),
+        text,
+        embed_dim=settings.embed_dim,
+        label_smoothing=settings.label_smoothing,
     )
     preparation = ImagePreparation(settings.image_size_px)
     return model, SavedBlip(model.captioner, tokenizer, preparation)

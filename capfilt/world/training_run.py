@@ -76,14 +76,14 @@ def _write_shard(task: tuple[Path, WorldRunSettings, int]) -> int:
             tar = staging / f"{shard}.tar"
             rows = _write_pictures(tar, settings, start, size)
             table = pa.Table.from_pylist(rows, schema=SCHEMAS["shards"])
-            commit_stage(run, "shards", shard, table, fields=fields, input_digest=origin, rows_in=size, tar=tar)
+            commit_stage(
+                run, "shards", shard, table, fields=fields, input_digest=origin, rows_in=size, tar=tar
+            )
     manifest_fields = {"world": 1, "captions_per_scene": settings.captions_per_scene}
     digest = file_sha256(run.stage_file("shards", shard))
     if stage_state(run, "manifest", shard, manifest_fields, digest) != "done":
         table = pa.Table.from_pylist(_manifest_rows(settings, shard, start, size), schema=SCHEMAS["manifest"])
-        commit_stage(
-            run, "manifest", shard, table, fields=manifest_fields, input_digest=digest, rows_in=size
-        )
+        commit_stage(run, "manifest", shard, table, fields=manifest_fields, input_digest=digest, rows_in=size)
     return size
 
 
@@ -100,9 +100,7 @@ def _scene(settings: WorldRunSettings, place: int) -> Scene:
     raise ValueError(f"no scene with {settings.min_count} objects in 1,000 draws")
 
 
-def _write_pictures(
-    tar: Path, settings: WorldRunSettings, start: int, size: int
-) -> list[dict[str, Any]]:
+def _write_pictures(tar: Path, settings: WorldRunSettings, start: int, size: int) -> list[dict[str, Any]]:
     """Paint and pack the scenes; give the rows of the shard."""
     rows: list[dict[str, Any]] = []
 

@@ -1,0 +1,243 @@
+"""`make assets`: the embedded models, made from nothing by this project's own training commands.
+
+In: a working folder. Out: capfilt/world/assets/{blip-captioner,blip-filter,clip,opt,t5}, each with a README that
+says how it was made and what it reaches; the figures are printed too.
+
+Every part is resumable: what is finished is not done again, a training goes on from its last checkpoint. All
+training scenes are of the train split, all figures are measured on scenes of the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import capfilt
+from capfilt.data.llm_texts import write_llm_texts
+from capfilt.figures import Figures, measure_captioner, measure_clip, measure_filter, measure_llm
+from capfilt.progress import Progress, StreamProgress
+from capfilt.settings import BlipTrainSettings, ClipTrainSettings, LlmTrainSettings
+from capfilt.train.blip import train_blip, train_captioner, train_filter
+from capfilt.train.clip import train_clip
+from capfilt.train.llm import train_llm
+from capfilt.train.loop import TrainSummary
+from capfilt.world.texts_for_llms import draw_llm_texts
+from capfilt.world.tokenizers import (
+    build_bert_tokenizer,
+    build_clip_tokenizer,
+    build_opt_tokenizer,
+    build_t5_tokenizer,
+)
+from capfilt.world.training_run import WorldRunSettings, write_world_run
+
+EMBEDDED_DIR = Path(capfilt.__file__).parent / "world" / "assets"
+NUM_UNSEEN_SCENES = 1000
+NUM_LLM_TEXTS = 120_000
+
+# --- what is trained, and how long --------------------------------------------------------------------------
+
+RUNS = {
+    # Scenes of three objects and more teach the kinds of objects sooner: each is there several times.
+    "groups": WorldRunSettings(num_scenes=16_000, min_count=3),
+    "scenes": WorldRunSettings(num_scenes=44_000, first_seed=1_000_000),
+}
+TINY_BLIP: dict[str, Any] = {
+    "image_size_px": 64, "patch_size_px": 8, "vision_width": 128, "vision_depth": 4, "text_width": 128,
+    "text_depth": 3, "head_width": 32, "max_positions": 64, "embed_dim": 64,
+}  # fmt: skip
+FIRST_BLIP = BlipTrainSettings(
+    **TINY_BLIP, losses=("itc", "lm"), label_smoothing=0.0, max_steps=1500, warmup_steps=100,
+    learning_rate=1e-3, min_learning_rate=3e-4, save_every_steps=250, log_every_steps=25,
+)  # fmt: skip
+SECOND_BLIP = BlipTrainSettings(
+    losses=("itc", "lm"), label_smoothing=0.0, max_steps=5000, warmup_steps=50, learning_rate=1e-3,
+    min_learning_rate=1e-4, save_every_steps=500, log_every_steps=25, autocast="bfloat16",
+)  # fmt: skip
+CAPTIONER = BlipTrainSettings(
+    prompt="a picture of ", label_smoothing=0.0, max_steps=2500, warmup_steps=50, learning_rate=5e-4,
+    save_every_steps=500, log_every_steps=25, autocast="bfloat16",
+)  # fmt: skip
+FILTER = BlipTrainSettings(
+    max_steps=2500, warmup_steps=50, learning_rate=5e-4, save_every_steps=500, log_every_steps=25
+)
+CLIP = ClipTrainSettings()
+OPT = LlmTrainSettings(architecture="opt")
+T5 = LlmTrainSettings(architecture="t5")
+
+
+# --- the parts, in the order in which they are made ----------------------------------------------------------
+
+Train = Callable[[Path, Progress], TrainSummary]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One embedded model: how it is trained into a folder, how it is measured, what its card says."""
+
+    name: str
+    title: str
+    origin: str
+    train: Train
+    measure: Callable[[Path, int], Figures]
+
+
+def list_parts(work_dir: Path) -> list[Part]:
+    """The embedded models; `work_dir` holds the runs, tokenizers and trainings they come from."""
+    runs = [work_dir / "runs" / "scenes"]
+    tokens = work_dir / "tokenizers"
+
+    def fine_tuned(train: Callable[..., TrainSummary], settings: BlipTrainSettings) -> Train:
+        started = replace(settings, init=str(work_dir / "models" / "blip-second"))
+        return lambda out, progress: train(runs, started, out, progress)
+
+    def language_model(settings: LlmTrainSettings) -> Train:
+        texts, tokenizer = work_dir / "llm_texts.jsonl", tokens / settings.architecture
+        return lambda out, progress: train_llm(texts, tokenizer, settings, out, progress)
+
+    pre_trained = (
+        f"BLIP pre-training (ITC, LM) for {FIRST_BLIP.max_steps:,} steps on scenes of three objects and more and "
+        f"{SECOND_BLIP.max_steps:,} on all kinds of scenes"
+    )
+    return [
+        Part(
+            "blip-captioner", "BLIP captioner",
+            f"{pre_trained}, then LM alone for {CAPTIONER.max_steps:,} steps (`capfilt train captioner`)",
+            fine_tuned(train_captioner, CAPTIONER), measure_captioner,
+        ),
+        Part(
+            "blip-filter", "BLIP filter",
+            f"{pre_trained}, then ITC and ITM for {FILTER.max_steps:,} steps (`capfilt train filter`)",
+            fine_tuned(train_filter, FILTER), measure_filter,
+        ),
+        Part(
+            "clip", "CLIP (open_clip)", f"contrast for {CLIP.max_steps:,} steps (`capfilt train clip`)",
+            lambda out, progress: train_clip(runs, tokens / "clip", CLIP, out, progress), measure_clip,
+        ),
+        Part(
+            "opt", "OPT", f"LM on the world's language for {OPT.max_steps:,} steps (`capfilt train llm`)",
+            language_model(OPT), measure_llm,
+        ),
+        Part(
+            "t5", "T5", f"prefix LM on the world's language for {T5.max_steps:,} steps (`capfilt train llm`)",
+            language_model(T5), measure_llm,
+        ),
+    ]  # fmt: skip
+
+
+def build_inputs(work_dir: Path, progress: Progress) -> None:
+    """Tokenizers, runs of scenes, texts for the language models: what every training reads."""
+    for name, build in {
+        "bert": build_bert_tokenizer, "clip": build_clip_tokenizer, "opt": build_opt_tokenizer,
+        "t5": build_t5_tokenizer,
+    }.items():  # fmt: skip
+        folder = work_dir / "tokenizers" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        build(folder)
+    for name, settings in RUNS.items():
+        write_world_run(work_dir / "runs" / name, settings, progress)
+    texts = work_dir / "llm_texts.jsonl"
+    if not texts.exists():
+        partial = texts.with_suffix(".partial")
+        write_llm_texts(partial, draw_llm_texts(NUM_LLM_TEXTS))
+        partial.rename(texts)
+
+
+def pre_train(work_dir: Path, progress: Progress) -> None:
+    """The BLIP that captioner and filter are fine-tuned from."""
+    models = work_dir / "models"
+    first = replace(FIRST_BLIP, tokenizer=str(work_dir / "tokenizers" / "bert"))
+    train_blip([work_dir / "runs" / "groups"], first, models / "blip-first", progress)
+    second = replace(SECOND_BLIP, init=str(models / "blip-first"))
+    train_blip([work_dir / "runs" / "scenes"], second, models / "blip-second", progress)
+
+
+# --- what is shipped ----------------------------------------------------------------------------------------
+
+
+def publish(part: Part, trained_dir: Path, target_dir: Path, num_scenes: int) -> Figures:
+    """Copy a trained model in half precision into the package, measure the copy, and write its card."""
+    shutil.rmtree(target_dir, ignore_errors=True)
+    target_dir.mkdir(parents=True)
+    for file in sorted(trained_dir.iterdir()):
+        if file.suffix == ".safetensors":
+            save_file(_half(load_file(file)), target_dir / file.name, metadata={"format": "pt"})
+        elif file.is_file() and file.name not in ("training.json", "metrics.jsonl", ".lock"):
+            shutil.copyfile(file, target_dir / file.name)
+    _note_half_precision(target_dir / "config.json")
+    figures = part.measure(target_dir, num_scenes)
+    (target_dir / "README.md").write_text(_card(part, target_dir, figures, num_scenes))
+    return figures
+
+
+def _half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+
+
+def _note_half_precision(config_file: Path) -> None:
+    if config_file.exists():
+        config = json.loads(config_file.read_text())
+        config_file.write_text(json.dumps(config | {"dtype": "float16"}, indent=2) + "\n")
+
+
+def _card(part: Part, folder: Path, figures: Figures, num_scenes: int) -> str:
+    num_bytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    rows = "".join(f"| {name} | {value:.3f} |\n" for name, value in figures.items())
+    return (
+        f"# {part.title} of the miniature world\n\n"
+        f"A small model of the published architecture and file format, for rehearsals and tests; it knows the "
+        f"miniature world (`capfilt/world`) and nothing else. {num_bytes / 1e6:.1f} MB, float16.\n\n"
+        f"Made by `make assets` (`capfilt/assets.py`): {part.origin}.\n\n"
+        f"Measured on {num_scenes:,} scenes of the test split, none of them seen in training, some with pairs of "
+        f"colour and kind that no training scene shows:\n\n| figure | value |\n|---|---|\n{rows}\n"
+        f"Licence: Apache-2.0, as the rest of capfilt.\n"
+    )
+
+
+def build_assets(
+    work_dir: Path, target_dir: Path, progress: Progress, num_scenes: int, only: str = ""
+) -> None:
+    """Make everything that is missing, then measure and ship each model."""
+    build_inputs(work_dir, progress)
+    started = time.monotonic()
+    for part in list_parts(work_dir):
+        if only and part.name not in only.split(","):
+            continue
+        if part.name.startswith("blip"):
+            pre_train(work_dir, progress)
+        summary = part.train(work_dir / "models" / part.name, progress)
+        figures = publish(part, work_dir / "models" / part.name, target_dir / part.name, num_scenes)
+        shown = "".join(f"\n  {name}: {value:.3f}" for name, value in figures.items())
+        print(f"{part.name}: {summary.steps:,} steps, last losses {summary.last_losses}{shown}")  # noqa: T201
+    minutes = (time.monotonic() - started) / 60
+    print(f"The embedded models are in {target_dir}; this took {minutes:.0f} minutes.")  # noqa: T201
+
+
+def main() -> None:
+    """Read the options of `python -m capfilt.assets`."""
+    parser = argparse.ArgumentParser(prog="python -m capfilt.assets", description=__doc__.splitlines()[0])
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/assets"), help="runs and trainings")
+    parser.add_argument("--target-dir", type=Path, default=EMBEDDED_DIR, help="where the models are shipped")
+    parser.add_argument(
+        "--only", default="", help="names of models to make, with commas; all where not given"
+    )
+    parser.add_argument(
+        "--num-scenes", type=int, default=NUM_UNSEEN_SCENES, help="unseen scenes to measure on"
+    )
+    options = parser.parse_args()
+    build_assets(
+        options.work_dir, options.target_dir, StreamProgress(sys.stderr), options.num_scenes, options.only
+    )
+
+
+if __name__ == "__main__":
+    main()

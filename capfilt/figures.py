@@ -1,0 +1,129 @@
+"""What models reach on scenes of the miniature world that they never saw, judged by its truth.
+
+In: folders of models. Out: figures by name. The pictures are painted at many sizes and encoded as a web site
+would serve them; the models are run as `capfilt caption`, `rank` and `filter` run them.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from capfilt.curate.captioner import BlipCaptioner
+from capfilt.curate.scorers import ClipScorer, ItmScorer, Scorer
+from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
+from capfilt.train.llm import continue_texts
+from capfilt.world.language import caption as true_caption
+from capfilt.world.language import change_one_fact, full_caption
+from capfilt.world.measure import (
+    area_under_curve,
+    has_held_out,
+    recall_at,
+    share_true,
+    unseen_scenes,
+    wrong_facts,
+)
+from capfilt.world.scenes import Scene
+from capfilt.world.texts_for_llms import draw_probes, share_of_right_answers
+from capfilt.world.training_run import encode_picture
+
+BATCH_SIZE = 50
+
+Figures = dict[str, float]
+
+
+def picture(scene: Scene) -> Image.Image:
+    """The picture of an unseen scene, of a size and format drawn from its seed."""
+    encoded, _, _, _ = encode_picture(scene, np.random.default_rng([17, scene.seed]))
+    return Image.open(io.BytesIO(encoded)).convert("RGB")
+
+
+def measure_captioner(folder: Path, num_scenes: int) -> Figures:
+    """Shares of true captions: greedy (also on held-out pairs of colour and kind) and nucleus, and diversity."""
+    scenes = unseen_scenes(num_scenes)
+    greedy = [
+        texts[0] for texts in _write(folder, scenes, CaptionSettings(decoding="greedy", num_captions=1))
+    ]
+    ten = _write(folder, scenes, CaptionSettings())
+    flat = [(text, scene) for texts, scene in zip(ten, scenes, strict=True) for text in texts]
+    held_out = [number for number, scene in enumerate(scenes) if has_held_out(scene)]
+    figures = {
+        "greedy captions true": share_true(greedy, scenes),
+        "greedy captions true, held-out pairs": share_true(
+            [greedy[n] for n in held_out], [scenes[n] for n in held_out]
+        ),
+        "nucleus captions true": share_true([text for text, _ in flat], [scene for _, scene in flat]),
+        "distinct captions of ten, median": float(np.median([len(set(texts)) for texts in ten])),
+    }
+    return figures | {f"greedy wrong in {fact}": share for fact, share in wrong_facts(greedy, scenes).items()}
+
+
+def measure_filter(folder: Path, num_scenes: int) -> Figures:
+    """ITM's area under the curve: true captions against other images' captions, and against one changed fact."""
+    scenes = unseen_scenes(num_scenes)
+    rng = np.random.default_rng(19)
+    true = [true_caption(scene, rng) for scene in scenes]
+    others = [true[(number + 1) % len(true)] for number in range(len(true))]
+    changed = [change_one_fact(scene, rng) for scene in scenes]
+    scorer = ItmScorer(FilterSettings(filter_model=str(folder)))
+    texts = [list(three) for three in zip(true, others, [text for text, _ in changed], strict=True)]
+    scores = np.array(_score(scorer, scenes, texts))
+    figures = {
+        "AUC against other images' captions": area_under_curve(scores[:, 0], scores[:, 1]),
+        "AUC against one changed fact": area_under_curve(scores[:, 0], scores[:, 2]),
+        "true captions kept at 0.5": float((scores[:, 0] >= 0.5).mean()),
+        "captions with one changed fact dropped at 0.5": float((scores[:, 2] < 0.5).mean()),
+    }
+    for fact in sorted({fact for _, fact in changed}):
+        rows = [number for number, (_, changed_fact) in enumerate(changed) if changed_fact == fact]
+        figures[f"AUC against a changed {fact}"] = area_under_curve(scores[:, 0], scores[rows, 2])
+    return figures
+
+
+def measure_clip(folder: Path, num_scenes: int) -> Figures:
+    """Recall both ways among unseen scenes with captions that state every fact."""
+    scenes = unseen_scenes(num_scenes)
+    rng = np.random.default_rng(23)
+    texts = [full_caption(scene, rng) for scene in scenes]
+    scorer = ClipScorer(RankSettings(clip_model=str(folder)))
+    image_text = np.array(_score(scorer, scenes, [texts] * len(scenes)))
+    return {
+        "image to text R@1": recall_at(image_text, 1),
+        "text to image R@1": recall_at(image_text.T, 1),
+        "image to text R@5": recall_at(image_text, 5),
+        "text to image R@5": recall_at(image_text.T, 5),
+    }
+
+
+def measure_llm(folder: Path, num_scenes: int) -> Figures:
+    """Shares of true captions and right answers after a preamble that states the scene in words."""
+    scenes = unseen_scenes(num_scenes)
+    captions = continue_texts(folder, draw_probes(scenes, questions=False))
+    probes = draw_probes(scenes, questions=True)
+    return {
+        "captions true after a preamble": share_true(captions, scenes),
+        "answers right after a preamble": share_of_right_answers(continue_texts(folder, probes), probes),
+    }
+
+
+def _write(folder: Path, scenes: list[Scene], settings: CaptionSettings) -> list[list[str]]:
+    options = {name: getattr(settings, name) for name in settings.fingerprint_fields}
+    captioner = BlipCaptioner(CaptionSettings(**{**options, "captioner": str(folder), "max_length": 28}))
+    written: list[list[str]] = []
+    for start in range(0, len(scenes), BATCH_SIZE):
+        batch = scenes[start : start + BATCH_SIZE]
+        written += captioner.caption(
+            [picture(scene) for scene in batch], [str(scene.seed) for scene in batch]
+        )
+    return written
+
+
+def _score(scorer: Scorer, scenes: list[Scene], texts: list[list[str]]) -> list[list[float]]:
+    scores: list[list[float]] = []
+    for start in range(0, len(scenes), BATCH_SIZE):
+        images = [scorer.prepare(picture(scene)) for scene in scenes[start : start + BATCH_SIZE]]
+        scores += scorer.score(images, texts[start : start + BATCH_SIZE])
+    return scores

@@ -1,0 +1,116 @@
+"""Training BLIP from shards: it learns, its results open in plain transformers, and one part starts the next."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor, BlipForConditionalGeneration, BlipForImageTextRetrieval
+
+from capfilt.data.rundir import RunDir
+from capfilt.errors import UsageError
+from capfilt.settings import BlipTrainSettings
+from capfilt.train.blip import train_blip, train_captioner, train_filter
+from capfilt.train.blip_files import load_blip
+from capfilt.world.tokenizers import build_bert_tokenizer
+from capfilt.world.training_run import WorldRunSettings, write_world_run
+
+TINY = BlipTrainSettings(
+    image_size_px=32, patch_size_px=8, vision_width=32, vision_depth=1, text_width=32, text_depth=1, head_width=16,
+    max_positions=48, embed_dim=16, max_steps=12, warmup_steps=2, batch_size=8, learning_rate=3e-3,
+    log_every_steps=4, label_smoothing=0.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    settings = WorldRunSettings(num_scenes=48, scenes_per_shard=24)
+    return write_world_run(tmp_path_factory.mktemp("world") / "run", settings)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_bert_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pre_trained(world_run: RunDir, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("blip") / "out"
+    summary = train_blip([world_run.path], replace(TINY, tokenizer=str(tokenizer_dir)), output)
+    assert summary.last_losses["lm"] < summary.first_losses["lm"]
+    return output
+
+
+def test_both_parts_open_in_transformers_with_equal_outputs(pre_trained: Path) -> None:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    theirs, info = BlipForConditionalGeneration.from_pretrained(
+        pre_trained / "captioner", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ours = load_blip(pre_trained / "captioner", "captioner")
+    tokens = ours.tokenizer(["a red ball", "two blue stars"], return_tensors="pt", padding=True).input_ids
+    with torch.no_grad():
+        features = theirs.vision_model(images)[0]
+        expected = theirs.text_decoder(tokens, encoder_hidden_states=features).logits
+        found = ours.model(images, tokens)
+    ends = tokens != ours.tokenizer.pad_token_id
+    assert torch.allclose(found[ends], expected[ends], atol=1e-4)
+
+    theirs, info = BlipForImageTextRetrieval.from_pretrained(pre_trained / "filter", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ours = load_blip(pre_trained / "filter", "filter")
+    mask = ends.long()
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens, pixel_values=images, attention_mask=mask, use_itm_head=True)[0]
+        found = ours.model.itm_logits(ours.model.vision(images), tokens, ends)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_processor_opens_in_transformers(pre_trained: Path) -> None:
+    processor = AutoProcessor.from_pretrained(pre_trained / "captioner")
+    assert type(processor).__name__ == "BlipProcessor"
+    assert processor.tokenizer("a red ball").input_ids[0] == processor.tokenizer.cls_token_id
+
+
+def test_captioner_learns_from_there(world_run: RunDir, pre_trained: Path, tmp_path: Path) -> None:
+    settings = replace(TINY, init=str(pre_trained), prompt="a picture of ", max_steps=30)
+    summary = train_captioner([world_run.path], settings, tmp_path / "out")
+    assert summary.last_losses["lm"] < 0.8 * summary.first_losses["lm"]
+    assert BlipForConditionalGeneration.from_pretrained(tmp_path / "out").config.capfilt_prompt == "a picture of "
+
+
+def test_filter_learns_from_there(world_run: RunDir, pre_trained: Path, tmp_path: Path) -> None:
+    settings = replace(TINY, init=str(pre_trained), max_steps=20)
+    summary = train_filter([world_run.path], settings, tmp_path / "out")
+    assert set(summary.last_losses) >= {"itc", "itm", "loss"}
+    assert summary.last_losses["loss"] < summary.first_losses["loss"]
+
+
+def test_pre_training_goes_on_from_its_own_output(world_run: RunDir, pre_trained: Path, tmp_path: Path) -> None:
+    before = load_blip(pre_trained / "filter", "filter").model.state_dict()
+    settings = replace(TINY, init=str(pre_trained), max_steps=1, learning_rate=1e-9, weight_decay=0.0)
+    train_blip([world_run.path], settings, tmp_path / "out")
+    after = load_blip(tmp_path / "out" / "filter", "filter").model.state_dict()
+    assert max((after[name] - before[name]).abs().max().item() for name in before) < 1e-6
+
+
+def test_parts_that_do_not_belong_together_are_refused(
+    world_run: RunDir, pre_trained: Path, tmp_path: Path
+) -> None:
+    settings = replace(TINY, init=str(pre_trained), max_steps=2)
+    mixed = tmp_path / "mixed"
+    train_captioner([world_run.path], settings, mixed / "captioner")
+    (mixed / "filter").symlink_to(pre_trained / "filter")
+    with pytest.raises(UsageError, match="different image encoders"):
+        train_blip([world_run.path], replace(settings, init=str(mixed)), tmp_path / "out")
+
+
+def test_starting_from_nothing_needs_a_tokenizer(world_run: RunDir, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--tokenizer"):
+        train_blip([world_run.path], TINY, tmp_path / "out")
