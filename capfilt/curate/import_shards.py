@@ -27,7 +27,14 @@ import pyarrow as pa
 
 from capfilt.curate.import_samples import FoundSample, check_sample, group_members
 from capfilt.curate.tar_patterns import expand_patterns
-from capfilt.data.commit import CommitRecord, commit_stage, read_commit_record, read_table, stage_state
+from capfilt.data.commit import (
+    CommitRecord,
+    commit_stage,
+    file_sha256,
+    read_commit_record,
+    read_table,
+    stage_state,
+)
 from capfilt.data.foreign_tars import read_foreign_tar
 from capfilt.data.reasons import Quarantined
 from capfilt.data.rundir import RunDir
@@ -81,7 +88,8 @@ def import_shards(
     """Import every tar that `patterns` name and that is not in `run` yet; the limits are those of a download.
 
     Raises:
-        UsageError: a pattern names nothing, or the run holds downloaded shards.
+        UsageError: a pattern names nothing, a tar was changed since its import, or the run holds downloaded
+            shards.
         FingerprintMismatchError: a tar was imported with other limits.
         RunLockedError: another command works on the run.
         CapfiltError: the disk refuses.
@@ -116,6 +124,7 @@ class _Import:
         }
         self._by_digest: dict[str, str] = {}
         self._by_file: dict[str, str] = {}
+        self._by_place: dict[str, str] = {}
         self._bytes_done = 0
         self._keys: set[bytes] = set()
         for shard in run.shard_names():
@@ -134,7 +143,7 @@ class _Import:
         self._progress.start("import", max(num_bytes // _MB, 1), "MB")
         with ThreadPoolExecutor(self._settings.num_processes, thread_name_prefix="decode") as threads:
             for path in paths:
-                shard = self._by_file.get(_file_identity(path))
+                shard = self._shard_of(path)
                 if shard is not None:
                     digest = read_commit_record(self._run.stage_file("shards", shard)).input_digest
                     stage_state(self._run, "shards", shard, self._fields, digest)  # raises for other limits
@@ -148,6 +157,19 @@ class _Import:
                         "mend the disk or make room and repeat the command, it goes on with this tar."
                     ) from error
         self._progress.finish()
+
+    def _shard_of(self, path: Path) -> str | None:
+        """Name of the shard that this file, not changed since, became; None when it is new."""
+        shard = self._by_file.get(_file_identity(path))
+        if shard is not None or _place(path) not in self._by_place:
+            return shard
+        shard = self._by_place[_place(path)]
+        if self._by_digest.get(file_sha256(path)) != shard:
+            raise UsageError(
+                f"{path} is no longer what was imported as shard {shard}; taking it in again would double its "
+                "samples. Import into a new run directory, or rename the file to have both."
+            )
+        return shard
 
     def _import_tar(self, path: Path, threads: ThreadPoolExecutor) -> None:
         shard = f"{max((int(name) for name in self._run.shard_names()), default=-1) + 1:05d}"
@@ -169,7 +191,7 @@ class _Import:
             record = commit_stage(
                 self._run, "shards", shard, pa.Table.from_pylist(rows, schema=SCHEMAS["shards"]),
                 fields=self._fields, input_digest=digest, rows_in=len(rows), quarantine=quarantine, tar=tar,
-                extra={"source_name": path.name, "source_identity": identity},
+                extra={"source_name": path.name, "source_place": _place(path), "source_identity": identity},
             )  # fmt: skip
         self._remember(record)
         self._keys.update(_key_digest(row["key"]) for row in rows)
@@ -219,6 +241,7 @@ class _Import:
     def _remember(self, record: CommitRecord) -> None:
         self._by_digest[record.input_digest] = record.shard
         self._by_file[str(record.extra.get("source_identity"))] = record.shard
+        self._by_place[str(record.extra.get("source_place"))] = record.shard
 
 
 class _DigestedStream:
@@ -289,7 +312,12 @@ def _key_digest(key: str) -> bytes:
     return hashlib.blake2b(key.encode(), digest_size=10).digest()
 
 
+def _place(path: Path) -> str:
+    """Stands for the path; what the user's folders are called stays out of the shards."""
+    return hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def _file_identity(path: Path) -> str:
     """Stands for a file that has not changed, so that a repeated import need not read it again."""
     stat = path.stat()
-    return hashlib.sha256(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    return hashlib.sha256(f"{_place(path)}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()

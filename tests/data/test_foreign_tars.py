@@ -6,7 +6,6 @@ import io
 import tarfile
 
 import pytest
-import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,21 +46,6 @@ def test_all_that_python_writes_is_read(files: dict[str, bytes], kind: int) -> N
         *[(info(name, len(content), mtime=1.5), content) for name, content in files.items()], kind=kind
     )
     assert [(m.name, m.content, m.reason) for m in read(data)] == [(n, c, None) for n, c in files.items()]
-
-
-def test_what_webdataset_writes_is_read() -> None:
-    buffer = io.BytesIO()
-    with webdataset.TarWriter(buffer) as writer:
-        writer.write({"__key__": "a/0001", "jpg": b"xyz", "txt": "a caption", "json": {"caption": "x"}})
-        writer.write({"__key__": "ß" * 80, "png": b"xyz"})
-    members = read(buffer.getvalue())
-    assert {member.name for member in members} == {
-        "a/0001.jpg",
-        "a/0001.txt",
-        "a/0001.json",
-        "ß" * 80 + ".png",
-    }
-    assert not any(member.reason for member in members)
 
 
 GOOD = info("good.jpg", 3), b"abc"
