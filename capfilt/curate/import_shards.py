@@ -166,8 +166,8 @@ class _Import:
         shard = self._by_place[_place(path)]
         if self._by_digest.get(file_sha256(path)) != shard:
             raise UsageError(
-                f"{path} is no longer what was imported as shard {shard}; taking it in again would double its "
-                "samples. Import into a new run directory, or rename the file to have both."
+                f"{path} is no longer what was imported as shard {shard}; taking it in again would double "
+                "its samples. Import into a new run directory, or rename the file to have both."
             )
         return shard
 
