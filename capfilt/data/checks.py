@@ -97,8 +97,10 @@ def check_itm(tables: Tables) -> Iterator[str]:
 
 
 def check_manifest(tables: Tables, shard: str) -> Iterator[str]:
-    """A row for every pair of the CLIP stage with the scores stored there; kept or dropped for a reason."""
-    manifest, clip, itm = tables["manifest"], tables["clip"], tables["itm"]
+    """A row for every pair of the samples that came through the ITM stage, with the scores stored there; kept
+    or dropped for a reason."""
+    manifest, itm = tables["manifest"], tables["itm"]
+    clip = tables["clip"].filter(pc.field("key").isin(itm["key"].combine_chunks()))
     columns = ["key", "caption_index", "source", "text", "clip_score", "rank"]
     for name in columns:
         if not manifest[name].equals(clip[name]):

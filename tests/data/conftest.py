@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,14 +89,16 @@ def commit_clip(run: RunDir, shard: str = "00000", *, replace: bool = False) -> 
     _commit(run, "clip", shard, rows, {"keep": 1}, replace)
 
 
-def commit_itm(run: RunDir, shard: str = "00000", *, replace: bool = False) -> None:
+def commit_itm(run: RunDir, shard: str = "00000", *, lost: int = 0, replace: bool = False) -> None:
+    """Scores of the web caption and the best one; the first `lost` samples go to quarantine."""
     clip = read_table(run.read_file("clip", shard)).to_pylist()
+    quarantined = list(dict.fromkeys(row["key"] for row in clip))[:lost]
     rows = [
         dict(key=row["key"], caption_index=row["caption_index"], itm_score=0.9 if row["text"] else None)
         for row in clip
-        if row["source"] == "web" or row["rank"] == 1
+        if row["key"] not in quarantined and (row["source"] == "web" or row["rank"] == 1)
     ]
-    _commit(run, "itm", shard, rows, {"first_token": "enc"}, replace)
+    _commit(run, "itm", shard, rows, {"first_token": "enc"}, replace, quarantined)
 
 
 def commit_manifest(
@@ -110,6 +112,8 @@ def commit_manifest(
     samples = {row["key"]: row for row in read_table(run.stage_file("shards", shard)).to_pylist()}
     rows = []
     for row in clip:
+        if row["key"] not in {key for key, _ in itm}:
+            continue
         score = itm.get((row["key"], row["caption_index"]))
         reason = (
             "duplicate" if row.pop("duplicate_of") is not None else "low_clip" if row["rank"] == 2 else None
@@ -147,11 +151,19 @@ def _kept(run: RunDir, shard: str) -> list[str]:
     return [row["key"] for row in rows if row["status"] == "success"]
 
 
-def _commit(run: RunDir, stage: str, shard: str, rows: list[dict], fields: dict, replace: bool) -> None:
+def _commit(
+    run: RunDir,
+    stage: str,
+    shard: str,
+    rows: list[dict],
+    fields: dict,
+    replace: bool,
+    lost: Sequence[str] = (),
+) -> None:
     commit_stage(
         run, stage, shard, pa.Table.from_pylist(rows, schema=SCHEMAS[stage]), fields=fields,
-        input_digest=input_digest(run, stage, shard), rows_in=len({row["key"] for row in rows}),
-        replace=replace,
+        input_digest=input_digest(run, stage, shard), rows_in=len({row["key"] for row in rows}) + len(lost),
+        quarantine=[Quarantined(key=key, reason="scoring_failed") for key in lost], replace=replace,
     )  # fmt: skip
 
 

@@ -273,3 +273,16 @@ def test_a_row_of_the_table_that_came_to_nothing_is_missed(tmp_path: Path, stage
     path.write_bytes(sealed_bytes(read_table(path), changed))
     report = verify_run(run)
     assert [item.problem for item in report.findings] == ["the shards account for 7 rows; the table has 8"]
+
+
+def test_samples_that_a_later_stage_lost_are_accounted_for(tmp_path: Path, stages: SimpleNamespace) -> None:
+    run = RunDir.create(tmp_path / "run")
+    stages.shard(run, num_samples=5)
+    stages.captions(run)
+    stages.clip(run)
+    stages.itm(run, lost=2)
+    stages.manifest(run)
+    report = verify_run(run, deep=True)
+    assert (report.findings, report.unfinished) == ([], [])
+    kept = {stage: counts.rows_kept for stage, counts in report.counts.items()}
+    assert kept == {"shards": 5, "captions": 4, "clip": 4, "itm": 2, "manifest": 2}
