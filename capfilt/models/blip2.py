@@ -4,8 +4,8 @@ In: features of a frozen image encoder, before its last layer norm, and texts. O
 
 - `Stage1`: the Q-Former learns to fetch what text speaks of: ITC + ITM + ITG, plain sum
 - `Stage2`: query outputs, projected, are soft visual prompts of a frozen language model
-- the layer norm on the image features stays trainable and computes in float32; everything before it is frozen,
-  so its features may come from a cache
+- the layer norm on the image features stays trainable and computes in float32; what comes before it is
+  frozen, so the features may come from a cache
 - gathering across ranks is an argument, the identity on one process
 
 Legend: B images, A images of all ranks, Q queries, P patches, T tokens, D width, E embedding, V vocabulary.
@@ -41,7 +41,7 @@ def identity(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """A batch of tokenised texts: `tokens` (B, T) with [CLS] first and padding last, `mask` (B, T) boolean."""
+    """A batch of tokenised texts: `tokens` (B, T), [CLS] first, padding last; `mask` (B, T) boolean."""
 
     tokens: Tensor
     mask: Tensor
@@ -183,8 +183,8 @@ def itc_loss(
 def draw_negatives(logits_BA: Tensor, same_BA: Tensor, first_own: int = 0) -> Tensor:
     """One column per row, drawn with probability softmax(logits), the row's own pair excluded → (B,) int64.
 
-    `same` marks columns with the very same text: they are no negatives and are drawn only where nothing else is
-    left. The released code excludes the own pair alone.
+    `same` marks columns with the very same text: they are no negatives, and are drawn only where nothing
+    else is left. The released code excludes the own pair alone.
     """
     rows = torch.arange(len(logits_BA), device=logits_BA.device)
     excluded = same_BA.clone()

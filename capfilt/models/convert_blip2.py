@@ -1,9 +1,10 @@
-"""Weights and sizes of BLIP-2, ours ↔ transformers' `Blip2ForImageTextRetrieval` and `Blip2ForConditionalGeneration`.
+"""Weights and sizes of BLIP-2: ours ↔ transformers'.
 
-In: state dicts and configs of one side. Out: those of the other; every missing, unknown or misshapen key is an
-error that names it. Also the start of a Q-Former from a BERT-style text encoder (BLIP-2 §3.1).
+In: state dicts and configs of one side. Out: those of the other (`Blip2ForImageTextRetrieval` for stage 1,
+`Blip2ForConditionalGeneration` for stage 2); every missing or unknown key is an error that names it. Also the
+start of a Q-Former from a BERT-style text encoder (BLIP-2 §3.1).
 
-transformers' BLIP-2 has no room for the ITG head and the temperature; they are `EXTRA_STAGE1_KEYS`, kept beside.
+transformers' BLIP-2 has no room for the ITG head and the temperature; those are `EXTRA_STAGE1_KEYS`.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from capfilt.models.vit import ViTConfig
 State = dict[str, Tensor]
 
 EXTRA_STAGE1_KEYS = (
-    "temperature", "lm_head.transform.weight", "lm_head.transform.bias", "lm_head.norm.weight", "lm_head.norm.bias",
-    "lm_head.vocabulary.bias",
+    "temperature", "lm_head.transform.weight", "lm_head.transform.bias",
+    "lm_head.norm.weight", "lm_head.norm.bias", "lm_head.vocabulary.bias",
 )  # fmt: skip
 """Of `Stage1`, what transformers' layout does not hold."""
 
 TEXT_ENCODER_PREFIXES = ("text_encoder.", "text_decoder.bert.", "bert.", "")
-"""Where a BERT-style encoder's weights may start: BLIP's ITM model, BLIP's captioner, BERT with heads, BERT."""
+"""Where a BERT-style encoder's weights are: BLIP's ITM model, BLIP's captioner, BERT with heads, BERT."""
 
 
 def vision_names(depth: int) -> dict[str, str]:
-    """Names of `VisionTransformer` without its last norm → transformers' (BLIP's and BLIP-2's are the same)."""
+    """Names of `VisionTransformer` without its last norm → transformers' (the same in BLIP and BLIP-2)."""
     names = {
         "class_embedding": "vision_model.embeddings.class_embedding",
         "position_embedding": "vision_model.embeddings.position_embedding",
@@ -166,7 +167,8 @@ def blip2_config(
             "layer_norm_eps": vision.layer_norm_eps, "hidden_act": "gelu", "qkv_bias": True,
         },
         qformer_config={
-            "vocab_size": qformer.vocab_size, "hidden_size": qformer.width, "num_hidden_layers": qformer.depth,
+            "vocab_size": qformer.vocab_size, "hidden_size": qformer.width,
+            "num_hidden_layers": qformer.depth,
             "num_attention_heads": qformer.num_heads, "intermediate_size": qformer.mlp_width,
             "max_position_embeddings": qformer.max_positions, "layer_norm_eps": qformer.layer_norm_eps,
             "hidden_dropout_prob": qformer.dropout, "attention_probs_dropout_prob": 0.0,
@@ -181,7 +183,7 @@ def blip2_config(
 
 
 def sizes_from_config(config: Blip2Config) -> tuple[ViTConfig, QFormerConfig]:
-    """Our sizes of a transformers configuration; UsageError for an activation or a layout that is not ours."""
+    """Our sizes of a transformers configuration; UsageError for an activation that is not ours."""
     vision: Any = config.vision_config
     qformer: Any = config.qformer_config
     for part in (vision, qformer):
@@ -225,7 +227,7 @@ def _pair(ours: str, theirs: str) -> dict[str, str]:
 
 
 def _attention(ours: str, theirs: str, inner: str) -> dict[str, str]:
-    """An attention of ours (`{ours}_attention`, `{ours}_norm`) → BERT's layout, whose inner part is `inner`."""
+    """`{ours}_attention` and `{ours}_norm` → BERT's layout, whose inner part is called `inner`."""
     names = _pair(f"{ours}_attention.output", f"{theirs}.output.dense")
     names |= _pair(f"{ours}_norm", f"{theirs}.output.LayerNorm")
     for part in ("query", "key", "value"):

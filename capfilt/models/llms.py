@@ -66,7 +66,7 @@ class OPT(nn.Module):
 
     question_prompt = "Question: {} Answer:"
 
-    def __init__(self, model: OPTForCausalLM, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.width = model.get_input_embeddings().weight.shape[1]
@@ -110,7 +110,7 @@ class T5(nn.Module):
 
     question_prompt = "Question: {} Short answer:"
 
-    def __init__(self, model: T5ForConditionalGeneration, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.width = model.get_input_embeddings().weight.shape[1]
@@ -197,12 +197,12 @@ def wrap_llm(model: Any, tokenizer: Any) -> LanguageModel:
 
 
 def _refuse_projection(path: str, config: Any) -> None:
-    """OPT-350m embeds its tokens narrower than it computes; transformers' BLIP-2 has no place for such a model."""
+    """OPT-350m embeds tokens narrower than it computes; transformers' BLIP-2 has no place for it."""
     narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)
     if narrow != config.hidden_size:
         raise UsageError(
-            f"{path!r} embeds tokens in {narrow} of {config.hidden_size} dimensions; BLIP-2's layout wants them "
-            f"equal. Take another size of OPT, such as facebook/opt-125m or facebook/opt-1.3b."
+            f"{path!r} embeds tokens in {narrow} of {config.hidden_size} dimensions; BLIP-2's layout "
+            f"wants them equal. Take another size of OPT, such as facebook/opt-125m or facebook/opt-1.3b."
         )
 
 

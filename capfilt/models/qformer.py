@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from capfilt.models.med import Attention, FeedForward, KeyValue
 
 ImageKeyValues = list[KeyValue | None]
-"""Cross-attention keys and values of images, one entry per layer; None where a layer has no cross-attention."""
+"""Cross-attention keys and values of images, one entry per layer; None where a layer has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,8 @@ class QFormerConfig:
     layer_norm_eps: float = 1e-12
     """Added to the variance in every layer norm."""
     dropout: float = 0.1
-    """Dropout while training, after embeddings, attention and feed-forward; BERT's on attention itself is left
-    out, so that the fused attention kernels can be used."""
+    """Dropout while training, after embeddings, attention and feed-forward; BERT's on the attention weights
+    is left out, so that the fused kernels can be used."""
     pad_token_id: int = 0
     """[PAD]."""
 

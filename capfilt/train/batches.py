@@ -4,8 +4,8 @@ In: run directories (or images and captions in memory), batch size, seed. Out: a
 shuffled at shard and sample level, one kept caption drawn per image and epoch.
 
 Order, caption, crop and flip are pure functions of (seed, epoch, key or row), so a stream opened at a cursor
-gives exactly what an undisturbed one would have given from there. Where all pictures fit in memory as uint8 they
-are decoded once; otherwise the encoded bytes of a few shards are held and decoded one batch ahead.
+gives exactly what an undisturbed one would have given from there. Where all pictures fit in memory as uint8
+they are decoded once; otherwise the encoded bytes of a few shards are held and decoded one batch ahead.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Cursor:
 class Batch:
     """Images of a step, each with one caption.
 
-    `pixels` is uint8 (B, H, W, 3), or a float32 tensor (B, 3, H, W) that is normalised already. `rows` are the
-    places of the samples in the dataset (for caches of frozen features), None where there is no dataset.
+    `pixels` is uint8 (B, H, W, 3), or a float32 tensor (B, 3, H, W) that is normalised already. `rows` are
+    the places of the samples in the dataset (for caches of frozen features), None where there is no dataset.
     `cursor` is where the stream goes on after this batch.
     """
 
@@ -86,7 +86,7 @@ class PairDataset(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What is cut from one image before resizing, in shares of its width and height, and whether it is mirrored."""
+    """What is cut from one image before resizing, in shares of its edges, and whether it is mirrored."""
 
     left: float = 0.0
     top: float = 0.0
@@ -195,10 +195,11 @@ def _assemble(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Batch:
-    keys = [dataset.keys[row] for row in plan.rows]
+    rows: list[int] = plan.rows.tolist()
+    keys = [dataset.keys[row] for row in rows]
     texts = []
-    for row, key in zip(plan.rows, keys, strict=True):
-        captions = dataset.captions_of(int(row))
+    for row, key in zip(rows, keys, strict=True):
+        captions = dataset.captions_of(row)
         texts.append(captions[draw(settings.seed, plan.epoch, key, "caption") % len(captions)])
     return Batch(pixels, texts, keys, plan.following, plan.rows, mean, std)
 
@@ -206,7 +207,8 @@ def _assemble(
 def _views(dataset: PairDataset, settings: TrainSettings, plan: _Plan) -> list[View] | None:
     if settings.random_crop == 1.0 and not settings.random_flip:
         return None
-    seeds = [draw(settings.seed, plan.epoch, dataset.keys[row], "view") for row in plan.rows]
+    rows: list[int] = plan.rows.tolist()
+    seeds = [draw(settings.seed, plan.epoch, dataset.keys[row], "view") for row in rows]
     return [draw_view(seed, settings.random_crop, settings.random_flip) for seed in seeds]
 
 

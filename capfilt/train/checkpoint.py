@@ -6,7 +6,7 @@
       state.json              step, cursor, settings, losses so far, sha256 of the two files; written last
 
 In: live tensors and an optimizer. Out: the same, as they were at the step saved. A directory without a
-readable state.json, or whose files do not match it, is no checkpoint. Weights that are not finite are refused.
+readable state.json, or whose files do not match it, is none. Weights that are not finite are refused.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def refuse_other_settings(state: Mapping[str, Any], fields: Mapping[str, Any], o
 
 
 def load_checkpoint(path: Path, *, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Copies a checkpoint into live tensors, the optimizer and the random generators; names must agree exactly."""
+    """Copies a checkpoint into live tensors, the optimizer and the random generators; names must agree."""
     stored = load_file(path / _TENSOR_FILES[0])
     odd = sorted(stored.keys() ^ tensors.keys())
     if odd:

@@ -54,7 +54,7 @@ class Generator:
         num_beams: int = 1,
         **options: Any,
     ) -> list[str]:
-        """A text for each image, continuing its prompt (OPT) or answering it (T5); no prompt asks for a caption.
+        """A text for each image that continues (OPT) or answers (T5) its prompt; without one, a caption.
 
         Further options are those of transformers' GenerationConfig (min_new_tokens, length_penalty, …).
         """
@@ -72,7 +72,7 @@ class Generator:
         return texts
 
     def answer(self, images: Sequence[Picture], questions: Sequence[str], **options: Any) -> list[str]:
-        """Short answers (BLIP-2 §4.1: the question in the model's frame, beam 5, length penalty -1, 10 tokens)."""
+        """Short answers (BLIP-2 §4.1: the model's frame, beam 5, length penalty -1, at most 10 tokens)."""
         frame = self.stage.llm.question_prompt
         chosen = {"max_new_tokens": 10, "num_beams": 5, "length_penalty": -1.0, **options}
         return self.generate(images, [frame.format(question) for question in questions], **chosen)

@@ -112,11 +112,11 @@ def train(
 ) -> TrainSummary:
     """Trains for `settings.max_steps` optimizer steps, or goes on where an earlier run of the same stopped.
 
-    `compute_losses(batch, step)` returns scalars, "loss" among them, the rest for the log. `open_batches(cursor)`
-    opens the endless stream at a cursor. `extra_tensors` are checkpointed beside the trainable parameters
-    (momentum weights, queues). `fields` name what else fixes the result, such as the input's digest; with the
-    settings they must agree on resumption. `after_step(step)` runs after each update. `save(folder)` writes the
-    finished model's files.
+    `compute_losses(batch, step)` returns scalars, "loss" among them, the rest for the log.
+    `open_batches(cursor)` opens the endless stream at a cursor. `extra_tensors` are checkpointed beside the
+    trainable parameters (momentum weights, queues). `fields` name what else fixes the result, such as the
+    input's digest; with the settings they must agree on resumption. `after_step(step)` runs after each
+    update. `save(folder)` writes the finished model's files.
 
     Raises FingerprintMismatchError where `output_dir` holds another training, RunLockedError where one is at
     work, CapfiltError on a loss that is not finite. SIGINT and SIGTERM save a checkpoint first, then raise
@@ -132,28 +132,19 @@ def train(
             return done
         optimizer = build_optimizer(parameters.items(), settings)
         start, cursor, running = _resume(output_dir, tensors, optimizer, identity)
-        batches = open_batches(cursor)
         progress.start(name, settings.max_steps, "step")
         progress.advance(start, already=True)
+        batches = open_batches(cursor)
         for step in range(start, settings.max_steps):
             batch = next(batches)
             set_learning_rate(optimizer, rate := learning_rate_at(step, settings))
-            losses = compute_losses(batch, step)
-            values = _finite_values(losses, step, batch)
-            optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
-            values["grad_norm"] = _clip(parameters, settings.clip_grad_norm, step, batch)
-            optimizer.step()
+            values = _take_step(compute_losses, parameters, optimizer, settings, step, batch)
             if after_step is not None:
                 after_step(step)
             running.add(values, len(batch.keys))
             taken = step + 1
             if taken % settings.log_every_steps == 0 or taken == settings.max_steps:
-                images_per_second = running.flush()
-                _write_metrics(output_dir, taken, running.last_losses, rate, images_per_second)
-                progress.advance(
-                    0, **running.last_losses, lr=f"{rate:.1e}", images_per_second=images_per_second
-                )
+                _report(output_dir, progress, taken, rate, running)
             progress.advance(1)
             if taken % settings.save_every_steps == 0 or taken == settings.max_steps or caught:
                 _save(output_dir, tensors, optimizer, taken, batch.cursor, identity, running)
@@ -163,6 +154,34 @@ def train(
         summary = _summary(running, settings)
         _finish(output_dir, save, identity, summary)
         return summary
+
+
+def _take_step(
+    compute_losses: ComputeLosses,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    settings: TrainSettings,
+    step: int,
+    batch: Batch,
+) -> dict[str, float]:
+    """One update; gives losses and gradient norm. Where it is refused the weights stay as they are."""
+    losses = compute_losses(batch, step)
+    values = _finite_values(losses, step, batch)
+    optimizer.zero_grad(set_to_none=True)
+    losses["loss"].backward()
+    values["grad_norm"] = _clip(parameters, settings.clip_grad_norm, step, batch)
+    optimizer.step()
+    return values
+
+
+def _report(output_dir: Path, progress: Progress, step: int, rate: float, running: _Running) -> None:
+    images_per_second = running.flush()
+    losses = running.last_losses
+    line = {"step": step, **losses, "learning_rate": rate, "images_per_second": round(images_per_second, 2)}
+    with open(output_dir / "metrics.jsonl", "a") as handle:
+        handle.write(json.dumps(line) + "\n")
+    shown: dict[str, Any] = {**losses, "lr": f"{rate:.1e}", "images_per_second": images_per_second}
+    progress.advance(0, **shown)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -198,8 +217,8 @@ def _clip(parameters: Mapping[str, nn.Parameter], max_norm: float, step: int, ba
 def _non_finite_message(what: str, step: int, batch: Batch) -> str:
     return (
         f"Step {step + 1}: the {what} is not finite; the weights were left as they were. "
-        f"Keys of the batch: {', '.join(batch.keys)}. The last checkpoint is kept: look at those samples with "
-        f"`capfilt show`, or train with a lower --learning-rate into another --output."
+        f"Keys of the batch: {', '.join(batch.keys)}. The last checkpoint is kept: look at those samples "
+        f"with `capfilt show`, or train with a lower --learning-rate into another --output."
     )
 
 
@@ -238,14 +257,6 @@ def _save(
         "seconds": running.seconds + time.monotonic() - running.since,
     }  # fmt: skip
     save_checkpoint(output_dir, tensors=tensors, optimizer=optimizer, state=state)
-
-
-def _write_metrics(
-    output_dir: Path, step: int, losses: Mapping[str, float], rate: float, speed: float
-) -> None:
-    line = {"step": step, **losses, "learning_rate": rate, "images_per_second": round(speed, 2)}
-    with open(output_dir / "metrics.jsonl", "a") as handle:
-        handle.write(json.dumps(line) + "\n")
 
 
 def _cut_metrics(output_dir: Path, step: int) -> None:

@@ -38,7 +38,7 @@ def build_optimizer(named_parameters: NamedParameters, settings: TrainSettings) 
 
 
 def learning_rate_at(step: int, settings: TrainSettings) -> float:
-    """Rate of step 0, 1, … max_steps - 1: from peak/warmup_steps up to the peak, then a cosine to the minimum."""
+    """Rate of step 0, 1, … max_steps - 1: linear up to the peak, then a cosine to the minimum."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     length = max(1, settings.max_steps - settings.warmup_steps)

@@ -1,7 +1,7 @@
 """What training starts from: a frozen image encoder, a tokenizer, the weights of a text encoder.
 
-In: folders or hub ids in transformers' layout (safetensors, or a .bin that holds tensors only). Out: our modules
-and the weights for them. Nothing is unpickled, no remote code runs, HF_HUB_OFFLINE is honoured.
+In: folders or hub ids in transformers' layout (safetensors, or a .bin that holds tensors only). Out: our
+modules and the weights for them. Nothing is unpickled, no remote code runs, HF_HUB_OFFLINE is honoured.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ImagePreparation:
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """A frozen ViT whose last layer norm was taken off: it is trained, so it belongs to the stage (`norm`)."""
+    """A frozen ViT whose last layer norm was taken off: that one is trained, so it belongs to the stage."""
 
     vision: VisionTransformer
     norm: State
@@ -69,7 +69,7 @@ class QFormerStart:
 
 
 def find_model_dir(name: str, what: str) -> Path:
-    """The folder of an embedded model, a local folder, or a hub id's snapshot. UsageError where there is none."""
+    """The folder of an embedded model, a local folder, or a hub id's snapshot; else UsageError."""
     if name in EMBEDDED_MODELS:
         return Path(str(resources.files("capfilt"))) / "world" / "assets" / EMBEDDED_MODELS[name]
     if not name:
@@ -92,7 +92,8 @@ def _download(name: str, what: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=[*_SIDE_FILES, "*.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UsageError(
-            f"The {what} {name!r} is neither a folder nor on the hub ({error}). Check the name; offline, give a folder."
+            f"The {what} {name!r} is neither a folder nor on the hub ({error}). Check the name; "
+            f"offline, give a folder."
         ) from error
     return folder
 
@@ -108,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> State:
-    """All tensors of a folder: safetensors (sharded or not), else .bin files that hold nothing but tensors."""
+    """All tensors of a folder: safetensors (sharded or not), else .bin files that hold tensors only."""
     files = sorted(folder.glob("model*.safetensors"))
     if files:
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -158,7 +159,7 @@ def build_image_encoder(
 
 
 def read_preparation(folder: Path) -> ImagePreparation:
-    """Image size, mean and deviation of preprocessor_config.json or processor_config.json; CLIP's where not given."""
+    """Image size, mean and deviation from the processor's JSON; CLIP's where they are not given."""
     config: dict[str, Any] = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).exists():
@@ -226,7 +227,7 @@ def copy_start(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _dec_token_id(tokenizer: Any, sizes: Mapping[str, Any]) -> int:
-    """[DEC] by name; else BLIP's bos (its released tokenizer lacks the name); else the row after the vocabulary."""
+    """[DEC] by name; else BLIP's bos (its released tokenizer lacks the name); else a new last row."""
     named = tokenizer.get_vocab().get("[DEC]")
     if named is not None:
         return int(named)

@@ -82,7 +82,7 @@ def save_stage1(folder: Path, encoder: ImageEncoder, stage: Stage1, tokenizer: A
     theirs = _vision_state(encoder) | to_theirs(state, stage1_names(stage.qformer.config))
     _write(folder, config, "Blip2ForImageTextRetrieval", theirs)
     _save_tensors(folder / "stage1_extra.safetensors", extra)
-    _save_processor(folder, encoder.preparation, tokenizer, num_query_tokens=None)
+    _save_processor(folder, encoder.preparation, tokenizer, num_query_tokens=0)
 
 
 def load_stage1(name: str | Path, device: torch.device) -> SavedStage1:
@@ -175,8 +175,9 @@ def _save_tensors(path: Path, state: State) -> None:
 
 
 def _save_processor(
-    folder: Path, preparation: ImagePreparation, tokenizer: Any, num_query_tokens: int | None
+    folder: Path, preparation: ImagePreparation, tokenizer: Any, *, num_query_tokens: int
 ) -> None:
+    """`num_query_tokens` image tokens go before a text: a language model's input needs them, ITM's none."""
     from transformers import Blip2Processor, BlipImageProcessor
 
     side = preparation.image_size_px
@@ -185,6 +186,8 @@ def _save_processor(
         image_mean=list(preparation.mean),
         image_std=list(preparation.std),
     )
+    tokenizer.backend_tokenizer.no_truncation()  # what the last batch was cut and padded to is no property
+    tokenizer.backend_tokenizer.no_padding()
     Blip2Processor(images, tokenizer, num_query_tokens=num_query_tokens).save_pretrained(folder)
 
 
@@ -208,7 +211,7 @@ def _add_image_token(tokenizer: Any) -> int:
 
 
 def _llm_for_blip2(llm: LanguageModel, image_token_id: int) -> tuple[Any, State]:
-    """Config and tied-once weights of the language model with a row for <image> and the end token it learnt."""
+    """Config and weights (tied ones once) of the language model, with a row for <image> and its end token."""
     from copy import deepcopy
 
     config = deepcopy(llm.model.config)
@@ -234,7 +237,7 @@ def _without_tied(state: State) -> State:
 
 
 def _extended(matrix: Tensor, rows: int) -> Tensor:
-    """Further rows, each the mean of all: its logit is the mean logit, so it is never the most probable token."""
+    """Further rows, each the mean of all: its logit is the mean logit, so never the highest."""
     mean = matrix.float().mean(dim=0, keepdim=True).to(matrix.dtype)
     return torch.cat([matrix, mean.expand(rows - len(matrix), *matrix.shape[1:])])
 

@@ -1,4 +1,4 @@
-"""BLIP-2 stage 1: train a Q-Former on a frozen image encoder, straight from shards and manifest (BLIP-2 §3.2).
+"""BLIP-2 stage 1: train a Q-Former on a frozen image encoder, from shards and manifest (BLIP-2 §3.2).
 
 In: runs with a manifest. Out: a `Blip2ForImageTextRetrieval` folder that plain transformers opens.
 """
@@ -35,7 +35,7 @@ def train_stage1(
     output_dir: Path,
     progress: Progress | None = None,
 ) -> TrainSummary:
-    """Trains on the kept pairs of `run_dirs`; errors as those of `read_pairs`, the model loaders and `train`."""
+    """Trains on the kept pairs of `run_dirs`; errors are those of `read_pairs`, the loaders and `train`."""
     progress = progress or NullProgress()
     side = load_image_encoder(settings.image_encoder, torch.device("cpu")).preparation.image_size_px
     dataset = read_pairs(run_dirs, image_size_px=side, progress=progress)

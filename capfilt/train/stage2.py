@@ -1,7 +1,7 @@
 """BLIP-2 stage 2: connect a stage-1 Q-Former to a frozen language model (BLIP-2 §3.3).
 
-In: runs with a manifest, a stage-1 folder, an OPT or T5. Out: a `Blip2ForConditionalGeneration` folder that plain
-transformers opens.
+In: runs with a manifest, a stage-1 folder, an OPT or T5. Out: a `Blip2ForConditionalGeneration` folder that
+plain transformers opens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def train_stage2(
     output_dir: Path,
     progress: Progress | None = None,
 ) -> TrainSummary:
-    """Trains on the kept pairs of `run_dirs`; errors as those of `read_pairs`, the model loaders and `train`."""
+    """Trains on the kept pairs of `run_dirs`; errors are those of `read_pairs`, the loaders and `train`."""
     progress = progress or NullProgress()
     side = read_preparation(find_model_dir(str(init_dir), "stage-1 model")).image_size_px
     dataset = read_pairs(run_dirs, image_size_px=side, progress=progress)

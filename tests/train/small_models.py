@@ -103,8 +103,8 @@ def save_bert(folder: Path) -> Path:
     torch.manual_seed(1)
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     config = BertConfig(
-        vocab_size=len(vocab), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=40,
+        vocab_size=len(vocab), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=40,
     )  # fmt: skip
     BertForMaskedLM(config).save_pretrained(folder)
     _save_bert_tokenizer(folder, vocab)
@@ -141,10 +141,14 @@ def save_t5(folder: Path, *, tied: bool = False) -> Path:
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(folder)
     config = T5Config(
-        vocab_size=len(vocab), d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=tied, initializer_factor=1.0,
+        vocab_size=len(vocab), d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4,
+        decoder_start_token_id=0, feed_forward_proj="gated-gelu", tie_word_embeddings=tied,
     )  # fmt: skip
-    T5ForConditionalGeneration(config).save_pretrained(folder)
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():  # lively, and padding never the most probable token
+        for matrix in {id(m): m for m in (model.shared.weight, model.lm_head.weight)}.values():
+            torch.nn.init.normal_(matrix)[0] = 0.0
+    model.save_pretrained(folder)
     return folder
 
 
@@ -171,7 +175,8 @@ def _commit_shard(
         rows = [
             {
                 "key": key, "url": f"http://x/{key}", "caption": "web", "status": "success",
-                "width": IMAGE_PX, "height": IMAGE_PX, "original_width": IMAGE_PX, "original_height": IMAGE_PX,
+                "width": IMAGE_PX, "height": IMAGE_PX,
+                "original_width": IMAGE_PX, "original_height": IMAGE_PX,
                 "sha256": hashlib.sha256(data).hexdigest(), "image_ext": "png",
                 "image_offset": member.offset, "image_length": member.length,
             }
@@ -181,7 +186,10 @@ def _commit_shard(
     texts = [(key, i, text) for key, own in zip(keys, captions, strict=True) for i, text in enumerate(own)]
     tables = {
         "captions": [{"key": k, "caption_index": i, "text": t} for k, i, t in texts],
-        "clip": [{"key": k, "caption_index": i, "source": "synthetic", "text": t, "rank": i + 1} for k, i, t in texts],
+        "clip": [
+            {"key": k, "caption_index": i, "source": "synthetic", "text": t, "rank": i + 1}
+            for k, i, t in texts
+        ],
         "itm": [{"key": k, "caption_index": i, "itm_score": 0.9} for k, i, _ in texts],
         "manifest": [
             {

@@ -1,0 +1,161 @@
+"""Batches from arrays and from shards: order, captions, crops, resumption."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from capfilt.data.rundir import RunDir
+from capfilt.errors import CorruptionError, UsageError
+from capfilt.settings import TrainSettings
+from capfilt.train import pairs
+from capfilt.train.batches import CLIP_MEAN, CLIP_STD, Batch, Cursor, draw_view, from_arrays, iterate_batches
+from capfilt.train.pairs import clean_caption, read_pairs, runs_digest
+from tests.train import small_models
+
+SETTINGS = TrainSettings(batch_size=8, seed=3)
+
+
+START = Cursor()
+
+
+def take(dataset, number: int, cursor: Cursor = START, settings: TrainSettings = SETTINGS) -> list[Batch]:
+    return list(itertools.islice(iterate_batches(dataset, settings, cursor), number))
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    images, captions = small_models.draw_pairs(30)
+    return from_arrays(images, captions)
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return one.keys == other.keys and one.texts == other.texts and torch.equal(one.images, other.images)
+
+
+def test_images_are_normalised(arrays) -> None:
+    batch = take(arrays, 1)[0]
+    expected = (arrays.images[batch.rows] / 255.0 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
+    np.testing.assert_allclose(batch.images.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
+    assert batch.images.dtype == torch.float32
+
+
+def test_an_epoch_holds_every_image_once_and_drops_the_incomplete_batch(arrays) -> None:
+    batches = take(arrays, 6)
+    assert [batch.cursor.epoch for batch in batches] == [0, 0, 0, 1, 1, 1]
+    first, second = [[key for b in batches[i : i + 3] for key in b.keys] for i in (0, 3)]
+    assert len(set(first)) == 24
+    assert first != second
+
+
+def test_the_stream_goes_on_from_any_cursor_as_if_undisturbed(arrays) -> None:
+    whole = take(arrays, 7)
+    for number in range(6):
+        assert same(take(arrays, 1, whole[number].cursor)[0], whole[number + 1])
+
+
+def test_captions_are_drawn_evenly_and_anew_in_each_epoch(arrays) -> None:
+    counts: Counter[bool] = Counter()
+    per_key: dict[str, set[str]] = {}
+    for batch in take(arrays, 90):
+        for key, text in zip(batch.keys, batch.texts, strict=True):
+            counts[text.startswith("here")] += 1
+            per_key.setdefault(key, set()).add(text)
+    assert 0.4 < counts[True] / counts.total() < 0.6
+    assert all(len(texts) == 2 for texts in per_key.values())
+
+
+def test_the_caption_does_not_depend_on_the_batch_size(arrays) -> None:
+    drawn = []
+    for size in (3, 10):
+        batches = take(arrays, 30 // size, settings=TrainSettings(batch_size=size, seed=3))
+        drawn.append({k: t for b in batches for k, t in zip(b.keys, b.texts, strict=True)})
+    assert drawn[0] == drawn[1]
+
+
+def test_crops_and_flips_are_pure_and_within_the_image(arrays) -> None:
+    settings = TrainSettings(batch_size=8, random_crop=0.5, random_flip=True)
+    one, other = take(arrays, 2, settings=settings), take(arrays, 2, settings=settings)
+    assert all(same(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(one[0].images, take(arrays, 1, settings=TrainSettings(batch_size=8))[0].images)
+    for seed in range(300):
+        view = draw_view(seed, 0.5, True)
+        assert view.left >= 0 <= view.top
+        assert view.left + view.width <= 1.000001 >= view.top + view.height
+        assert 0.4 < view.width * view.height <= 1
+
+
+def test_too_few_images_for_a_batch(arrays) -> None:
+    with pytest.raises(UsageError, match="30 images with kept captions do not fill a batch of 31"):
+        iterate_batches(arrays, TrainSettings(batch_size=31))
+
+
+def test_pairs_of_a_run_are_its_kept_captions_and_its_pictures(run: RunDir) -> None:
+    dataset = read_pairs([run.path], image_size_px=small_models.IMAGE_PX)
+    assert len(dataset.keys) == 76
+    images, captions = small_models.draw_pairs(30, seed=1)  # the second shard
+    row = list(dataset.keys).index("000010006")
+    assert dataset.captions_of(row) == captions[6]
+    np.testing.assert_array_equal(dataset.read_pixels(np.array([row]), None)[0], images[6])
+    assert "000010004" not in dataset.keys
+
+
+def test_streamed_pictures_are_those_held_in_memory(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "SHUFFLED_SAMPLES", 50)
+    held = read_pairs([run], image_size_px=16)
+    streamed = read_pairs([run], image_size_px=16, memory_limit_bytes=0)
+    assert held.in_memory
+    assert not streamed.in_memory
+    rows = np.array([70, 3, 40, 41, 0])
+    np.testing.assert_array_equal(held.read_pixels(rows, None), streamed.read_pixels(rows, None))
+    batches = take(streamed, 12)
+    assert len({key for batch in batches[:9] for key in batch.keys}) == 72
+    assert same(take(streamed, 1, batches[10].cursor)[0], batches[11])
+
+
+def test_streaming_shuffles_shards_and_samples_within_bounds(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "SHUFFLED_SAMPLES", 60)
+    dataset = read_pairs([run], image_size_px=16, memory_limit_bytes=0)
+    shard_of = np.array([key[:5] for key in dataset.keys])
+    orders = [dataset.order(0, epoch) for epoch in range(8)]
+    assert all(sorted(order) == list(range(76)) for order in orders)
+    assert len({tuple(shard_of[order][[0, -1]]) for order in orders}) > 1
+    for order in orders:  # two groups: shards 0 and 1 together, shard 2
+        third = np.flatnonzero(shard_of[order] == "00002")
+        assert third[-1] - third[0] == len(third) - 1
+        assert not np.array_equal(np.sort(order), order)
+
+
+def test_several_runs_are_mixed(run: RunDir, tmp_path: Path) -> None:
+    other = small_models.save_run(tmp_path / "other", [10], seed=50)
+    dataset = read_pairs([run, other.path], image_size_px=16)
+    assert len(dataset.keys) == 86
+    assert runs_digest([run]) != runs_digest([run, other]) == runs_digest([run.path, other.path])
+
+
+def test_a_run_without_kept_pairs(tmp_path: Path) -> None:
+    run = small_models.save_run(tmp_path / "empty", [5], drop_every=1)
+    with pytest.raises(UsageError, match="No kept pair in .*capfilt select"):
+        read_pairs([run], image_size_px=16)
+
+
+def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
+    run = small_models.save_run(tmp_path / "damaged", [20])
+    tar = run.tar_path("00000")
+    data = bytearray(tar.read_bytes())
+    data[3000] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(CorruptionError, match="00000"):
+        read_pairs([run], image_size_px=16)
+
+
+def test_captions_are_cleaned_as_blip_does() -> None:
+    assert clean_caption('A  "Red" Ball; (on the) grass!') == "a red ball on the grass"
+    assert clean_caption("one two three", max_words=2) == "one two"

@@ -1,0 +1,189 @@
+"""The training loop: resumption, refusals, signals, metrics."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from capfilt.errors import CapfiltError, FingerprintMismatchError
+from capfilt.settings import TrainSettings
+from capfilt.train.batches import Batch, from_arrays, iterate_batches
+from capfilt.train.loop import TrainSummary, train
+from capfilt.train.optim import learning_rate_at, parameter_groups
+
+SETTINGS = TrainSettings(
+    max_steps=20, batch_size=8, warmup_steps=3, save_every_steps=5, log_every_steps=4, random_flip=True,
+    learning_rate=1e-2,
+)  # fmt: skip
+Hook = Callable[[int, Tensor], Tensor]
+
+
+def run_training(
+    folder: Path, hook: Hook = lambda _, loss: loss, settings: TrainSettings = SETTINGS
+) -> TrainSummary:
+    """A small network with dropout on 50 random images; `hook` may change the loss of a step."""
+    images = np.random.default_rng(0).integers(0, 255, (50, 8, 8, 3), dtype=np.uint8)
+    dataset = from_arrays(images, [[f"a {i}", f"here is {i}", "c"] for i in range(50)])
+    torch.manual_seed(settings.seed)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 16), nn.Dropout(0.1), nn.LayerNorm(16), nn.Linear(16, 1)
+    )
+
+    def compute_losses(batch: Batch, step: int) -> dict[str, Tensor]:
+        target = torch.tensor([float(len(text)) for text in batch.texts])
+        loss = (model(batch.images).squeeze(1) - target).square().mean()
+        return {"loss": hook(step, loss), "mse": loss}
+
+    def save(target: Path) -> None:
+        torch.save(model.state_dict(), target / "model.bin")
+
+    return train(
+        compute_losses,
+        named_parameters=model.named_parameters(),
+        open_batches=lambda cursor: iterate_batches(dataset, settings, cursor),
+        settings=settings,
+        output_dir=folder,
+        save=save,
+    )
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return torch.load(folder / "model.bin", weights_only=True)
+
+
+class StopError(Exception):
+    """Ends a training as a crash would."""
+
+
+def stop_at(step: int) -> Hook:
+    def hook(current: int, loss: Tensor) -> Tensor:
+        if current == step:
+            raise StopError
+        return loss
+
+    return hook
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainSummary]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run_training(folder)
+
+
+@pytest.mark.parametrize("step", [2, 7, 13, 19])
+def test_a_crash_changes_nothing(undisturbed: tuple[Path, TrainSummary], tmp_path: Path, step: int) -> None:
+    with pytest.raises(StopError):
+        run_training(tmp_path, stop_at(step))
+    torch.rand(100)  # the generator's state at the restart must not matter
+    summary = run_training(tmp_path)
+    assert read_metrics(tmp_path) == read_metrics(undisturbed[0])
+    expected = weights(undisturbed[0])
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path).items())
+    assert summary.first_losses == undisturbed[1].first_losses
+    assert summary.last_losses == undisturbed[1].last_losses
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_saves_and_the_next_command_goes_on(
+    undisturbed: tuple[Path, TrainSummary], tmp_path: Path, number: int, error: type[BaseException]
+) -> None:
+    def interrupt(step: int, loss: Tensor) -> Tensor:
+        if step == 6:
+            signal.raise_signal(number)
+        return loss
+
+    before = signal.getsignal(number)
+    with pytest.raises(error) as caught:
+        run_training(tmp_path, interrupt)
+    assert error is KeyboardInterrupt or caught.value.code == 143
+    assert signal.getsignal(number) is before
+    assert (tmp_path / "checkpoints" / "step-00000007").is_dir()
+    run_training(tmp_path, stop_at(6))  # step 6 is not taken again
+    assert read_metrics(tmp_path) == read_metrics(undisturbed[0])
+
+
+def test_the_same_command_again_does_nothing(tmp_path: Path) -> None:
+    first = run_training(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"}
+    second = run_training(tmp_path, stop_at(0))
+    assert second == replace(first, already_done=True)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"}
+
+
+def test_other_settings_do_not_go_on(tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        run_training(tmp_path, stop_at(7))
+    with pytest.raises(FingerprintMismatchError, match=r"learning_rate 0.01 -> 0.02"):
+        run_training(tmp_path, settings=replace(SETTINGS, learning_rate=0.02))
+    run_training(tmp_path, settings=replace(SETTINGS, log_every_steps=4, save_every_steps=7))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_refused_with_step_and_keys(tmp_path: Path, value: float) -> None:
+    seen: list[str] = []
+
+    def spoil(step: int, loss: Tensor) -> Tensor:
+        return loss * value if step == 7 else loss
+
+    with pytest.raises(
+        CapfiltError, match=r"Step 8: the loss \(loss (nan|inf), mse [0-9.]+\) is not finite"
+    ) as caught:
+        run_training(tmp_path, spoil)
+    seen = str(caught.value).split("Keys of the batch: ")[1].split(".")[0].split(", ")
+    assert len(seen) == 8
+    assert all(key.isdigit() for key in seen)
+    assert (tmp_path / "checkpoints" / "step-00000005").is_dir()
+    assert not (tmp_path / "training.json").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    def spoil(step: int, loss: Tensor) -> Tensor:
+        return loss + (loss * 0).sqrt() if step == 3 else loss  # the root's slope at 0 has no bound
+
+    with pytest.raises(CapfiltError, match=r"Step 4: the gradient norm \((nan|inf)\) is not finite"):
+        run_training(tmp_path, spoil)
+
+
+def test_summary_and_metrics_are_averages(undisturbed: tuple[Path, TrainSummary]) -> None:
+    folder, summary = undisturbed
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines] == [4, 8, 12, 16, 20]
+    assert summary.first_losses == {name: lines[0][name] for name in ("loss", "mse")}
+    assert summary.last_losses["loss"] < summary.first_losses["loss"]
+    assert summary.steps == 20
+    record = json.loads((folder / "training.json").read_text())
+    assert record["sha256"].keys() == {"model.bin"}
+
+
+def test_the_rate_warms_up_and_follows_a_cosine() -> None:
+    settings = TrainSettings(max_steps=110, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.2)
+    rates = [learning_rate_at(step, settings) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.6)
+    assert rates[110] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_vectors_and_frozen_weights_have_no_decay_and_no_state() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    model[2].requires_grad_(False)
+    decayed, free = parameter_groups(model.named_parameters(), 0.05)
+    assert [tuple(p.shape) for p in decayed["params"]] == [(4, 4)]
+    assert [tuple(p.shape) for p in free["params"]] == [(4,), (4,), (4,)]
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
