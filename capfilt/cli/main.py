@@ -21,7 +21,7 @@ from capfilt.errors import CapfiltError
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
-MAX_MESSAGE_CHARS = 2000
+MAX_LINE_CHARS, MAX_MESSAGE_LINES = 2000, 40
 
 FAILURES: tuple[tuple[type[BaseException], str, int | None], ...] = (
     (CapfiltError, "{error}", None),  # the class carries its exit code
@@ -78,6 +78,10 @@ def main() -> NoReturn:
     try:
         app()
     except SystemExit as ended:
+        if ended.code == EXIT_INTERRUPTED:  # typer made this of a KeyboardInterrupt
+            report(KeyboardInterrupt())
+        elif ended.code == EXIT_TERMINATED:
+            note("capfilt: Terminated. Finished shards are kept; the same command goes on.")
         sys.exit(_closed_quietly(ended.code))
     except BaseException as error:
         sys.exit(report(error))
@@ -87,21 +91,19 @@ def main() -> NoReturn:
 def report(error: BaseException) -> int:
     """Print what `error` means for the user, and give its exit code."""
     debug = os.environ.get("CAPFILT_DEBUG", "") not in ("", "0")
-    for kind, message, code in FAILURES:
-        if isinstance(error, kind):
-            if debug:
-                traceback.print_exception(error)
-            note(f"capfilt: {clean(message.format(error=error), MAX_MESSAGE_CHARS)}")
-            return error.exit_code if isinstance(error, CapfiltError) else int(code or 1)
     if debug:
         traceback.print_exception(error)
-    detail = clean(f"{type(error).__name__}: {error}", MAX_MESSAGE_CHARS)
+    for kind, message, code in FAILURES:
+        if isinstance(error, kind):
+            for number, line in enumerate(message.format(error=error).splitlines()[:MAX_MESSAGE_LINES]):
+                note(f"{'' if number else 'capfilt: '}{clean(line, MAX_LINE_CHARS)}")
+            return error.exit_code if isinstance(error, CapfiltError) else int(code or 1)
+    detail = clean(f"{type(error).__name__}: {error}", MAX_LINE_CHARS)
     note(f"capfilt: this is a defect of capfilt: {detail}. CAPFILT_DEBUG=1 shows where; please report it.")
     return 1
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    note("capfilt: Terminated. Finished shards are kept; the same command goes on.")
     raise SystemExit(EXIT_TERMINATED)
 
 

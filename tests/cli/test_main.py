@@ -1,0 +1,105 @@
+"""Exit codes, messages, signals."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from capfilt import __version__
+from capfilt.cli.main import report
+from capfilt.errors import (
+    CapfiltError,
+    CorruptionError,
+    FingerprintMismatchError,
+    MissingPackageError,
+    RunLockedError,
+    UsageError,
+)
+from capfilt.world.site import SiteSettings, WorldSite
+from tests.cli.conftest import capfilt, capfilt_process
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (CapfiltError("two shards failed"), 1, "capfilt: two shards failed"),
+        (UsageError("no"), 2, "capfilt: no"),
+        (MissingPackageError("ray", "ray", "Ray"), 2, "pip install 'capfilt[ray]'"),
+        (FingerprintMismatchError("top_p"), 3, "top_p"),
+        (RunLockedError("by 7"), 4, "by 7"),
+        (CorruptionError("00000"), 5, "00000"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "Check the path"),
+        (PermissionError(13, "Denied", "x"), 1, "No permission"),
+        (OSError(28, "No space left on device"), 1, "run the same command again"),
+        (MemoryError(), 1, "--batch-size"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+        (ZeroDivisionError("x"), 1, "a defect of capfilt: ZeroDivisionError: x"),
+    ],
+)
+def test_every_failure_has_a_message_and_a_code(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(error) == code
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
+
+
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CAPFILT_DEBUG", "1")
+    report(UsageError("no"))
+    assert "Traceback" not in capsys.readouterr().out
+    report(UsageError("no"))
+    assert "UsageError: no" in capsys.readouterr().err
+
+
+def test_messages_keep_their_lines_and_lose_their_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    report(CapfiltError("first \x1b[31mred\nsecond"))
+    assert capsys.readouterr().err == "capfilt: first \\x1b[31mred\nsecond\n"
+
+
+def test_version_and_help() -> None:
+    assert capfilt("--version").out == f"capfilt {__version__}\n"
+    assert "CAPFILT_DEBUG" in capfilt("--help").out
+    assert "stage2" in capfilt("train", "--help").out
+    assert capfilt("captoin").code == 2
+    assert capfilt("stats", "x", "--jsno").code == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "moment"),
+    [(signal.SIGINT, 130, "*"), (signal.SIGTERM, 143, "*/00000-0")],
+    ids=["interrupt while the workers start", "terminate while a shard is downloaded"],
+)
+def test_signals_end_a_download(number: signal.Signals, code: int, moment: str, tmp_path: Path) -> None:
+    """A site that never answers: the command ends at once, says how to go on, and leaves no attempt behind."""
+    with WorldSite(SiteSettings(num_urls=20, behaviour_shares={"hang": 1.0})) as site:
+        table = site.write_table(tmp_path / "urls.csv")
+        run = tmp_path / "run"
+        process = capfilt_process(
+            "download", table, run, "--allow-private-addresses", "--timeout", 60, "--num-processes", 1
+        )
+        deadline = time.monotonic() + 90
+        while not list((run / ".staging").glob(moment)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert list((run / ".staging").glob("*")) == []
+
+
+def test_a_reader_that_goes_away_is_no_error(downloaded: Path) -> None:
+    process = capfilt_process("stats", downloaded)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, err = process.communicate(timeout=120)
+    assert "Traceback" not in err
+    assert "defect" not in err
