@@ -19,7 +19,7 @@ from capfilt.errors import CorruptionError
 
 BLOCK = 512
 MAX_MEMBER_BYTES = 32 * 2**20
-"""Longest member of a shard (RELIABILITY's default limit: 32 MB)."""
+"""Longest member of a shard."""
 MAX_KEY_CHARS = 90
 """Longest key: with its ending it fits a plain tar name of 100 bytes."""
 

@@ -1,7 +1,7 @@
 """Reconciles a run with itself: every file against its commit record, every stage against the one before.
 
 In: a run directory. Out: a report; nothing is changed. One shard is in memory at a time, and eight bytes for
-every key, to find keys that two shards share. What is looked at (RELIABILITY, item 8):
+every key, to find keys that two shards share. What is looked at:
   - seals and checksums of every Parquet file; names, sizes, members and headers of every tar
   - rows in = kept + rejected + quarantined, kept and quarantined keys unique and disjoint
   - one stage's kept = the next one's rows in; digests chain from the tar to the manifest

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -200,6 +202,25 @@ def test_limits_are_the_callers() -> None:
     with pytest.raises(ImageRefused, match="bad_aspect_ratio"):
         decode_image(data, max_aspect_ratio=4.9)
     assert decode_image(data, max_pixels=2000, max_aspect_ratio=5).size == (100, 20)
+    webp = encoded(quadrants(100, 20), "webp")  # needs twice the memory of others while it is decoded
+    assert decode_image(webp, max_pixels=4000).size == (100, 20)
+    with pytest.raises(ImageRefused, match="too_many_pixels"):
+        decode_image(webp, max_pixels=3999)
+
+
+MEASURE = """
+import resource, sys
+from capfilt.data.images import decode_image
+decode_image(open(sys.argv[1], "rb").read())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_the_largest_picture_is_decoded_within_512_mb(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    Image.new("LA", (7071, 7071), (200, 100)).save(path, compress_level=1)
+    measured = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, check=True)
+    assert int(measured.stdout) <= 512
 
 
 SEEDS = [encoded(quadrants(), kind) for kind in FORMATS] + [
