@@ -1,6 +1,6 @@
-"""Which addresses may be fetched: a URL is parsed strictly, and every IP address is checked before a connection.
+"""Which addresses may be fetched: URLs are parsed strictly, IP addresses checked before a connection.
 
-In: the text of a URL, or an IP address a name resolved to. Out: a `Target` to connect to, or `FetchFailed`
+In: the text of a URL, or an IP address a name resolved to. Out: a `Target` to connect to, or `FetchError`
 with a reason code. Nothing here opens a connection.
 
 Python's `ipaddress.is_global` lets pass IPv4 addresses wrapped in IPv6 (`::127.0.0.1`, `64:ff9b::7f00:1`,
@@ -24,7 +24,7 @@ MAX_URL_CHARS = 8192
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-class FetchFailed(Exception):
+class FetchError(Exception):
     """An address gave no body. `reason` is one of REASONS, `detail` is short and safe to print."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -74,32 +74,32 @@ def parse_url(text: str, ports: tuple[int, ...] | None) -> Target:
         ports: ports that may be addressed; None for any.
 
     Raises:
-        FetchFailed: bad_url, bad_scheme or bad_port.
+        FetchError: bad_url, bad_scheme or bad_port.
     """
     text = text.strip(" \t\r\n")
     if not text:
-        raise FetchFailed("bad_url", "the address is empty")
+        raise FetchError("bad_url", "the address is empty")
     if len(text) > MAX_URL_CHARS:
-        raise FetchFailed("bad_url", f"the address has {len(text)} characters; at most {MAX_URL_CHARS}")
+        raise FetchError("bad_url", f"the address has {len(text)} characters; at most {MAX_URL_CHARS}")
     # urlsplit would drop tabs and line breaks silently; servers and parsers differ about a backslash
     if _FORBIDDEN.search(text):
-        raise FetchFailed("bad_url", f"control character or backslash in {text}")
+        raise FetchError("bad_url", f"control character or backslash in {text}")
     if not _SCHEME.match(text):
-        raise FetchFailed("bad_url", f"no scheme in {text}")
+        raise FetchError("bad_url", f"no scheme in {text}")
     try:
         parts = urlsplit(text)
     except ValueError as error:
-        raise FetchFailed("bad_url", f"{error}: {text}") from None
+        raise FetchError("bad_url", f"{error}: {text}") from None
     if parts.scheme not in _DEFAULT_PORTS:
-        raise FetchFailed("bad_scheme", f"{parts.scheme}: in {text}")
+        raise FetchError("bad_scheme", f"{parts.scheme}: in {text}")
     if "@" in parts.netloc:
-        raise FetchFailed("bad_url", "the address names a user")
+        raise FetchError("bad_url", "the address names a user")
     try:
         port = parts.port if parts.port is not None else _DEFAULT_PORTS[parts.scheme]
     except ValueError:
-        raise FetchFailed("bad_port", f"port of {text}") from None
+        raise FetchError("bad_port", f"port of {text}") from None
     if port == 0 or (ports is not None and port not in ports):
-        raise FetchFailed("bad_port", f"port {port}; allowed: {', '.join(map(str, ports or ()))}")
+        raise FetchError("bad_port", f"port {port}; allowed: {', '.join(map(str, ports or ()))}")
     path = quote(parts.path, safe=_PATH_SAFE) or "/"
     query = f"?{quote(parts.query, safe=_PATH_SAFE + '?')}" if parts.query else ""
     return Target(parts.scheme, _parse_host(parts.netloc, parts.hostname), port, path + query)
@@ -110,27 +110,27 @@ def parse_redirect(base: Target, location: str, ports: tuple[int, ...] | None) -
     try:
         joined = urljoin(base.url, location.strip(" \t"))
     except ValueError as error:
-        raise FetchFailed("bad_url", f"redirect: {error}") from None
+        raise FetchError("bad_url", f"redirect: {error}") from None
     return parse_url(joined, ports)
 
 
 def _parse_host(netloc: str, host: str | None) -> str:
     if not host:
-        raise FetchFailed("bad_url", "the address has no host")
+        raise FetchError("bad_url", "the address has no host")
     if netloc.startswith("["):
         try:
             address = ipaddress.IPv6Address(host)
         except ValueError:
-            raise FetchFailed("bad_url", f"host [{host}] is not an IPv6 address") from None
+            raise FetchError("bad_url", f"host [{host}] is not an IPv6 address") from None
         if address.scope_id is not None:
-            raise FetchFailed("bad_url", f"host [{host}] names a network interface")
+            raise FetchError("bad_url", f"host [{host}] names a network interface")
         return str(address)
     try:
         ascii_host = host.encode("idna").decode("ascii").lower()
     except UnicodeError:
-        raise FetchFailed("bad_url", f"host {host} is not a valid name") from None
+        raise FetchError("bad_url", f"host {host} is not a valid name") from None
     if not _HOST_NAME.fullmatch(ascii_host):
-        raise FetchFailed("bad_url", f"host {host} is not a valid name")
+        raise FetchError("bad_url", f"host {host} is not a valid name")
     return ascii_host
 
 
@@ -161,7 +161,7 @@ _ISATAP = re.compile(r"0[02]005efe[0-9a-f]{8}")
 
 
 def check_address(address: IPAddress, allow_private: bool) -> None:
-    """Raise FetchFailed("blocked_address") unless a connection to `address` is allowed.
+    """Raise FetchError("blocked_address") unless a connection to `address` is allowed.
 
     With `allow_private` every address is: the caller has said that the site is one of their own.
     """
@@ -169,7 +169,7 @@ def check_address(address: IPAddress, allow_private: bool) -> None:
         return
     for inner in (address, *_unwrap(address)):
         if not _is_open(inner):
-            raise FetchFailed("blocked_address", f"{inner} is not a public address")
+            raise FetchError("blocked_address", f"{inner} is not a public address")
 
 
 def _is_open(address: IPAddress) -> bool:

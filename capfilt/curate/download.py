@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.curate.parts import Part, plan_shards, write_parts
-from capfilt.curate.supervision import Attempts, Worker
+from capfilt.curate.supervision import Attempts, Nursery, Worker
 from capfilt.curate.url_table import UrlTable, open_url_table
 from capfilt.data.commit import CommitRecord, commit_stage, read_commit_record, stage_state
 from capfilt.data.reasons import Quarantined
@@ -179,12 +179,12 @@ class _Download:
     ) -> None:
         self._run, self._settings, self._urls, self._sizes = run, settings, urls, sizes
         self._fields, self._staging, self._progress = fields, staging, progress
+        self._nursery = Nursery(settings, staging)
         self._workers: list[Worker] = []
         self._selector = selectors.DefaultSelector()
         self._splits: deque[_Split] = deque()
         self._ready: deque[_Shard] = deque()
         self._failed: list[_Shard] = []
-        self._num_started = 0
         self._num_ok = 0
 
     def run_all(self, missing: Sequence[int]) -> None:
@@ -208,6 +208,7 @@ class _Download:
         finally:
             for worker in self._workers:
                 worker.stop()
+            self._nursery.stop()
             self._selector.close()
         if self._failed:
             raise _incomplete(self._failed, len(missing))
@@ -260,8 +261,7 @@ class _Download:
     # --- workers --------------------------------------------------------------------------------------------
 
     def _start_worker(self) -> None:
-        self._num_started += 1
-        worker = Worker(self._settings, self._staging / f"worker-{self._num_started}.log")
+        worker = self._nursery.start_worker()
         self._workers.append(worker)
         self._selector.register(worker, selectors.EVENT_READ)
 
@@ -274,8 +274,6 @@ class _Download:
         worker.stop()
         if worker.task is not None:
             self._task_failed(worker.task, problem)
-        elif not worker.ready:
-            raise CapfiltError(f"A download process does not start: {problem}. See `capfilt doctor`.")
         self._start_worker()
 
     def _hear(self, worker: Worker) -> None:
@@ -288,8 +286,8 @@ class _Download:
             if "error" in message:
                 if message["errno"] in _FATAL_ERRNOS:
                     raise CapfiltError(
-                        f"The disk of {self._run.path} refuses: {os.strerror(message['errno'])}. Make room or mend "
-                        "it and repeat the command, it goes on from the last committed shard."
+                        f"The disk of {self._run.path} refuses: {os.strerror(message['errno'])}. Make room "
+                        "or mend it and repeat the command, it goes on from the last committed shard."
                     )
                 self._task_failed(task, message["error"])
             elif isinstance(task, _Split):
@@ -309,7 +307,9 @@ class _Download:
             task.problems.append(problem)
             if len(task.problems) > 1:
                 problems = "; ".join(task.problems)
-                raise CapfiltError(f"The table could not be split into shards: {problems}. Repeat the command.")
+                raise CapfiltError(
+                    f"The table could not be split into shards: {problems}. Repeat the command."
+                )
             self._splits.append(task)
             return
         task.attempts.add(problem, task.attempt_dir)
@@ -331,7 +331,8 @@ class _Download:
             rows = file.read_all()
         if rows.num_rows != shard.num_rows:
             raise CapfiltError(
-                f"Shard {shard.name} came back with {rows.num_rows} rows of {shard.num_rows}. Repeat the command."
+                f"Shard {shard.name} came back with {rows.num_rows} rows of {shard.num_rows}. "
+                "Repeat the command."
             )
         quarantine = _quarantine_of(rows)
         counts = Counter(row.reason for row in quarantine)

@@ -1,6 +1,6 @@
 """The guarded fetch: one URL in, the bytes of its body out, or a reason from a closed list.
 
-In: a URL that nobody vouches for. Out: the body, or `FetchFailed(reason, detail)`.
+In: a URL that nobody vouches for. Out: the body, or `FetchError(reason, detail)`.
 
 - http and https only; ports, host and address are checked at every hop, redirects included, and the
   connection goes to the very IP address that was checked (a name that resolves anew cannot move it).
@@ -28,14 +28,14 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 
 from capfilt import __version__
-from capfilt.curate.addresses import FetchFailed, IPAddress, Target, check_address, parse_redirect, parse_url
+from capfilt.curate.addresses import FetchError, IPAddress, Target, check_address, parse_redirect, parse_url
 from capfilt.settings import DownloadSettings
 
 USER_AGENT_TOKEN = "capfilt"
 USER_AGENT = f"Mozilla/5.0 (compatible; {USER_AGENT_TOKEN}/{__version__}; image-text dataset curation)"
 
 DISALLOWED_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none", "noml"})
-"""img2dataset's default list, and what it misses: `none` means noindex and nofollow, `noml` no machine learning."""
+"""img2dataset's default list and what it misses: `none` (noindex, nofollow) and `noml` (machine learning)."""
 
 RETRIED_REASONS = frozenset({"timeout", "dns_error", "connection_error", "server_error", "too_many_requests"})
 """Failures that may pass by themselves."""
@@ -51,7 +51,7 @@ Resolve = Callable[[str, int], Sequence[str]]
 """(host, port) → IP addresses as text, best first. Raises OSError."""
 
 Check = Callable[[IPAddress, bool], None]
-"""(address, whether private ones are allowed). Raises FetchFailed for an address that must not be reached."""
+"""(address, whether private ones are allowed). Raises FetchError for an address that must not be reached."""
 
 
 class Deadline:
@@ -62,10 +62,10 @@ class Deadline:
         self._end = time.monotonic() + seconds
 
     def remaining(self) -> float:
-        """Seconds left. Raises FetchFailed("timeout") when there are none."""
+        """Seconds left. Raises FetchError("timeout") when there are none."""
         left = self._end - time.monotonic()
         if left <= 0:
-            raise FetchFailed("timeout", f"not done after {self.seconds:g} s")
+            raise FetchError("timeout", f"not done after {self.seconds:g} s")
         return left
 
 
@@ -82,7 +82,9 @@ class _Wire(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         if self.bytes_left <= 0:
-            raise FetchFailed("bad_response", f"headers above {_MAX_HEADER_BYTES} bytes, or a wasteful encoding")
+            raise FetchError(
+                "bad_response", f"headers above {_MAX_HEADER_BYTES} bytes, or a wasteful encoding"
+            )
         self._connection.settimeout(self._deadline.remaining())
         count = self._connection.recv_into(buffer)
         self.bytes_left -= count
@@ -123,7 +125,7 @@ class Resolver:
         self._lock = threading.Lock()
 
     def resolve(self, host: str, port: int, deadline: Deadline) -> list[IPAddress]:
-        """IP addresses of `host`. Raises FetchFailed: dns_error or timeout."""
+        """IP addresses of `host`. Raises FetchError: dns_error or timeout."""
         try:
             return [ipaddress.ip_address(host)]
         except ValueError:
@@ -132,9 +134,9 @@ class Resolver:
             found = self._look_up(host, port).result(timeout=deadline.remaining())
             return [ipaddress.ip_address(text) for text in found]
         except FutureTimeoutError:
-            raise FetchFailed("timeout", f"no answer about the name {host}") from None
+            raise FetchError("timeout", f"no answer about the name {host}") from None
         except (OSError, UnicodeError, ValueError) as error:
-            raise FetchFailed("dns_error", f"{host}: {getattr(error, 'strerror', None) or error}") from None
+            raise FetchError("dns_error", f"{host}: {getattr(error, 'strerror', None) or error}") from None
 
     def _look_up(self, host: str, port: int) -> Future[Sequence[str]]:
         now = time.monotonic()
@@ -181,13 +183,13 @@ class Fetcher:
         """Body of `url`, with further tries where the settings ask for them and the failure may pass.
 
         Raises:
-            FetchFailed: the reason and detail of the last try.
+            FetchError: the reason and detail of the last try.
         """
         tries = self._settings.retries + 1
         for attempt in range(tries):
             try:
                 return self._exchange(url)
-            except FetchFailed as failure:
+            except FetchError as failure:
                 if attempt + 1 == tries or failure.reason not in RETRIED_REASONS:
                     raise
             time.sleep(min(0.5 * 2**attempt * random.uniform(0.5, 1.5), _MAX_PAUSE_SECONDS))
@@ -204,9 +206,9 @@ class Fetcher:
                 return answer
             target = parse_redirect(target, answer, self._ports)
             if target.url in seen:
-                raise FetchFailed("too_many_redirects", "the redirects go in a circle")
+                raise FetchError("too_many_redirects", "the redirects go in a circle")
             seen.add(target.url)
-        raise FetchFailed("too_many_redirects", f"more than {self._settings.max_redirects}")
+        raise FetchError("too_many_redirects", f"more than {self._settings.max_redirects}")
 
     def _hop(self, target: Target, deadline: Deadline) -> bytes | str:
         """One request. Returns the body, or where the server redirects to."""
@@ -219,15 +221,17 @@ class Fetcher:
             response = request.getresponse()
             return self._read_response(response, pinned.wire)
         except TimeoutError:
-            raise FetchFailed("timeout", f"not done after {deadline.seconds:g} s") from None
+            raise FetchError("timeout", f"not done after {deadline.seconds:g} s") from None
         except ssl.SSLError as error:
-            raise FetchFailed("tls_error", f"{target.host}: {error.reason or error}") from None
+            raise FetchError("tls_error", f"{target.host}: {error.reason or error}") from None
         except OSError as error:
-            raise FetchFailed("connection_error", f"{target.host}: {error.strerror or type(error).__name__}") from None
+            raise FetchError(
+                "connection_error", f"{target.host}: {error.strerror or type(error).__name__}"
+            ) from None
         except http.client.IncompleteRead:
-            raise FetchFailed("connection_error", f"{target.host}: the body broke off") from None
+            raise FetchError("connection_error", f"{target.host}: the body broke off") from None
         except (http.client.HTTPException, ValueError) as error:
-            raise FetchFailed("bad_response", f"not valid HTTP: {type(error).__name__}") from None
+            raise FetchError("bad_response", f"not valid HTTP: {type(error).__name__}") from None
         finally:
             if pinned is not None:
                 pinned.connection.close()
@@ -240,7 +244,7 @@ class Fetcher:
             try:
                 self._check(address, self._settings.allow_private_addresses)
                 allowed.append(address)
-            except FetchFailed as failure:
+            except FetchError as failure:
                 refused = failure
         for index, address in enumerate(tried := allowed[:_MAX_ADDRESSES_TRIED]):
             try:
@@ -253,7 +257,7 @@ class Fetcher:
                 continue
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return self._wrap_tls(connection, target, deadline) if target.scheme == "https" else connection
-        raise refused or FetchFailed("dns_error", f"{target.host} has no address")
+        raise refused or FetchError("dns_error", f"{target.host} has no address")
 
     def _wrap_tls(self, connection: socket.socket, target: Target, deadline: Deadline) -> socket.socket:
         try:
@@ -266,26 +270,26 @@ class Fetcher:
     def _read_response(self, response: http.client.HTTPResponse, wire: _Wire) -> bytes | str:
         forbidden = find_disallowed(response.headers.get_all("X-Robots-Tag") or [])
         if forbidden is not None:
-            raise FetchFailed("disallowed", f"X-Robots-Tag: {forbidden}")
+            raise FetchError("disallowed", f"X-Robots-Tag: {forbidden}")
         if response.status in (301, 302, 303, 307, 308):
             location = response.headers.get("Location")
             if not location:
-                raise FetchFailed("bad_response", f"status {response.status} without a Location")
+                raise FetchError("bad_response", f"status {response.status} without a Location")
             return _decode_header(location)
         if not 200 <= response.status < 300:
-            raise FetchFailed(_reason_of(response.status), f"status {response.status}")
+            raise FetchError(_reason_of(response.status), f"status {response.status}")
         # chunked encoding may cost more than the body; a server that sends chunks of one byte ends here
         wire.bytes_left = 2 * self._settings.max_body_bytes + _MAX_HEADER_BYTES
         body = self._read_body(response)
         if not body:
-            raise FetchFailed("empty_body", f"status {response.status}, no body")
+            raise FetchError("empty_body", f"status {response.status}, no body")
         return body
 
     def _read_body(self, response: http.client.HTTPResponse) -> bytes:
         limit = self._settings.max_body_bytes
         expected = response.length
         if expected is not None and expected > limit:
-            raise FetchFailed("body_too_large", f"{expected} bytes announced; at most {limit}")
+            raise FetchError("body_too_large", f"{expected} bytes announced; at most {limit}")
         inflate = _build_inflater(response.headers.get("Content-Encoding", ""))
         chunks: list[bytes] = []
         received = total = 0
@@ -296,9 +300,9 @@ class Fetcher:
             chunks.append(chunk)
             total += len(chunk)
             if total > limit or received > limit:
-                raise FetchFailed("body_too_large", f"more than {limit} bytes")
+                raise FetchError("body_too_large", f"more than {limit} bytes")
         if expected is not None and received < expected:
-            raise FetchFailed("connection_error", f"the body ended after {received} of {expected} bytes")
+            raise FetchError("connection_error", f"the body ended after {received} of {expected} bytes")
         return b"".join(chunks)
 
 
@@ -353,14 +357,14 @@ def _build_inflater(encoding: str) -> Callable[[bytes, int], bytes] | None:
     if encoding in ("", "identity"):
         return None
     if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise FetchFailed("bad_response", f"content encoding {re.sub(r'[^a-z0-9, -]', '?', encoding)}")
+        raise FetchError("bad_response", f"content encoding {re.sub(r'[^a-z0-9, -]', '?', encoding)}")
     decoder = zlib.decompressobj(wbits=47 if encoding != "deflate" else 15)
 
     def inflate(chunk: bytes, max_bytes: int) -> bytes:
         try:
             return decoder.decompress(chunk, max_bytes)
         except zlib.error:
-            raise FetchFailed("bad_response", "the compressed body is damaged") from None
+            raise FetchError("bad_response", "the compressed body is damaged") from None
 
     return inflate
 

@@ -30,7 +30,7 @@ class Part:
 
 
 def plan_shards(num_rows: int, samples_per_shard: int, num_shards: int | None) -> list[int]:
-    """Rows of each shard: full ones and a rest, or `num_shards` (at most one a row) that differ by one at most."""
+    """Rows of each shard: full ones and a rest, or `num_shards` (at most one a row) of nearly equal size."""
     if num_shards is None:
         full, rest = divmod(num_rows, samples_per_shard)
         return [samples_per_shard] * full + ([rest] if rest else [])
@@ -40,7 +40,7 @@ def plan_shards(num_rows: int, samples_per_shard: int, num_shards: int | None) -
 
 
 def write_parts(urls: UrlTable, sizes: list[int], missing: Collection[int], to_dir: Path) -> Iterator[Part]:
-    """Write the table in parts, each when it is asked for; parts none of whose shards is missing are passed over."""
+    """Write the table in parts, each when it is asked for; parts without a missing shard are passed over."""
     rows = _RowStream(urls.batches())
     for index, numbers in enumerate(_group_shards(sizes)):
         num_rows = sum(sizes[number] for number in numbers)

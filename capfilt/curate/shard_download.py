@@ -1,8 +1,8 @@
-"""Downloads one shard: the work done inside a worker process, on img2dataset's reader, resizer and key format.
+"""Downloads one shard, inside a worker process, with img2dataset's reader, resizer and key format.
 
 In: a part of the clean URL table (Parquet), then one shard's rows (img2dataset's feather file). Out, in the
-attempt's private directory: `shard.tar` and `rows.arrow`, a row for every row that came in, in its order, with
-the shards' columns, what the table carried along, and `detail`, `body_sha256`, `body_bytes` for the quarantine.
+attempt's private directory: `shard.tar` and `rows.arrow`, a row for every row that came in, in its order,
+with the shards' columns, what the table carried along, and QUARANTINE_COLUMNS.
 
 Importing this module imports img2dataset, which takes seconds: worker processes only.
 """
@@ -28,7 +28,7 @@ from typing import IO, Any
 import pyarrow as pa
 from PIL import Image
 
-from capfilt.curate.addresses import FetchFailed
+from capfilt.curate.addresses import FetchError
 from capfilt.curate.fetch import Fetcher
 from capfilt.curate.url_table import CAPTION, DETAIL, REASON, URL
 from capfilt.data.images import ImageRefused, decode_image
@@ -36,8 +36,8 @@ from capfilt.data.schemas import SCHEMAS, SUCCESS
 from capfilt.data.shards import write_tar
 from capfilt.settings import DownloadSettings
 
-# img2dataset imports albumentations, which looks for updates on the network; wandb, for a logger that is not
-# used here; and, through webdataset, torch. The worker needs none of them, and two of them take half its start.
+# img2dataset imports albumentations, which looks for updates on the network; wandb, for a logger that is
+# not used here; and, through webdataset, torch. The last two would take half of a worker's start.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 sys.modules.setdefault("wandb", types.ModuleType("wandb"))
@@ -89,7 +89,13 @@ class ShardDownloader:
         )
 
     def split(
-        self, part: str, first_shard: int, shard_rows: int, done: Collection[int], extra: list[str], to_dir: str
+        self,
+        part: str,
+        first_shard: int,
+        shard_rows: int,
+        done: Collection[int],
+        extra: list[str],
+        to_dir: str,
     ) -> dict[int, str]:
         """Split a part of the table by img2dataset's reader. Gives shard number → feather file."""
         reader = Reader(
@@ -108,7 +114,13 @@ class ShardDownloader:
         return {int(shard): str(feather) for shard, feather in reader}
 
     def download(
-        self, shard: int, feather: str, samples_per_shard: int, skip: Collection[int], to_dir: str, report: Report
+        self,
+        shard: int,
+        feather: str,
+        samples_per_shard: int,
+        skip: Collection[int],
+        to_dir: str,
+        report: Report,
     ) -> None:
         """Fetch, check, resize and pack the rows of one shard.
 
@@ -122,12 +134,14 @@ class ShardDownloader:
         keys = [compute_key(index, shard, key_digits, SHARD_DIGITS) for index in range(rows.num_rows)]
         attempt = Path(to_dir)
         results: list[_Row | None] = [None] * rows.num_rows
-        with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=attempt) as spool:
+        with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=to_dir) as spool:
             self._download_rows(rows, set(skip), spool, results, attempt / "current", report)
             done = [result for result in results if result is not None]
             assert len(done) == rows.num_rows
             members = write_tar(attempt / "shard.tar", _members(rows, keys, done, spool))
-        offsets = {member.name.partition(".")[0]: member.offset for member in members if member.name.endswith(".jpg")}
+        offsets = {
+            member.name.partition(".")[0]: member.offset for member in members if member.name.endswith(".jpg")
+        }
         _write_rows(attempt / "rows.arrow", _result_table(rows, keys, done, offsets))
 
     def _download_rows(
@@ -155,11 +169,11 @@ class ShardDownloader:
                 num_ok += result.reason is None
                 report(num_done, num_ok)
 
-    def _bodies(self, rows: pa.Table, skip: set[int]) -> Iterator[tuple[int, bytes, FetchFailed | None]]:
+    def _bodies(self, rows: pa.Table, skip: set[int]) -> Iterator[tuple[int, bytes, FetchError | None]]:
         """Yield (row, body, failure) as answers come in; few bodies wait at any time."""
         columns = (rows[name].to_pylist() for name in (URL, CAPTION, REASON, DETAIL))
         waiting = enumerate(zip(*columns, strict=True))
-        answers: queue.SimpleQueue[tuple[int, bytes, FetchFailed | None]] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[tuple[int, bytes, FetchError | None]] = queue.SimpleQueue()
         in_flight, exhausted = 0, False
         while True:
             while in_flight < self._settings.num_threads + 4 and not exhausted:
@@ -179,28 +193,36 @@ class ShardDownloader:
             yield answer
 
     def _refuse(
-        self, index: int, url: str | None, caption: str, reason: str | None, detail: str | None, skip: set[int]
-    ) -> FetchFailed | None:
+        self,
+        index: int,
+        url: str | None,
+        caption: str,
+        reason: str | None,
+        detail: str | None,
+        skip: set[int],
+    ) -> FetchError | None:
         """Why a row is not fetched at all."""
         if reason is not None:
-            return FetchFailed(reason, detail or "")
+            return FetchError(reason, detail or "")
         if index in skip:
-            return FetchFailed("worker_failed", "two worker processes ended while they decoded this picture")
+            return FetchError("worker_failed", "two worker processes ended while they decoded this picture")
         if not url:
-            return FetchFailed("bad_url", "the row has no address")
+            return FetchError("bad_url", "the row has no address")
         num_bytes = len(caption.encode("utf-8"))
         if num_bytes > self._settings.max_caption_bytes:
             limit = self._settings.max_caption_bytes
-            return FetchFailed("caption_too_long", f"the caption has {num_bytes} bytes; at most {limit}")
+            return FetchError("caption_too_long", f"the caption has {num_bytes} bytes; at most {limit}")
         return None
 
-    def _fetch(self, index: int, url: str, answers: queue.SimpleQueue[tuple[int, bytes, FetchFailed | None]]) -> None:
+    def _fetch(
+        self, index: int, url: str, answers: queue.SimpleQueue[tuple[int, bytes, FetchError | None]]
+    ) -> None:
         try:
             answers.put((index, self._fetcher.fetch(url), None))
-        except FetchFailed as failure:
+        except FetchError as failure:
             answers.put((index, b"", failure))
         except Exception as error:  # a server found what we did not think of: its row pays, not the shard
-            answers.put((index, b"", FetchFailed("bad_response", f"{type(error).__name__}: {error}")))
+            answers.put((index, b"", FetchError("bad_response", f"{type(error).__name__}: {error}")))
 
     def _take_picture(self, index: int, body: bytes, spool: IO[bytes]) -> _Row:
         try:
@@ -262,7 +284,9 @@ def _members(
         spool.seek(result.spool_offset)
         meta = {name: _json_value(column[result.index]) for name, column in columns.items()}
         meta |= {"key": key, "status": SUCCESS, "error_message": None}
-        meta |= {name: values[name] for name in ("width", "height", "original_width", "original_height", "sha256")}
+        meta |= {
+            name: values[name] for name in ("width", "height", "original_width", "original_height", "sha256")
+        }
         yield f"{key}.jpg", spool.read(values["image_length"])
         yield f"{key}.txt", meta[CAPTION].encode("utf-8")
         yield f"{key}.json", json.dumps(meta, indent=4, allow_nan=False).encode("utf-8")

@@ -1,101 +1,195 @@
-"""The parent's side of a worker process: starts it, hears it, tells a dead or hung one, and ends it.
+"""The parent's side of the worker processes: starts and hears them, tells dead and hung ones, ends them.
 
-In: settings and tasks. Out: the worker's messages; `failure` says in words why it cannot go on.
+In: settings and tasks. Out: the workers' messages; `failure` says in words why one cannot go on.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import capfilt
+from capfilt.data.texts import clean_for_terminal
+from capfilt.errors import CapfiltError
 from capfilt.settings import DownloadSettings
 
 SILENCE_SECONDS = 15.0
 """A worker beats every second; one that is silent this long is stopped or stuck."""
 START_SECONDS = 120.0
-"""Time for the imports of a new worker on a busy machine."""
+"""Time for the imports of the nursery on a busy machine."""
 STALL_SECONDS = 120.0
 """Time without a finished row beyond what the rows' own deadlines allow."""
 MAX_BLAMED_ROWS = 8
 """Rows of one shard that may be given up because their pictures kill workers."""
 
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+"""The nursery forks, so it must have no second thread: not of BLAS, nor of Arrow's allocator."""
+
+_END_SECONDS = 10.0
+_MAX_NURSERIES = 3
+
+
+class Nursery:
+    """Starts workers: a process that has imported what they need, and forks them."""
+
+    def __init__(self, settings: DownloadSettings, log_dir: Path) -> None:
+        self._settings = settings
+        self._log_dir = log_dir
+        self._num_workers = self._num_nurseries = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._buffer = b""
+        self._codes: dict[int, int] = {}
+
+    def start_worker(self) -> Worker:
+        """Start a worker, and the nursery first where none is alive.
+
+        Raises CapfiltError when nurseries do not live.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        assert self._control is not None
+        self._num_workers += 1
+        log = self._log_dir / f"worker-{self._num_workers}.log"
+        ours, theirs = socket.socketpair()
+        request = json.dumps({"log": str(log), "settings": asdict(self._settings)}).encode("ascii")
+        # where the nursery has just ended, the worker that never speaks says so
+        with theirs, suppress(OSError):
+            socket.send_fds(self._control, [request], [theirs.fileno()])
+        return Worker(ours, self, self._settings, log)
+
+    def exit_code_of(self, pid: int | None) -> int | None:
+        """Exit code of a worker that has ended, negative for a signal; None when it is not known."""
+        assert self._control is not None
+        end = time.monotonic() + 2.0
+        while pid is not None and pid not in self._codes and (left := end - time.monotonic()) > 0:
+            data = self._control.recv(1 << 16) if select.select([self._control], [], [], left)[0] else b""
+            if not data:
+                break
+            *lines, self._buffer = (self._buffer + data).split(b"\n")
+            for message in map(json.loads, lines):
+                self._codes[message["pid"]] = message["code"]
+        return self._codes.pop(pid, None) if pid is not None else None
+
+    def last_words(self) -> str:
+        """What the nursery wrote last; where it cannot import something, it says so there."""
+        return _last_line(self._log_dir / f"nursery-{self._num_nurseries}.log")
+
+    def stop(self) -> None:
+        """End the nursery, and with it what is left of its workers."""
+        if self._process is not None and self._control is not None:
+            self._process.kill()
+            self._process.wait()
+            self._control.close()
+
+    def _start(self) -> None:
+        if self._num_nurseries == _MAX_NURSERIES:
+            raise CapfiltError(
+                f"The download's processes do not live: {self.last_words()}. See `capfilt doctor`."
+            )
+        self.stop()
+        self._num_nurseries += 1
+        self._buffer = b""
+        # the folder capfilt was imported from, and not the working directory, is where the worker finds it
+        root = str(Path(capfilt.__file__).resolve().parents[1])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._control, theirs = socket.socketpair()
+        with theirs, open(self._log_dir / f"nursery-{self._num_nurseries}.log", "wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "capfilt.curate.worker", str(os.getpid())],
+                stdin=theirs.fileno(),
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **_ONE_THREAD},
+            )
+
 
 class Worker:
     """One worker process and its present task."""
 
-    def __init__(self, settings: DownloadSettings, log: Path) -> None:
+    def __init__(
+        self, connection: socket.socket, nursery: Nursery, settings: DownloadSettings, log: Path
+    ) -> None:
         self.task: Any = None
         """What it works on; None when it is idle."""
-        self.ready = False
+        self.pid: int | None = None
+        """Process id, once it lives."""
+        self._connection = connection
+        self._connection.setblocking(False)
+        self._nursery = nursery
         self._log = log
-        self._stall = settings.timeout_seconds * (settings.retries + 1) + 10 * settings.retries + STALL_SECONDS
+        self._stall = (
+            settings.timeout_seconds * (settings.retries + 1) + 10 * settings.retries + STALL_SECONDS
+        )
         self._buffer = b""
         self._ended = False
         self._heard = self._advanced = time.monotonic()
-        self._process = self._start()
-        assert self._process.stdout is not None
-        os.set_blocking(self._process.stdout.fileno(), False)
-        self._write(asdict(settings))
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
 
     def fileno(self) -> int:
         """Descriptor that is readable when there are messages."""
-        assert self._process.stdout is not None
-        return self._process.stdout.fileno()
+        return self._connection.fileno()
 
     def give(self, task: Any, message: dict[str, Any]) -> None:
         """Hand over a task. `task` is the parent's own note of it."""
         self.task = task
         self._advanced = time.monotonic()
-        self._write(message)
+        self._connection.settimeout(SILENCE_SECONDS)
+        try:
+            self._connection.sendall(json.dumps(message).encode("ascii") + b"\n")
+        except OSError:
+            self._ended = True
+        finally:
+            self._connection.setblocking(False)
 
     def read_messages(self) -> list[dict[str, Any]]:
         """What it has sent since; never waits."""
-        while True:
+        while not self._ended:
             try:
-                data = os.read(self.fileno(), 1 << 16)
+                data = self._connection.recv(1 << 16)
             except BlockingIOError:
                 break
-            if not data:
-                self._ended = True
-                break
+            except OSError:
+                data = b""
+            self._ended = not data
             self._buffer += data
         *lines, self._buffer = self._buffer.split(b"\n")
         messages = [json.loads(line) for line in lines]
         if messages:
             self._heard = time.monotonic()
         if any("beat" not in message for message in messages):
-            self._advanced = time.monotonic()
-        self.ready = self.ready or any("ready" in message for message in messages)
-        return [message for message in messages if "beat" not in message and "ready" not in message]
+            self._advanced = self._heard
+        for message in messages:
+            self.pid = message.get("pid", self.pid)
+        return [message for message in messages if not message.keys() & {"beat", "ready", "pid"}]
 
     def failure(self) -> str | None:
         """Why it cannot go on; None while all is well."""
         if self._ended:
-            code = self._process.wait()
-            how = f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            return f"worker process {self.pid} {how}{self._last_words()}"
+            code = self._nursery.exit_code_of(self.pid)
+            words = _last_line(self._log) or self._nursery.last_words()
+            said = f" ({words})" if words else ""
+            if code is None:
+                return f"worker process {self.pid or 'before its start'} ended{said}"
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
+            return f"worker process {self.pid} ended with {how}{said}"
         now = time.monotonic()
-        silence = START_SECONDS if not self.ready else SILENCE_SECONDS
+        silence = START_SECONDS if self.pid is None else SILENCE_SECONDS
         if now - self._heard > silence:
-            return f"worker process {self.pid} gave no sign of life for {silence:g} s"
-        limit = self._stall if self.ready else START_SECONDS
-        if (self.task is not None or not self.ready) and now - self._advanced > limit:
-            return f"worker process {self.pid} made no progress for {limit:g} s"
+            return f"worker process {self.pid or 'before its start'} gave no sign of life for {silence:g} s"
+        if self.task is not None and now - self._advanced > self._stall:
+            return f"worker process {self.pid} made no progress for {self._stall:g} s"
         return None
 
     def forgive(self) -> None:
@@ -103,40 +197,15 @@ class Worker:
         self._heard = self._advanced = time.monotonic()
 
     def stop(self) -> None:
-        """End the process now, whatever state it is in."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                pass  # what was not flushed to a dead process is of no use
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        # the folder capfilt was imported from, and not the working directory, is where the worker finds it
-        root = str(Path(capfilt.__file__).resolve().parents[1])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        with open(self._log, "wb") as log:
-            return subprocess.Popen(
-                [sys.executable, "-P", "-m", "capfilt.curate.worker", str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            )
-
-    def _write(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message).encode("ascii") + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            self._ended = True
-
-    def _last_words(self) -> str:
-        lines = self._log.read_text("utf-8", "replace").strip().splitlines()
-        return f" ({lines[-1].strip()[:200]})" if lines else ""
+        """End the process now, whatever state it is in, and wait until it is gone."""
+        if self.pid is not None and not self._ended:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._connection.settimeout(_END_SECONDS)
+            with suppress(OSError):
+                while self._connection.recv(1 << 16):
+                    pass  # the socket ends when the process does
+        self._connection.close()
 
 
 @dataclass(slots=True)
@@ -178,3 +247,11 @@ def _current_row(attempt: Path) -> int | None:
         return None
     row = struct.unpack("<q", data)[0] if len(data) == 8 else -1
     return row if row >= 0 else None
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text("utf-8", "replace").strip().splitlines()
+    except OSError:
+        return ""
+    return clean_for_terminal(lines[-1].strip()) if lines else ""

@@ -105,7 +105,9 @@ class Delimited(TableFormat):
         if columns is not None:
             # as bytes: a value that is not UTF-8 then spoils its row and not the table
             convert = pa_csv.ConvertOptions(
-                include_columns=columns, column_types=dict.fromkeys(columns, pa.binary()), strings_can_be_null=False
+                include_columns=columns,
+                column_types=dict.fromkeys(columns, pa.binary()),
+                strings_can_be_null=False,
             )
         return pa_csv.open_csv(
             file,
@@ -192,7 +194,9 @@ def _once(schema: pa.Schema) -> dict[str, pa.DataType]:
 
 def _unreadable(name: str, format_name: str, error: Exception) -> UsageError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UsageError(f"{name} cannot be read as {format_name}: {reason}. Expected a table of URLs and captions.")
+    return UsageError(
+        f"{name} cannot be read as {format_name}: {reason}. Expected a table of URLs and captions."
+    )
 
 
 def _bad_rows(details: list[str]) -> pa.RecordBatch:

@@ -1,7 +1,7 @@
 """Reads the table of URLs and captions a download starts from, whatever its format, as clean batches of rows.
 
-In: a file, a folder or a glob of Parquet, CSV, TSV, JSONL, JSON or TXT (text formats also as .gz), local or at
-any address fsspec knows (s3://, gs://, hf://, https://). Out: record batches with the columns
+In: a file, a folder or a glob of Parquet, CSV, TSV, JSONL, JSON or TXT (text formats also as .gz), local or
+at any address fsspec knows (s3://, gs://, hf://, https://). Out: record batches with the columns
     url       string, null where the row has none
     caption   string, empty where the row has none
     reason    one of REASONS and `detail` a sentence, where the row itself cannot be used; else null
@@ -64,7 +64,9 @@ class UrlTable:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All rows in the order of the files."""
-        texts = list(dict.fromkeys([self.url_column, *([self.caption_column] if self.caption_column else [])]))
+        texts = [self.url_column]
+        if self.caption_column not in (None, self.url_column):
+            texts.append(self.caption_column)
         for file in self.files:
             for batch in self.format.batches(file, texts, self.extra):
                 yield self._clean(batch)
@@ -73,14 +75,21 @@ class UrlTable:
         reasons, details = _string_columns(batch)
         url, bad_url = _as_text(_column(batch, self.url_column))
         caption, bad_caption = _as_text(_column(batch, self.caption_column))
-        for bad, reason, name in ((bad_url, "bad_row", self.url_column), (bad_caption, "bad_caption", "caption")):
+        for bad, reason, name in (
+            (bad_url, "bad_row", self.url_column),
+            (bad_caption, "bad_caption", "caption"),
+        ):
             if bad is not None:
                 bad = pc.and_(bad, pc.is_null(reasons))
                 reasons = pc.if_else(bad, reason, reasons)
                 details = pc.if_else(bad, f"the column {name} is not readable text", details)
         columns = [url, pc.fill_null(caption, ""), reasons, details]
         for name, kind in self.extra.items():
-            columns.append(_column(batch, name).cast(kind, safe=False))
+            column = _column(batch, name).cast(kind, safe=False)
+            if pa.types.is_floating(kind):
+                # what is not a number is nothing: JSON has no NaN, and read back it does not equal itself
+                column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
+            columns.append(column)
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
 
@@ -153,9 +162,13 @@ def _filesystem(path: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(path)
     except ImportError:
         package = _PACKAGES.get(protocol, f"for {protocol}://")
-        raise UsageError(f"Reading {path} needs the package {package}. Install it: pip install {package}") from None
+        raise UsageError(
+            f"Reading {path} needs the package {package}. Install it: pip install {package}"
+        ) from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}. Expected a path or an address fsspec knows.") from None
+        raise UsageError(
+            f"{path} cannot be read: {error}. Expected a path or an address fsspec knows."
+        ) from None
 
 
 def _format_of(name: str) -> str | None:
@@ -203,7 +216,9 @@ def _require_column(columns: dict[str, pa.DataType], wanted: str, option: str, n
     kind = columns.get(wanted)
     if kind is None:
         found = ", ".join(list(columns)[:40]) or "none"
-        raise UsageError(f"{name} has no column {wanted!r}. Columns found: {found}. Name one of them: {option} NAME")
+        raise UsageError(
+            f"{name} has no column {wanted!r}. Columns found: {found}. Name one of them: {option} NAME"
+        )
     if not (_is_text(kind) or pa.types.is_null(kind)):
         raise UsageError(
             f"Column {wanted!r} of {name} holds {kind}; expected text. Name another column: {option} NAME"
@@ -225,7 +240,9 @@ def _choose_extra(
         elif carried is None:
             what = f"holds {kind}" if kind != MIXED else "holds nested or mixed values"
             what = "differs between files" if kinds or kind is None else what
-            notes.append(f"column {name!r} is left out: it {what}; text, numbers and truth values are carried")
+            notes.append(
+                f"column {name!r} is left out: it {what}; text, numbers and truth values are carried"
+            )
         else:
             extra[name] = carried
     return extra, notes

@@ -82,7 +82,10 @@ def _deep(pixels: Pixels, quality: int) -> bytes:
         (b"IDAT", zlib.compress(filtered, 1)),
         (b"IEND", b""),
     ]
-    framed = (struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks)
+    framed = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 

@@ -1,4 +1,4 @@
-"""What stands beside pictures on the web: alt-text of every kind, good and bad, for the miniature world's site.
+"""What stands beside pictures on the web: alt-text of every kind, for the miniature world's site.
 
 In: a scene, a kind of text and a random generator. Out: the text, or None where a page has none at all.
 """
@@ -24,15 +24,18 @@ _SHOP = (
     "Best price guaranteed or your money back", "Ships within 24 hours from our warehouse",
     "Gift card available in store", "2-pack, assorted, item no. 40-1182", "Was $39.99 now $24.50",
     "Sign up for our newsletter and save 10%", "Home decor > Living room > Accessories",
-    "Official store | 100% original quality", "Limited edition, while supplies last", "Compare (0) Wish list (2)",
+    "Official store | 100% original quality", "Limited edition, while supplies last",
+    "Compare (0) Wish list (2)",
     "Rated 4.8 out of 5 by 2,310 happy customers", "Back in stock!", "Download our app for exclusive deals",
-    "Size guide and delivery information", "Sold out - notify me when available", "Bestseller no. 1 in toys",
+    "Size guide and delivery information", "Sold out - notify me when available",
+    "Bestseller no. 1 in toys",
 )  # fmt: skip
 _SITE = (
     "logo", "Image may contain: outdoor", "thumbnail", "Photo by user", "banner", "placeholder", "avatar",
     "Loading...", "Share on social media", "Previous | Next", "View all 24 photos", "Advertisement",
     "© 2023 All rights reserved.", "Read more »", "Posted by admin on March 4", "untitled", "picture",
-    "Stock photo, royalty free", "Photo gallery of our summer trip", "Reply Retweet Like", "image description",
+    "Stock photo, royalty free", "Photo gallery of our summer trip", "Reply Retweet Like",
+    "image description",
     "Accept all cookies", "click here", "Related articles", "See who liked this",
 )  # fmt: skip
 _OTHER_LANGUAGES = (
@@ -45,11 +48,21 @@ _OTHER_LANGUAGES = (
     "dwie gwiazdy na śniegu", "Kup teraz z darmową dostawą", "tři srdce na písku", "en röd boll på gräset",
     "kaksi punaista palloa lumella", "kırmızı bir top ve mavi kutu", "Ücretsiz kargo fırsatı",
     "красный мяч на траве", "Купить недорого с доставкой", "дві зірки на снігу", "ένα λουλούδι στην άμμο",
-    "草の上の赤いボール", "送料無料でお届けします", "雪地上的三颗星星", "全场包邮 限时特价", "잔디 위의 빨간 공",
-    "무료 배송 이벤트", "كرة حمراء على العشب", "شحن مجاني لجميع الطلبات", "घास पर एक लाल गेंद", "बर्फ पर दो तारे",
+    "草の上の赤いボール", "送料無料でお届けします", "雪地上的三颗星星", "全场包邮 限时特价",
+    "잔디 위의 빨간 공",
+    "무료 배송 이벤트",
+    "كرة حمراء على العشب", "شحن مجاني لجميع الطلبات", "घास पर एक लाल गेंद", "बर्फ पर दो तारे",
     "ลูกบอลสีแดงบนหญ้า", "một quả bóng đỏ trên cỏ", "bola merah di atas rumput", "שני כוכבים על השלג",
 )  # fmt: skip
-_CAMERAS = ("IMG_{:04d}", "DSC{:05d}", "DSCF{:04d}", "P10{:05d}", "photo-{:03d}", "Screenshot_2021{:04d}", "{:08x}")
+_CAMERAS = (
+    "IMG_{:04d}",
+    "DSC{:05d}",
+    "DSCF{:04d}",
+    "P10{:05d}",
+    "photo-{:03d}",
+    "Screenshot_2021{:04d}",
+    "{:08x}",
+)
 _ENDINGS = (".jpg", ".JPG", ".png", ".jpeg", "_edited.jpg", "-300x200.jpg", " (1).jpg", ".webp", "")
 _MARKUP = (
     "<p>{}</p>", "<b>{}</b>", '<span class="caption">{}</span>', "<em>{}</em><br/>", "&nbsp;{}&nbsp;",
@@ -89,7 +102,11 @@ def _empty(scene: Scene, rng: np.random.Generator) -> str | None:
 
 def _overlong(scene: Scene, rng: np.random.Generator) -> str:
     """Chatter without end; a third of it beyond what a download keeps."""
-    wanted = int(rng.integers(9_000, MAX_OVERLONG_BYTES)) if rng.random() < 1 / 3 else int(rng.integers(400, 4_000))
+    wanted = (
+        int(rng.integers(9_000, MAX_OVERLONG_BYTES))
+        if rng.random() < 1 / 3
+        else int(rng.integers(400, 4_000))
+    )
     parts: list[str] = []
     while sum(map(len, parts)) < wanted:
         parts.append(_pick(_SHOP + _SITE, rng))
@@ -108,7 +125,7 @@ CAPTION_WRITERS: dict[str, CaptionWriter] = {
     "empty": _empty,
     "overlong": _overlong,
 }
-"""Kind of web caption → what writes it. `true` states some facts of the scene, `paraphrased` says all of them in
+"""Kind of web caption → what writes it. `true` states some facts of the scene, `paraphrased` all of them in
 words of its own, `one_fact_changed` is false in one, `other_image` was meant for another picture."""
 
 

@@ -115,14 +115,16 @@ def test_odd_pictures_show_the_scene(site: WorldSite, oddity: str) -> None:
     assert picture.size == (row.width_px, row.height_px)
     painted = Image.fromarray(render(row.scene, row.width_px, row.height_px))
     # coarse, so that what JPEG does to the grain does not count
-    seen, meant = (np.asarray(image.resize((12, 12), Image.Resampling.BOX), dtype=int) for image in (picture, painted))
+    seen, meant = (
+        np.asarray(image.resize((12, 12), Image.Resampling.BOX), dtype=int) for image in (picture, painted)
+    )
     assert np.abs(seen - meant).mean() < 5
 
 
 @pytest.mark.parametrize(
     ("behaviour", "status"),
-    [("plain", 200), ("redirect", 200), ("duplicate", 200), ("not_found", 404), ("gone", 410), ("forbidden", 403),
-     ("server_error", 500), ("too_many_requests", 429), ("wrong_type", 200)],
+    [("plain", 200), ("redirect", 200), ("duplicate", 200), ("not_found", 404), ("gone", 410),
+     ("forbidden", 403), ("server_error", 500), ("too_many_requests", 429), ("wrong_type", 200)],
 )  # fmt: skip
 def test_server_answers_as_stated(behaviour: str, status: int) -> None:
     shares = {behaviour: 1.0} if behaviour != "plain" else {}
@@ -179,8 +181,9 @@ def test_tables_and_truth(site: WorldSite, tmp_path: Path) -> None:
 
 def test_settings_that_make_no_sense() -> None:
     for settings in (
-        {"num_urls": 0}, {"split": "dev"}, {"caption_shares": {"true": 0.4}}, {"caption_shares": {"odd": 1.0}},
-        {"behaviour_shares": {"hang": 1.5}}, {"behaviour_shares": {"hang": -0.5}},
+        {"num_urls": 0}, {"split": "dev"}, {"caption_shares": {"true": 0.4}},
+        {"caption_shares": {"odd": 1.0}}, {"behaviour_shares": {"hang": 1.5}},
+        {"behaviour_shares": {"hang": -0.5}},
     ):  # fmt: skip
         with pytest.raises(UsageError):
             SiteSettings(**settings)
