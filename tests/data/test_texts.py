@@ -13,7 +13,7 @@ from capfilt.data.texts import clean_for_terminal
 ANY_TEXT = st.text(st.characters(codec=None, exclude_categories=()), max_size=60)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(ANY_TEXT, st.integers(1, 80))
 def test_output_is_one_printable_line_within_its_length(text: str, max_chars: int) -> None:
     cleaned = clean_for_terminal(text, max_chars)
@@ -24,6 +24,7 @@ def test_output_is_one_printable_line_within_its_length(text: str, max_chars: in
         assert char not in "\u2028\u2029"
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=40))
 def test_plain_text_passes_unchanged(text: str) -> None:
     assert clean_for_terminal(text) == text
