@@ -343,3 +343,75 @@ class Stage2Settings(TrainSettings):
         share, lowest = self.whole_caption_share, self.min_learning_rate
         _require(0 <= share <= 1, "whole_caption_share", share, "0 to 1")
         _require(0 <= lowest <= self.learning_rate, "min_learning_rate", lowest, "0 to learning_rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTrainSettings(TrainSettings):
+    """A small CLIP in open_clip's layout: a ResNet and a text transformer, trained by contrast (CLIP §2)."""
+
+    max_steps: int = 1500
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Pairs in a step: each image is told from the texts of the others."""
+    learning_rate: float = 2e-3
+    """Peak rate; far above CLIP's 5e-4, as small models bear."""
+    embed_dim: int = 128
+    """Width of the shared embedding."""
+    image_size_px: int = 64
+    """Edge of the square picture; a multiple of 32."""
+    vision_stages: tuple[int, ...] = (1, 1, 1, 1)
+    """Blocks in each of the ResNet's four stages (RN50: 3, 4, 6, 3)."""
+    vision_width: int = 16
+    """Channels of the first stage (RN50: 64); the last one has 32 times as many."""
+    text_width: int = 128
+    """Width of the text transformer; a multiple of 32."""
+    text_layers: int = 2
+    """Layers of the text transformer."""
+    context_length: int = 32
+    """Longest text in tokens, start and end included (CLIP: 77)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages, side = self.vision_stages, self.image_size_px
+        is_resnet = len(stages) == 4 and min(stages) >= 1
+        _require(is_resnet, "vision_stages", stages, "four numbers, at least 1 each")
+        _require(side >= 32 and side % 32 == 0, "image_size_px", side, "a multiple of 32")
+        _require(self.vision_width >= 2, "vision_width", self.vision_width, "at least 2")
+        _require(self.text_width % 32 == 0, "text_width", self.text_width, "a multiple of 32")
+        _require(self.text_layers >= 1, "text_layers", self.text_layers, "at least 1")
+        _require(self.context_length >= 4, "context_length", self.context_length, "at least 4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmTrainSettings(TrainSettings):
+    """A small OPT or T5 in transformers' layout, pre-trained to go by what stands before a text."""
+
+    architecture: str = "opt"
+    """`opt` (decoder, LM loss) or `t5` (encoder-decoder, prefix LM)."""
+    max_steps: int = 4000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Texts in a step."""
+    learning_rate: float = 2e-3
+    """Peak rate; far above OPT's own, as small models bear."""
+    width: int = 128
+    """Width of the model; a multiple of 32, the width of an attention head."""
+    depth: int = 4
+    """Layers; T5 has as many in its encoder and in its decoder."""
+    feed_forward: int = 512
+    """Width of the feed-forward layers."""
+    max_positions: int = 128
+    """OPT: longest input in tokens, visual prompts included."""
+    whole_caption_share: float = 0.5
+    """T5: share of captions that the decoder writes from their first word."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ("opt", "t5")
+        _require(self.architecture in known, "architecture", self.architecture, f"one of {', '.join(known)}")
+        _require(self.width >= 32 and self.width % 32 == 0, "width", self.width, "a multiple of 32")
+        _require(self.depth >= 1, "depth", self.depth, "at least 1")
+        _require(self.feed_forward >= 1, "feed_forward", self.feed_forward, "at least 1")
+        _require(self.max_positions >= 16, "max_positions", self.max_positions, "at least 16")
+        share = self.whole_caption_share
+        _require(0 <= share <= 1, "whole_caption_share", share, "0 to 1")
