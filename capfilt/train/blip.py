@@ -49,7 +49,7 @@ def train_blip(
         save_blip(folder / "captioner", "captioner", model.captioner, start)
         save_blip(folder / "filter", "filter", model.filter, start)
 
-    return _train(run_dirs, settings, output_dir, progress, model, losses, start, save, "train blip")
+    return _train(run_dirs, settings, output_dir, progress, model, losses, start, save, "blip")
 
 
 def train_captioner(
@@ -71,7 +71,7 @@ def train_captioner(
     def save(folder: Path) -> None:
         save_blip(folder, "captioner", objective.model, start, prompt=settings.prompt)
 
-    return _train(run_dirs, settings, output_dir, progress, objective, losses, start, save, "train captioner")
+    return _train(run_dirs, settings, output_dir, progress, objective, losses, start, save, "captioner")
 
 
 def train_filter(
@@ -90,7 +90,7 @@ def train_filter(
     def save(folder: Path) -> None:
         save_blip(folder, "filter", objective.model, start)
 
-    return _train(run_dirs, settings, output_dir, progress, objective, losses, start, save, "train filter")
+    return _train(run_dirs, settings, output_dir, progress, objective, losses, start, save, "filter")
 
 
 def _train(
@@ -102,7 +102,7 @@ def _train(
     losses: Callable[[Tensor, Tensor], dict[str, Tensor]],
     start: SavedBlip,
     save: Callable[[Path], None],
-    name: str,
+    part: str,
 ) -> TrainSummary:
     """The shared part: data, device, tokens; then the loop."""
     progress = progress or NullProgress()
@@ -118,11 +118,8 @@ def _train(
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bfloat16"):
             return losses(batch.images.to(device), tokens_BT)
 
-    fields = {"input": runs_digest(run_dirs)}
-    if settings.init:
-        fields["init_sha256"] = weights_digest(
-            _part_of(settings.init, "captioner" if "blip" in name else name[6:])
-        )
+    origin = _part_of(settings.init, part) if settings.init else find_model_dir(settings.tokenizer, "tokenizer")
+    fields = {"input": runs_digest(run_dirs), "origin_sha256": weights_digest(origin)}
     return train(
         compute_losses,
         named_parameters=module.named_parameters(),
@@ -133,7 +130,7 @@ def _train(
         output_dir=output_dir,
         save=save,
         progress=progress,
-        name=name,
+        name=f"train {part}",
         fields=fields,
     )
 
@@ -149,7 +146,8 @@ def encode_texts(
 
 
 def _part_of(init: str, part: str) -> Path:
-    """The folder of a part in the output of `train blip`, or the model folder itself."""
+    """The folder of a part in the output of `train blip` (its captioner for "blip"), or the model folder."""
+    part = "captioner" if part == "blip" else part
     folder = find_model_dir(init, f"BLIP {part} to start from")
     return folder / part if (folder / part / "config.json").exists() else folder
 

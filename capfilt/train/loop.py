@@ -49,7 +49,7 @@ OpenBatches = Callable[[Cursor], Iterator[Batch]]
 
 UNBOUND_SETTINGS = (
     "save_every_steps", "log_every_steps", "device", "feature_cache_bytes",
-    "image_encoder", "qformer_init",  # `fields` holds digests of what these paths name
+    "image_encoder", "qformer_init", "init", "tokenizer",  # `fields` holds digests of what these paths name
 )  # fmt: skip
 """Settings that may change between a training and its resumption."""
 

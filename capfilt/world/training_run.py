@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from capfilt.data.commit import commit_stage, file_sha256, stage_state
+from capfilt.data.commit import commit_stage, file_sha256, read_table, stage_state
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS, SUCCESS
 from capfilt.data.shards import write_tar
@@ -82,7 +82,9 @@ def _write_shard(task: tuple[Path, WorldRunSettings, int]) -> int:
     manifest_fields = {"world": 1, "captions_per_scene": settings.captions_per_scene}
     digest = file_sha256(run.stage_file("shards", shard))
     if stage_state(run, "manifest", shard, manifest_fields, digest) != "done":
-        table = pa.Table.from_pylist(_manifest_rows(settings, shard, start, size), schema=SCHEMAS["manifest"])
+        facts = read_table(run.stage_file("shards", shard), columns=["key", "width", "height", "sha256"])
+        rows = _manifest_rows(settings, shard, start, facts.to_pylist())
+        table = pa.Table.from_pylist(rows, schema=SCHEMAS["manifest"])
         commit_stage(run, "manifest", shard, table, fields=manifest_fields, input_digest=digest, rows_in=size)
     return size
 
@@ -141,16 +143,14 @@ def encode_picture(scene: Scene, rng: np.random.Generator) -> tuple[bytes, int, 
     return buffer.getvalue(), width, height, extension
 
 
-def _manifest_rows(settings: WorldRunSettings, shard: str, start: int, size: int) -> list[dict[str, Any]]:
+def _manifest_rows(
+    settings: WorldRunSettings, shard: str, start: int, pictures: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     rows = []
-    for place in range(start, start + size):
+    for place, facts in enumerate(pictures, start):
         scene, rng = _scene(settings, place), np.random.default_rng([13, settings.first_seed + place])
+        pair = facts | {"shard": shard, "url": f"world:{scene.seed}", "source": "human", "kept": True}
         for index in range(settings.captions_per_scene):
             text = full_caption(scene, rng) if index % 3 == 0 else caption(scene, rng)
-            rows.append(
-                {
-                    "shard": shard, "key": _key(settings, place), "url": f"world:{scene.seed}",
-                    "caption_index": index, "source": "human", "text": text, "kept": True,
-                }
-            )  # fmt: skip
+            rows.append(pair | {"caption_index": index, "text": text})
     return rows
