@@ -11,7 +11,13 @@ import typer
 from capfilt.cli.console import open_progress, say_result
 from capfilt.cli.options import AsJson, Device, Output, Runs, settings_from
 from capfilt.progress import format_seconds
-from capfilt.settings import BlipTrainSettings, Stage1Settings, Stage2Settings
+from capfilt.settings import (
+    BlipTrainSettings,
+    ClipTrainSettings,
+    LlmTrainSettings,
+    Stage1Settings,
+    Stage2Settings,
+)
 
 if TYPE_CHECKING:
     from capfilt.train.loop import TrainSummary
@@ -178,6 +184,69 @@ def stage2(
     summary = train_stage2(runs, init, llm, settings, output, open_progress())
     following = f"capfilt generate {output} IMAGE"
     say_result(summary, training_line("stage 2", summary, output), following, as_json=as_json)
+
+
+Tokenizer = Annotated[
+    Path, typer.Option("--tokenizer", metavar="DIR", help="Folder of the tokenizer.", show_default=False)
+]
+
+
+@app.command("clip")
+def clip(
+    runs: Runs,
+    tokenizer: Tokenizer,
+    output: Output,
+    image_size_px: Size = ClipTrainSettings.image_size_px,
+    embed_dim: Size = ClipTrainSettings.embed_dim,
+    vision_width: Size = ClipTrainSettings.vision_width,
+    text_width: Size = ClipTrainSettings.text_width,
+    text_layers: Size = ClipTrainSettings.text_layers,
+    context_length: Size = ClipTrainSettings.context_length,
+    max_steps: MaxSteps = ClipTrainSettings.max_steps,
+    batch_size: TrainBatchSize = ClipTrainSettings.batch_size,
+    learning_rate: LearningRate = ClipTrainSettings.learning_rate,
+    warmup_steps: WarmupSteps = ClipTrainSettings.warmup_steps,
+    save_every_steps: SaveEverySteps = ClipTrainSettings.save_every_steps,
+    seed: Seed = ClipTrainSettings.seed,
+    device: Device = ClipTrainSettings.device,
+    as_json: AsJson = False,
+) -> None:
+    """A small CLIP of its own, in open_clip's layout."""
+    settings = settings_from(ClipTrainSettings, locals())
+    from capfilt.train.clip import train_clip
+
+    summary = train_clip(runs, tokenizer, settings, output, open_progress())
+    following = f"capfilt rank RUN --clip-model {output}"
+    say_result(summary, training_line("clip", summary, output), following, as_json=as_json)
+
+
+@app.command("llm")
+def llm(
+    texts: Annotated[
+        Path, typer.Argument(metavar="TEXTS", help="JSONL of text, preamble, question.", show_default=False)
+    ],
+    tokenizer: Tokenizer,
+    output: Output,
+    architecture: Annotated[str, typer.Option(help="opt or t5.")] = LlmTrainSettings.architecture,
+    width: Size = LlmTrainSettings.width,
+    depth: Size = LlmTrainSettings.depth,
+    feed_forward: Size = LlmTrainSettings.feed_forward,
+    max_steps: MaxSteps = LlmTrainSettings.max_steps,
+    batch_size: TrainBatchSize = LlmTrainSettings.batch_size,
+    learning_rate: LearningRate = LlmTrainSettings.learning_rate,
+    warmup_steps: WarmupSteps = LlmTrainSettings.warmup_steps,
+    save_every_steps: SaveEverySteps = LlmTrainSettings.save_every_steps,
+    seed: Seed = LlmTrainSettings.seed,
+    device: Device = LlmTrainSettings.device,
+    as_json: AsJson = False,
+) -> None:
+    """A small OPT or T5 for stage 2, pre-trained on texts."""
+    settings = settings_from(LlmTrainSettings, locals())
+    from capfilt.train.llm import train_llm
+
+    summary = train_llm(texts, tokenizer, settings, output, open_progress())
+    following = f"capfilt train stage2 RUN --init STAGE1_DIR --llm {output} --output DIR"
+    say_result(summary, training_line(architecture, summary, output), following, as_json=as_json)
 
 
 def training_line(what: str, summary: TrainSummary, output: Path) -> str:

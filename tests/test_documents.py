@@ -1,0 +1,59 @@
+"""The documents say what is there: files, commands, recipes, make targets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from capfilt.recipes import bundled_recipes
+from tests.cli.conftest import capfilt
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tree_has_a_line_for_every_file() -> None:
+    listed, folder = set(), ""
+    for line in CONTRIBUTING.partition("capfilt/\n")[2].partition("```")[0].splitlines():
+        name = line.split()[0]
+        if name.endswith("/"):
+            folder = name
+        elif line.startswith("    "):
+            listed.add(folder + name)
+        else:
+            listed.add(name)
+    package = ROOT / "capfilt"
+    there = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    assert sorted(listed ^ there) == []
+
+
+def test_files_that_contributing_names_are_there() -> None:
+    named = re.findall(r"`((?:capfilt|tests|pipelines|examples)/[\w./]*)`", CONTRIBUTING)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_readme_lists_every_command_and_recipe() -> None:
+    help_text = capfilt("--help").out.partition("Commands:")[2]
+    commands = re.findall(r"^  (\w+)  ", help_text, flags=re.MULTILINE)
+    assert len(commands) > 10
+    assert [command for command in commands if f"| `capfilt {command}" not in README] == []
+    assert [name for name in bundled_recipes() if f"| `{name}` |" not in README] == []
+    trainings = re.findall(
+        r"^  (\w+)  ", capfilt("train", "--help").out.partition("Commands:")[2], re.MULTILINE
+    )
+    assert [name for name in trainings if f"`{name}`" not in README] == []
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "check", "bench", "assets", "help"])
+def test_make_has_its_targets(target: str) -> None:
+    assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_the_lock_names_no_host_and_pins_everything() -> None:
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line[:1] not in "#"]
+    assert lines
+    assert [line for line in lines if "://" in line or "==" not in line] == []
