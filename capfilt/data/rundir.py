@@ -159,7 +159,13 @@ class RunDir:
             finally:
                 _held_locks[root] -= 1
             return
-        descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UsageError(
+                f"{self.path} cannot be written to ({error.strerror}); expected a run of your own. Mend its "
+                f"permissions: `chmod -R u+rwX {self.path}`."
+            ) from None
         try:
             _take_lock(descriptor, self.path)
             _held_locks[root] = 1
@@ -216,7 +222,7 @@ def _remove_dead_staging(staging: Path) -> None:
     for attempt in staging.glob("*"):
         try:
             descriptor = os.open(attempt / ".alive", os.O_RDWR)
-        except FileNotFoundError:
+        except OSError:  # died before it could lock, or no attempt at all
             shutil.rmtree(attempt, ignore_errors=True)
             continue
         try:
