@@ -82,6 +82,8 @@ class _Shard:
     attempt_dir: Path = Path()
     shown: int = 0
     """Rows already counted in the progress."""
+    num_ok: int = 0
+    """Successes of the present attempt."""
 
     @property
     def name(self) -> str:
@@ -321,8 +323,10 @@ class _Download:
 
     def _show(self, shard: _Shard, done: int, ok: int) -> None:
         """Count finished rows; those of a failed attempt are not counted twice."""
+        self._num_ok += ok - shard.num_ok
+        shard.num_ok = ok
         if done > shard.shown:
-            self._progress.advance(done - shard.shown, succeeded=self._num_ok + ok)
+            self._progress.advance(done - shard.shown, succeeded=self._num_ok)
             shard.shown = done
 
     def _commit(self, shard: _Shard) -> None:
@@ -353,7 +357,6 @@ class _Download:
             },
         )
         self._show(shard, shard.num_rows, record.rows_kept)
-        self._num_ok += record.rows_kept
         _remove_files(shard.attempt_dir)
         Path(shard.feather).unlink()
 

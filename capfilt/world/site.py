@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -64,6 +65,8 @@ _WORDS = (
     "cover",
     "b%C3%BCro",
 )
+_SILENT = logging.getLogger("capfilt.world.site")
+_SILENT.setLevel(logging.CRITICAL)  # a client that hangs up in the middle is everyday life here
 _PATH_INDEX = re.compile(r"-(\d+)\.(?:jpg|png|webp)$")
 
 
@@ -272,7 +275,9 @@ class WorldSite:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         application = web.Application()
         application.router.add_get("/{path:.+}", self._answer)
-        runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+        runner = web.AppRunner(
+            application, access_log=None, logger=_SILENT, handler_cancellation=True, shutdown_timeout=0.1
+        )
         await runner.setup()
         try:
             site = web.TCPSite(runner, "127.0.0.1", self.port, backlog=512)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import io
 import json
 import os
@@ -303,6 +305,42 @@ def test_shard_that_kills_every_worker_fails(slow: tuple[Path, list[Truth]], tmp
     assert "1 of 1 shards could not be downloaded" in str(work.error)
     assert "ended with signal SIGKILL" in str(work.error)
     assert run.shard_names() == []
+
+
+_POISON = """
+import os, signal
+from PIL import Image
+def poisoned_open(file, *arguments, open=Image.open, **options):
+    if b"poison" in file.getvalue():
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return open(file, *arguments, **options)
+Image.open = poisoned_open
+"""
+
+
+def test_picture_that_kills_its_decoder_costs_its_row_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers' Python is given a decoder that dies on one picture, as a flaw in a real one would."""
+    (tmp_path / "sitecustomize.py").write_text(_POISON)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name, comment in (("a", b""), ("b", b"poison"), ("c", b"")):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{name}.jpg", comment=comment)
+    handler = functools.partial(_QuietFiles, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        lines = "".join(f"http://127.0.0.1:{server.server_port}/{name}.jpg\n" for name in "abc")
+        (tmp_path / "t.txt").write_text(lines)
+        run = RunDir.create(tmp_path / "run")
+        summary = download(str(tmp_path / "t.txt"), run, replace(SETTINGS, num_threads=1))
+        server.shutdown()
+    assert [row["reason"] for row in _rows(run)] == [None, "worker_failed", None]
+    assert summary.num_succeeded == 2
+
+
+class _QuietFiles(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 _SCRIPT = """

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import ipaddress
+import shutil
 import socket
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -25,8 +28,11 @@ Answer = Callable[[socket.socket, str], None]
 class HostileServer:
     """Accepts connections on loopback, reads the request head and lets a function write what it likes."""
 
-    def __init__(self, answers: dict[str, Answer], host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, answers: dict[str, Answer], host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
+    ) -> None:
         self.answers = answers
+        self._tls = tls
         self.requests: list[str] = []
         self._listener = socket.create_server((host, 0), backlog=64)
         self.port = self._listener.getsockname()[1]
@@ -52,6 +58,12 @@ class HostileServer:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
+        with suppress(ssl.SSLError, OSError), connection:
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_side=True)
+            self._talk(connection)
+
+    def _talk(self, connection: socket.socket) -> None:
         with connection:
             head = b""
             while b"\r\n\r\n" not in head:
@@ -62,8 +74,7 @@ class HostileServer:
             text = head.decode("latin-1")
             self.requests.append(text)
             path = text.split(" ")[1]
-            with suppress(OSError):  # the fetch hangs up, as it should
-                self.answers[path](connection, text)
+            self.answers[path](connection, text)  # the fetch may hang up in the middle, as it should
 
 
 def plain(body: bytes, status: str = "200 OK", *headers: str) -> Answer:
@@ -266,11 +277,29 @@ def _speak_no_tls(listener: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
-def test_tls_context_checks_names_and_certificates() -> None:
-    context = Fetcher(SETTINGS)._tls
-    assert context.check_hostname
-    assert context.verify_mode == ssl.CERT_REQUIRED
-    assert context.get_ca_certs() or ssl.get_default_verify_paths().capath
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+def test_tls_is_for_the_name_on_the_address_that_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subject = ["-subj", "/CN=pictures.example", "-addext", "subjectAltName=DNS:pictures.example"]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    names: list[str | None] = []
+    context.sni_callback = lambda connection, name, _: names.append(name)  # type: ignore[assignment]
+    with HostileServer({"/": plain(b"picture")}, tls=context) as server:
+        url = f"https://pictures.example:{server.port}/"
+        with pytest.raises(FetchError, match="tls_error"):  # nobody vouches for the certificate
+            Fetcher(SETTINGS, lambda host, port: ["127.0.0.1"]).fetch(url)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        fetcher = Fetcher(SETTINGS, lambda host, port: ["127.0.0.1"])
+        assert fetcher.fetch(url) == b"picture"
+        assert f"Host: pictures.example:{server.port}\r\n" in server.requests[-1]
+        with pytest.raises(FetchError, match="tls_error"):  # the certificate is for another name
+            fetcher.fetch(url.replace("pictures", "other"))
+        assert names[1:] == ["pictures.example", "other.example"]
 
 
 # --- addresses ----------------------------------------------------------------------------------------------
