@@ -53,7 +53,7 @@ def read_llm_texts(path: str | Path) -> list[LlmText]:
 def _parse(line: bytes, where: str) -> LlmText:
     try:
         fields = json.loads(line) if len(line) <= MAX_LINE_BYTES else None
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for lines of a thousand brackets
         fields = None
     known = {"text", "preamble", "question"}
     if (
