@@ -71,7 +71,7 @@ class BlipCaptioner:
 
     def _decode(self, tokens: list[int]) -> str:
         known = [token for token in tokens if token < len(self._tokenizer)]
-        return self._tokenizer.decode(known, skip_special_tokens=True).strip()
+        return self._tokenizer.decode(known, skip_special_tokens=True).removeprefix("##").strip()
 
 
 def to_square(image: Image, side_px: int) -> Tensor:

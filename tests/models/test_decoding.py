@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -124,7 +124,7 @@ def test_sampled_captions_differ_and_keep_their_lengths(captions: list[list[list
     assert min(len({tuple(text) for text in texts}) for texts in captions) > 3
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_captions_do_not_depend_on_the_batch(
     captioners: Any, images: Tensor, captions: list[list[list[int]]], data: st.DataObject

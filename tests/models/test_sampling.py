@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
@@ -82,7 +82,7 @@ def test_draws_follow_the_distribution(top_k: int, top_p: float, temperature: fl
     tokens = torch.tensor([[7, 8, 9, 7]])
     logits = draw_logits(5, rows=1)
     expected = their_probabilities(logits, tokens, top_k, top_p, temperature, penalty, 0)[0].numpy()
-    settings = CaptionSettings(
+    decoding = CaptionSettings(
         decoding="nucleus", top_k=top_k, top_p=top_p, temperature=temperature, repetition_penalty=penalty
     )
     adjusted = adjust_logits(
@@ -91,7 +91,7 @@ def test_draws_follow_the_distribution(top_k: int, top_p: float, temperature: fl
     draws = torch.from_numpy(np.concatenate([uniforms(0, str(key), 0, 8) for key in range(num // 8)]))
     found = np.zeros(VOCAB_SIZE)
     for part in draws.split(4000):
-        chosen = choose_tokens(adjusted.expand(len(part), -1), part, settings)
+        chosen = choose_tokens(adjusted.expand(len(part), -1), part, decoding)
         found += np.bincount(chosen.numpy(), minlength=VOCAB_SIZE)
     assert found[expected == 0].sum() == 0
     frequent = expected * num >= 5
@@ -114,6 +114,7 @@ def brute_force(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.zeros(len(logits), dtype=torch.bool).scatter(0, torch.from_numpy(order), kept)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 10**6), top_k=st.sampled_from([0, 1, 50, 60, 499, 500, 900]),
     top_p=st.sampled_from([1e-6, 0.3, 0.9, 0.999, 1.0]), levels=st.sampled_from([2, 9, 200]),
@@ -131,8 +132,8 @@ def test_top_k_decoding_ignores_top_p_and_greedy_takes_the_first_of_the_largest(
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, [10, 20, 30]] = torch.tensor([2.0, 2.0, 1.0])
     draws = torch.linspace(0, 1 - 1e-9, 50, dtype=torch.float64)
-    settings = CaptionSettings(decoding="top-k", top_k=3, top_p=0.01)
-    assert set(choose_tokens(logits.expand(50, -1), draws, settings).tolist()) == {10, 20, 30}
+    decoding = CaptionSettings(decoding="top-k", top_k=3, top_p=0.01)
+    assert set(choose_tokens(logits.expand(50, -1), draws, decoding).tolist()) == {10, 20, 30}
     greedy = CaptionSettings(decoding="greedy", num_captions=1)
     assert choose_tokens(logits, draws[:1], greedy).tolist() == [10]
 
@@ -141,8 +142,8 @@ def test_extreme_uniforms_choose_possible_tokens() -> None:
     logits = draw_logits(9, rows=2)
     draws = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
     for top_k, top_p in ((0, 1.0), (50, 0.9), (0, 0.9)):
-        settings = CaptionSettings(top_k=top_k, top_p=top_p)
-        chosen = choose_tokens(logits, draws, settings)
+        decoding = CaptionSettings(top_k=top_k, top_p=top_p)
+        chosen = choose_tokens(logits, draws, decoding)
         possible = our_probabilities(logits, top_k, top_p) > 0
         assert possible[torch.arange(2), chosen].all()
 

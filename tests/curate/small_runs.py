@@ -1,0 +1,102 @@
+"""Runs for tests of the shard loop: committed shards with pictures, and small models to work on them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from capfilt.data.commit import commit_stage, read_table
+from capfilt.data.rundir import RunDir
+from capfilt.data.schemas import SCHEMAS
+from capfilt.data.tars import write_tar
+from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
+from tests import factories
+
+WEB_CAPTIONS = ("a red dog on the grass", "", "Buy now! 50% off", "two cats", "a tree near a house")
+
+
+@dataclass(frozen=True)
+class Models:
+    """Folders of a captioner, a filter and a CLIP, with settings that name them."""
+
+    root: Path
+
+    def caption(self, **changes: object) -> CaptionSettings:
+        """Four captions by nucleus sampling."""
+        return CaptionSettings(**{"captioner": str(self.root / "captioner"), "num_captions": 4, **changes})  # type: ignore[arg-type]
+
+    def rank(self, **changes: object) -> RankSettings:
+        """The top two."""
+        return RankSettings(**{"clip_model": str(self.root / "clip"), **changes})  # type: ignore[arg-type]
+
+    def filter(self, **changes: object) -> FilterSettings:
+        """At 0.5."""
+        return FilterSettings(**{"filter_model": str(self.root / "filter"), **changes})  # type: ignore[arg-type]
+
+
+def save_models(root: Path) -> Models:
+    """The three folders under `root`."""
+    factories.save_captioner(root / "captioner")
+    factories.save_filter(root / "filter")
+    factories.save_clip(root / "clip")
+    return Models(root)
+
+
+def make_run(path: Path, *, num_shards: int = 2, num_samples: int = 7, broken: Sequence[int] = ()) -> RunDir:
+    """A run with committed shards; the pictures numbered in `broken` cannot be decoded."""
+    run = RunDir.create(path)
+    for number in range(num_shards):
+        first = number * num_samples
+        numbers = range(first, first + num_samples)
+        _commit_shard(run, f"{number:05d}", numbers, set(broken), num_shards * num_samples, num_shards)
+    return run
+
+
+def read_stage(run: RunDir, stage: str) -> dict[str, pa.Table]:
+    """Shard → rows of a stage."""
+    return {shard: read_table(run.read_file(stage, shard)) for shard in run.shard_names()}
+
+
+def read_all(run: RunDir) -> dict[str, dict[str, pa.Table]]:
+    """Stage → shard → rows, of every annotation stage that is there."""
+    stages = ("captions", "clip", "itm", "manifest")
+    return {stage: read_stage(run, stage) for stage in stages if run.committed(stage)}
+
+
+def encode_picture(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    factories.draw_picture(seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _commit_shard(
+    run: RunDir, shard: str, numbers: range, broken: set[int], source_rows: int, num_shards: int
+) -> None:
+    images = {f"{n:09d}": encode_picture(n)[: 200 if n in broken else None] for n in numbers}
+    captions = {key: WEB_CAPTIONS[int(key) % len(WEB_CAPTIONS)] for key in images}
+    members = []
+    for key, image in images.items():
+        metadata = json.dumps({"key": key}).encode()
+        members += [(f"{key}.png", image), (f"{key}.txt", captions[key].encode()), (f"{key}.json", metadata)]
+    with run.new_staging() as staging:
+        index = write_tar(staging / "shard.tar", members)[::3]
+        rows = [
+            {
+                "key": key, "url": f"http://example.com/{key}", "caption": captions[key], "status": "success",
+                "width": 48, "height": 40, "original_width": 48, "original_height": 40, "image_ext": "png",
+                "sha256": hashlib.sha256(image).hexdigest(), "image_offset": member.offset,
+                "image_length": member.length,
+            }
+            for (key, image), member in zip(images.items(), index, strict=True)
+        ]  # fmt: skip
+        table = pa.Table.from_pylist(rows, schema=SCHEMAS["shards"])
+        commit_stage(
+            run, "shards", shard, table, fields={}, input_digest="table", rows_in=len(rows),
+            tar=staging / "shard.tar", extra={"num_shards": num_shards, "source_rows": source_rows},
+        )  # fmt: skip

@@ -1,0 +1,187 @@
+"""The shard loop: one pass or single commands, batch sizes, broken pictures, other parameters, kill -9."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from capfilt.curate.annotate import annotate
+from capfilt.curate.selection import reselect
+from capfilt.data.commit import read_quarantine, read_table
+from capfilt.data.rundir import RunDir
+from capfilt.data.verify import verify_run
+from capfilt.errors import FingerprintMismatchError, UsageError
+from tests.curate.small_runs import Models, make_run, read_all, save_models
+
+ALL = ("captions", "clip", "itm", "manifest")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+def annotate_all(run: RunDir, models: Models, **batch: int) -> Any:
+    return annotate(run, ALL, models.caption(**batch), models.rank(**batch), models.filter(**batch))
+
+
+@pytest.fixture(scope="module")
+def finished(models: Models, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    run = make_run(tmp_path_factory.mktemp("finished"))
+    annotate_all(run, models)
+    return run
+
+
+def test_run_reconciles_with_itself(finished: RunDir) -> None:
+    report = verify_run(finished, deep=True)
+    assert not report.findings
+    manifest = read_all(finished)["manifest"]["00000"]
+    assert manifest.num_rows == 7 * 5
+    assert {"empty", "low_clip"} <= set(manifest["drop_reason"].to_pylist())
+    assert any(manifest["kept"].to_pylist())
+
+
+def test_single_commands_give_the_rows_of_one_pass(finished: RunDir, models: Models, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    annotate(run, ["captions"], caption=models.caption())
+    annotate(run, ["clip"], rank=models.rank())
+    annotate(run, ["itm", "manifest"], filter=models.filter())
+    assert read_all(run) == read_all(finished)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_another_batch_size_gives_the_same_captions(
+    finished: RunDir, models: Models, tmp_path: Path, batch_size: int
+) -> None:
+    run = make_run(tmp_path)
+    annotate_all(run, models, batch_size=batch_size)
+    found, expected = read_all(run), read_all(finished)
+    assert found["captions"] == expected["captions"]
+    columns = ["key", "caption_index", "text", "rank", "itm_score", "kept", "drop_reason"]
+    for shard, table in expected["manifest"].items():
+        assert found["manifest"][shard].select(columns) == table.select(columns)
+
+
+def test_the_second_time_nothing_is_done(finished: RunDir, models: Models) -> None:
+    files = {path: path.stat().st_mtime_ns for path in finished.path.rglob("*.parquet")}
+    summary = annotate_all(finished, models)
+    assert summary.line().startswith("Nothing to do")
+    assert {stage.num_new_shards for stage in summary.stages.values()} == {0}
+    assert {path: path.stat().st_mtime_ns for path in finished.path.rglob("*.parquet")} == files
+
+
+def test_broken_pictures_are_quarantined_and_the_run_goes_on(
+    finished: RunDir, models: Models, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, broken=[0, 3, 13])
+    summary = annotate_all(run, models)
+    assert summary.stages["captions"].num_quarantined == 3
+    assert "3 in quarantine" in summary.line()
+    rows = read_quarantine(run, "captions", "00000").to_pylist()
+    assert [(row["key"][-1], row["reason"]) for row in rows] == [
+        ("0", "truncated_image"),
+        ("3", "truncated_image"),
+    ]
+    assert not verify_run(run).findings
+    whole, rest = read_all(finished)["captions"]["00001"], read_all(run)["captions"]["00001"]
+    assert rest.num_rows == whole.num_rows - 4
+    assert rest == whole.slice(0, rest.num_rows)  # the last picture is gone, the others read as before
+
+
+def test_shard_of_broken_pictures_alone_is_committed_empty(models: Models, tmp_path: Path) -> None:
+    run = make_run(tmp_path, num_shards=1, num_samples=2, broken=[0, 1])
+    summary = annotate_all(run, models)
+    assert summary.num_pairs == 0
+    assert not verify_run(run).findings
+
+
+def test_other_parameters_are_refused_or_go_into_a_generation(models: Models, tmp_path: Path) -> None:
+    run = make_run(tmp_path, num_shards=1)
+    annotate_all(run, models)
+    before = read_all(run)
+    with pytest.raises(FingerprintMismatchError, match="seed: 0 -> 1"):
+        annotate(run, ["captions"], caption=models.caption(seed=1))
+    with pytest.raises(FingerprintMismatchError, match="capfilt select"):
+        annotate(run, ["itm", "manifest"], filter=models.filter(threshold=0.9))
+    with pytest.raises(FingerprintMismatchError, match="keep: 2 -> 1"):
+        annotate(run, ALL, models.caption(), models.rank(keep=1), models.filter())
+    other = RunDir.open(run.path, "other")
+    annotate(other, ALL, models.caption(seed=1), models.rank(), models.filter())
+    assert read_all(run) == before
+    assert read_all(other)["captions"] != before["captions"]
+    reselect(other, threshold=0.9, keep=1)
+    assert read_all(run) == before
+
+
+def test_stage_before_must_be_there(models: Models, tmp_path: Path) -> None:
+    run = make_run(tmp_path, num_shards=1)
+    with pytest.raises(UsageError, match="Run `capfilt caption"):
+        annotate(run, ["clip"], rank=models.rank())
+    with pytest.raises(UsageError, match="Run `capfilt rank"):
+        annotate(run, ["itm"], filter=models.filter())
+    with pytest.raises(UsageError, match="each with its settings"):
+        annotate(run, ["clip"], caption=models.caption())
+    with pytest.raises(UsageError, match="No shards"):
+        annotate(RunDir.create(tmp_path / "empty"), ["captions"], caption=models.caption())
+
+
+def test_web_caption_may_be_ranked(models: Models, tmp_path: Path) -> None:
+    run = make_run(tmp_path, num_shards=1)
+    annotate(run, ALL, models.caption(), models.rank(include_web=True), models.filter(threshold=0.0))
+    rows = read_all(run)["manifest"]["00000"].to_pylist()
+    webs = [row for row in rows if row["source"] == "web" and row["text"]]
+    assert all(row["rank"] is not None for row in webs)
+    for key in {row["key"] for row in rows}:
+        assert sum(row["kept"] for row in rows if row["key"] == key) == 2
+    assert not verify_run(run).findings
+
+
+def _work_in_child(run: RunDir, models: Models) -> multiprocessing.process.BaseProcess:
+    """`annotate` in a process of its own, forked so that it need not import the models' libraries again."""
+
+    def work() -> None:
+        torch.set_num_threads(1)  # the parent's threads are not in the child
+        annotate_all(RunDir.open(run.path), models, batch_size=2)
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    return child
+
+
+def test_killed_and_resumed_gives_the_rows_of_an_undisturbed_run(models: Models, tmp_path: Path) -> None:
+    """SIGKILL at ten moments spread over the work; each run is resumed, some after a second kill."""
+    reference = make_run(tmp_path / "reference", num_shards=3)
+    started = time.monotonic()
+    undisturbed = _work_in_child(reference, models)
+    undisturbed.join()
+    seconds = time.monotonic() - started
+    assert undisturbed.exitcode == 0
+    expected = read_all(reference)
+    num_killed, numbers_of_files = 0, set()
+    for moment in range(10):
+        run = make_run(tmp_path / f"run{moment}", num_shards=3)
+        for part in (moment / 10, 0.5)[: 1 + moment % 2]:
+            child = _work_in_child(run, models)
+            child.join(part * seconds)
+            child.kill()
+            child.join()
+            num_killed += child.exitcode == -signal.SIGKILL
+        numbers_of_files.add(len(list(run.path.rglob("*.parquet"))))
+        annotate_all(run, models, batch_size=2)
+        assert read_all(run) == expected
+        assert not verify_run(run).findings
+        assert not list((run.path / ".staging").glob("*"))
+    assert num_killed >= 3
+    assert len(numbers_of_files) > 1, "every kill came before or after the work"
+
+
+def test_read_back_has_the_columns_of_the_contract(finished: RunDir) -> None:
+    table = read_table(finished.read_file("clip", "00000"))
+    assert table["source"].to_pylist()[:5] == ["web", *["synthetic"] * 4]
+    assert table["caption_index"].to_pylist()[:5] == [-1, 0, 1, 2, 3]
