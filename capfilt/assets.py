@@ -50,6 +50,8 @@ RUNS = {
     # Scenes of three objects and more teach the kinds of objects sooner: each is there several times.
     "groups": WorldRunSettings(num_scenes=16_000, min_count=3),
     "scenes": WorldRunSettings(num_scenes=44_000, first_seed=1_000_000),
+    # Relations are learnt last: twice as many scenes with one, for the fine-tuning.
+    "pairs": WorldRunSettings(num_scenes=16_000, first_seed=2_000_000, num_groups=2),
 }
 TINY_BLIP: dict[str, Any] = {
     "image_size_px": 64, "patch_size_px": 8, "vision_width": 128, "vision_depth": 4, "text_width": 128,
@@ -64,15 +66,15 @@ SECOND_BLIP = BlipTrainSettings(
     min_learning_rate=1e-4, save_every_steps=500, log_every_steps=25, autocast="bfloat16",
 )  # fmt: skip
 CAPTIONER = BlipTrainSettings(
-    prompt="a picture of ", label_smoothing=0.0, max_steps=2500, warmup_steps=50, learning_rate=5e-4,
+    prompt="a picture of ", label_smoothing=0.0, max_steps=2000, warmup_steps=50, learning_rate=5e-4,
     save_every_steps=500, log_every_steps=25, autocast="bfloat16",
 )  # fmt: skip
 FILTER = BlipTrainSettings(
-    max_steps=2500, warmup_steps=50, learning_rate=5e-4, save_every_steps=500, log_every_steps=25
+    max_steps=1500, warmup_steps=50, learning_rate=5e-4, save_every_steps=250, log_every_steps=25
 )
-CLIP = ClipTrainSettings()
-OPT = LlmTrainSettings(architecture="opt")
-T5 = LlmTrainSettings(architecture="t5")
+CLIP = ClipTrainSettings(max_steps=700)
+OPT = LlmTrainSettings(architecture="opt", max_steps=2500)
+T5 = LlmTrainSettings(architecture="t5", max_steps=2000)
 
 
 # --- the parts, in the order in which they are made ----------------------------------------------------------
@@ -94,11 +96,12 @@ class Part:
 def list_parts(work_dir: Path) -> list[Part]:
     """The embedded models; `work_dir` holds the runs, tokenizers and trainings they come from."""
     runs = [work_dir / "runs" / "scenes"]
+    all_runs = [*runs, work_dir / "runs" / "pairs"]
     tokens = work_dir / "tokenizers"
 
     def fine_tuned(train: Callable[..., TrainSummary], settings: BlipTrainSettings) -> Train:
         started = replace(settings, init=str(work_dir / "models" / "blip-second"))
-        return lambda out, progress: train(runs, started, out, progress)
+        return lambda out, progress: train(all_runs, started, out, progress)
 
     def language_model(settings: LlmTrainSettings) -> Train:
         texts, tokenizer = work_dir / "llm_texts.jsonl", tokens / settings.architecture

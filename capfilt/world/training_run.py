@@ -41,6 +41,8 @@ class WorldRunSettings:
     """Seed of the first scene."""
     min_count: int = 1
     """Fewest objects in a scene; more make kinds easier to learn."""
+    num_groups: int = 0
+    """Groups of objects in every scene: 2 for scenes with a relation only; 0 for any."""
     captions_per_scene: int = 6
     """True captions of each scene; every third states all facts."""
     scenes_per_shard: int = 2000
@@ -70,6 +72,8 @@ def _write_shard(task: tuple[Path, WorldRunSettings, int]) -> int:
     fields = {"world": 1, "start": start, "size": size} | {
         name: getattr(settings, name) for name in ("first_seed", "min_count", "captions_per_scene")
     }
+    if settings.num_groups:
+        fields["num_groups"] = settings.num_groups
     origin = "miniature world"
     if stage_state(run, "shards", shard, fields, origin) != "done":
         with run.new_staging() as staging:
@@ -94,12 +98,13 @@ def _key(settings: WorldRunSettings, place: int) -> str:
 
 
 def _scene(settings: WorldRunSettings, place: int) -> Scene:
-    """The scene at a place of the run: the first one drawn from its seeds with enough objects."""
+    """The scene at a place of the run: the first one drawn from its seeds that is as asked for."""
     for attempt in range(1000):
         scene = draw_scene(settings.first_seed + place + attempt * 10_000_000, "train")
-        if sum(group.count for group in scene.groups) >= settings.min_count:
+        has_groups = settings.num_groups in (0, len(scene.groups))
+        if has_groups and sum(group.count for group in scene.groups) >= settings.min_count:
             return scene
-    raise ValueError(f"no scene with {settings.min_count} objects in 1,000 draws")
+    raise ValueError(f"no scene as {settings} asks for in 1,000 draws")
 
 
 def _write_pictures(tar: Path, settings: WorldRunSettings, start: int, size: int) -> list[dict[str, Any]]:

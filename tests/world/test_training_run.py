@@ -35,3 +35,11 @@ def test_finished_shards_are_not_written_again(tmp_path: Path) -> None:
     again = {path: path.stat().st_mtime_ns for path in RunDir.open(run.path).path.rglob("*.parquet")}
     assert again.keys() == files.keys()
     assert [path.parent.name for path in files if files[path] != again[path]] == ["manifest"]
+
+
+def test_run_of_pairs_has_a_relation_in_every_scene(tmp_path: Path) -> None:
+    settings = WorldRunSettings(num_scenes=12, num_groups=2, captions_per_scene=1, scenes_per_shard=12)
+    rows = read_manifest([write_world_run(tmp_path / "run", settings)]).to_pylist()
+    scenes = [draw_scene(int(row["url"].removeprefix("world:"))) for row in rows]
+    assert len(scenes) == 12
+    assert all(scene.relation is not None for scene in scenes)
