@@ -206,9 +206,7 @@ def _card(part: Part, folder: Path, figures: Figures, num_scenes: int) -> str:
     )
 
 
-def build_assets(
-    work_dir: Path, target_dir: Path, progress: Progress, num_scenes: int, only: str = ""
-) -> None:
+def build_assets(work_dir: Path, target_dir: Path, progress: Progress, num_scenes: int, only: str = "") -> None:
     """Make everything that is missing, then measure and ship each model."""
     build_inputs(work_dir, progress)
     started = time.monotonic()
@@ -230,16 +228,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m capfilt.assets", description=__doc__.splitlines()[0])
     parser.add_argument("--work-dir", type=Path, default=Path("runs/assets"), help="runs and trainings")
     parser.add_argument("--target-dir", type=Path, default=EMBEDDED_DIR, help="where the models are shipped")
-    parser.add_argument(
-        "--only", default="", help="names of models to make, with commas; all where not given"
-    )
-    parser.add_argument(
-        "--num-scenes", type=int, default=NUM_UNSEEN_SCENES, help="unseen scenes to measure on"
-    )
+    parser.add_argument("--only", default="", help="names of models to make, with commas; all where not given")
+    parser.add_argument("--num-scenes", type=int, default=NUM_UNSEEN_SCENES, help="unseen scenes to measure on")
     options = parser.parse_args()
-    build_assets(
-        options.work_dir, options.target_dir, StreamProgress(sys.stderr), options.num_scenes, options.only
-    )
+    build_assets(options.work_dir, options.target_dir, StreamProgress(sys.stderr), options.num_scenes, options.only)
 
 
 if __name__ == "__main__":

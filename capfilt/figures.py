@@ -44,9 +44,7 @@ def picture(scene: Scene) -> Image.Image:
 def measure_captioner(folder: Path, num_scenes: int) -> Figures:
     """Shares of true captions: greedy (also on held-out pairs of colour and kind) and nucleus, and diversity."""
     scenes = unseen_scenes(num_scenes)
-    greedy = [
-        texts[0] for texts in _write(folder, scenes, CaptionSettings(decoding="greedy", num_captions=1))
-    ]
+    greedy = [texts[0] for texts in _write(folder, scenes, CaptionSettings(decoding="greedy", num_captions=1))]
     ten = _write(folder, scenes, CaptionSettings())
     flat = [(text, scene) for texts, scene in zip(ten, scenes, strict=True) for text in texts]
     held_out = [number for number, scene in enumerate(scenes) if has_held_out(scene)]
@@ -115,9 +113,7 @@ def _write(folder: Path, scenes: list[Scene], settings: CaptionSettings) -> list
     written: list[list[str]] = []
     for start in range(0, len(scenes), BATCH_SIZE):
         batch = scenes[start : start + BATCH_SIZE]
-        written += captioner.caption(
-            [picture(scene) for scene in batch], [str(scene.seed) for scene in batch]
-        )
+        written += captioner.caption([picture(scene) for scene in batch], [str(scene.seed) for scene in batch])
     return written
 
 

@@ -95,17 +95,13 @@ def _train(recipe: Recipe, run_path: Path, progress: Progress) -> Iterator[StepR
         from capfilt.train.stage2 import train_stage2
 
         section, start, output = recipe.stage2, run_path / "stage1", run_path / "stage2"
-        yield StepResult(
-            "stage2", train_stage2([run_path], start, section.llm, section.settings(), output, progress)
-        )
+        yield StepResult("stage2", train_stage2([run_path], start, section.llm, section.settings(), output, progress))
 
 
 # --- sources ------------------------------------------------------------------------------------------------
 
 
-def _take_source(
-    source: SourceSettings, settings: DownloadSettings, run: Any, progress: Progress
-) -> StepResult:
+def _take_source(source: SourceSettings, settings: DownloadSettings, run: Any, progress: Progress) -> StepResult:
     if source.tars:
         from capfilt.curate.import_shards import import_shards
 
@@ -134,9 +130,7 @@ def open_world(run_path: Path, num_urls: int, seed: int) -> Iterator[Path]:
     wanted = {"num_urls": num_urls, "seed": seed}
     known = _read_site(described)
     if known is not None and {name: known[name] for name in wanted} != wanted:
-        raise UsageError(
-            f"{run_path} was made from the world {known}; the recipe asks for {wanted}. Name another run."
-        )
+        raise UsageError(f"{run_path} was made from the world {known}; the recipe asks for {wanted}. Name another run.")
     site_settings = SiteSettings(num_urls=num_urls, seed=seed)
     with _start_site(lambda port: WorldSite(site_settings, port=port), seed, known) as site:
         if known is None:
@@ -188,9 +182,7 @@ def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -
     plans = [StepPlan("shards", _source_text(recipe.source), _count(len(shards)))]
     if recipe.caption:
         said = recipe.caption
-        what = (
-            f"{said.num_captions} captions an image ({said.decoding}) by {said.captioner or '(none named)'}"
-        )
+        what = f"{said.num_captions} captions an image ({said.decoding}) by {said.captioner or '(none named)'}"
         plans.append(StepPlan("captions", what, _done(run, "captions", shards)))
     if recipe.rank:
         name = recipe.rank.clip_model + (f" / {recipe.rank.clip_weights}" if recipe.rank.clip_weights else "")
@@ -199,9 +191,7 @@ def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -
     if recipe.filter:
         what = f"ITM scores by {recipe.filter.filter_model or '(none named)'}"
         plans.append(StepPlan("itm", what, _done(run, "itm", shards)))
-        plans.append(
-            StepPlan("manifest", f"threshold {recipe.filter.threshold:g}", _done(run, "manifest", shards))
-        )
+        plans.append(StepPlan("manifest", f"threshold {recipe.filter.threshold:g}", _done(run, "manifest", shards)))
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         if stage is not None:
             done = (run_path / name / "training.json").exists()

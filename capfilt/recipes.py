@@ -131,9 +131,7 @@ def read_recipe(recipe: str) -> Recipe:
     """
     path = find_recipe(recipe)
     if path.stat().st_size > MAX_RECIPE_BYTES:
-        raise UsageError(
-            f"{path} has {path.stat().st_size:,} bytes; a recipe has {MAX_RECIPE_BYTES:,} at most."
-        )
+        raise UsageError(f"{path} has {path.stat().st_size:,} bytes; a recipe has {MAX_RECIPE_BYTES:,} at most.")
     try:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text)
@@ -181,18 +179,14 @@ def _kind(value: object) -> str:
     return "section" if isinstance(value, dict) else "key"
 
 
-def _section_of(
-    cls: type[Settings], section: str, values: Mapping[str, Any], path: Path, text: str
-) -> Settings:
+def _section_of(cls: type[Settings], section: str, values: Mapping[str, Any], path: Path, text: str) -> Settings:
     hints = get_type_hints(cls)
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     typed: dict[str, Any] = {}
     for key, value in values.items():
         where = f"{path}:{line_of(text, section, key)}: [{section}]"
         if key not in names:
-            raise UsageError(
-                f"{where} has no setting {key}.{did_you_mean(key, names)} Known: {', '.join(names)}."
-            )
+            raise UsageError(f"{where} has no setting {key}.{did_you_mean(key, names)} Known: {', '.join(names)}.")
         try:
             typed[key] = _typed(value, hints[key])
         except TypeError as error:

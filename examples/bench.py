@@ -32,9 +32,7 @@ NUM_FILTERED = 3
 PASSES = 3
 
 
-def seconds_per_image(
-    work: Callable[[Sequence[Image]], object], images: list[Image], batch_size: int
-) -> float:
+def seconds_per_image(work: Callable[[Sequence[Image]], object], images: list[Image], batch_size: int) -> float:
     """Median over the passes."""
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     times = []
@@ -113,9 +111,7 @@ def main() -> None:
         f"caption, {NUM_CAPTIONS} an image": lambda batch: captioner.caption(
             batch, [str(n) for n in range(len(batch))]
         ),
-        f"rank, {NUM_CAPTIONS} texts": scoring(
-            ClipScorer(RankSettings(clip_model=options.clip_model)), texts
-        ),
+        f"rank, {NUM_CAPTIONS} texts": scoring(ClipScorer(RankSettings(clip_model=options.clip_model)), texts),
         f"filter, {NUM_FILTERED} texts": scoring(
             ItmScorer(FilterSettings(filter_model=options.filter_model)), texts[:NUM_FILTERED]
         ),

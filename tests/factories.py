@@ -24,9 +24,7 @@ next to near under over old new bright dark is are standing sitting running ther
 """
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-VOCABULARY = list(
-    dict.fromkeys([*SPECIALS, *_WORDS.split(), *LETTERS, *(f"##{letter}" for letter in LETTERS)])
-)
+VOCABULARY = list(dict.fromkeys([*SPECIALS, *_WORDS.split(), *LETTERS, *(f"##{letter}" for letter in LETTERS)]))
 """Of the small tokenizer; [DEC] and [ENC] follow it, as they do in the released models."""
 
 IMAGE_SIZE_PX = 32
@@ -66,9 +64,7 @@ def blip_config(
         "num_attention_heads": num_heads, "image_size": IMAGE_SIZE_PX, "patch_size": 8,
         "initializer_range": 0.02, "layer_norm_eps": 1e-6,
     }  # fmt: skip
-    return BlipConfig(
-        text_config=text, vision_config=vision, image_text_hidden_size=24, initializer_range=0.02
-    )
+    return BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=24, initializer_range=0.02)
 
 
 def build_captioner(*, seed: int = 0, config: Any = None) -> Any:
@@ -136,9 +132,7 @@ def save_original(path: Path, state: dict[str, torch.Tensor]) -> None:
     text = "text_decoder.bert" if "text_decoder.bert.embeddings.LayerNorm.bias" in renamed else "text_encoder"
     renamed[f"{text}.embeddings.position_ids"] = torch.arange(64)[None]
     if text == "text_encoder":
-        extra = {
-            f"visual_encoder_m{k[14:]}": v for k, v in renamed.items() if k.startswith("visual_encoder.")
-        }
+        extra = {f"visual_encoder_m{k[14:]}": v for k, v in renamed.items() if k.startswith("visual_encoder.")}
         renamed |= extra | {"temp": torch.tensor(0.07), "image_queue": torch.zeros(4, 4)}
     torch.save({"model": renamed}, path)
 

@@ -44,9 +44,7 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
 
 def test_data_imports_no_torch() -> None:
     names = [p.stem for p in (ROOT / "capfilt" / "data").glob("*.py") if p.stem != "__init__"]
-    code = (
-        "import sys\n" + "\n".join(f"import capfilt.data.{name}" for name in names) + "\nprint(*sys.modules)"
-    )
+    code = "import sys\n" + "\n".join(f"import capfilt.data.{name}" for name in names) + "\nprint(*sys.modules)"
     loaded = python(code).stdout.split()
     assert sorted({"torch", "transformers", "open_clip"} & set(loaded)) == []
 

@@ -28,16 +28,12 @@ def caption(
         str,
         typer.Option(metavar="PATH|ID", help="BLIP captioner: folder, hub id, original .pth, or embedded."),
     ] = CaptionSettings.captioner,
-    num_captions: Annotated[
-        int, typer.Option(help="Captions drawn for each image.")
-    ] = CaptionSettings.num_captions,
+    num_captions: Annotated[int, typer.Option(help="Captions drawn for each image.")] = CaptionSettings.num_captions,
     decoding: Annotated[str, typer.Option(help="nucleus, greedy, beam or top-k.")] = CaptionSettings.decoding,
     top_p: Annotated[
         float, typer.Option(help="Nucleus: smallest set of tokens with this probability.")
     ] = CaptionSettings.top_p,
-    top_k: Annotated[
-        int, typer.Option(help="Tokens considered at each step; 0: all.")
-    ] = CaptionSettings.top_k,
+    top_k: Annotated[int, typer.Option(help="Tokens considered at each step; 0: all.")] = CaptionSettings.top_k,
     temperature: Annotated[float, typer.Option(help="Divides the logits.")] = CaptionSettings.temperature,
     repetition_penalty: Annotated[
         float, typer.Option(help="Penalty of tokens already written.")

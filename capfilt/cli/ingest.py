@@ -21,9 +21,7 @@ def download(
     ],
     run: Run,
     url_column: Annotated[str, typer.Option(help="Column with the address.")] = DownloadSettings.url_column,
-    caption_column: Annotated[
-        str, typer.Option(help="Column with the web caption.")
-    ] = DownloadSettings.caption_column,
+    caption_column: Annotated[str, typer.Option(help="Column with the web caption.")] = DownloadSettings.caption_column,
     samples_per_shard: Annotated[
         int, typer.Option(min=1, help="Rows of the table in one shard.")
     ] = DownloadSettings.samples_per_shard,
@@ -63,9 +61,7 @@ def download(
 def import_(
     tars: Annotated[
         list[str],
-        typer.Argument(
-            metavar="TARS...", help="Tars; braces ({00000..00099}) and globs allowed.", show_default=False
-        ),
+        typer.Argument(metavar="TARS...", help="Tars; braces ({00000..00099}) and globs allowed.", show_default=False),
     ],
     run: Run,
     as_json: AsJson = False,

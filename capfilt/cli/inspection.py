@@ -34,9 +34,7 @@ def stats(run: Run, generation: Generation = None, as_json: AsJson = False) -> N
 
 def verify(
     run: Run,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Hash every byte of the tars and every image too.")
-    ] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Hash every byte of the tars and every image too.")] = False,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:

@@ -10,25 +10,17 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", show_default=False)]
-Runs = Annotated[
-    list[Path], typer.Argument(metavar="RUN...", help="One or more run directories.", show_default=False)
-]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run directories.", show_default=False)]
 Generation = Annotated[
     str | None,
-    typer.Option(
-        "--generation", metavar="NAME", help="Work in a named generation of results beside the default one."
-    ),
+    typer.Option("--generation", metavar="NAME", help="Work in a named generation of results beside the default one."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Images at a time; does not change the results.")
-]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time; does not change the results.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Threshold = Annotated[float, typer.Option("--threshold", help="Pairs with a lower ITM score are dropped.")]
-Keep = Annotated[
-    int, typer.Option("--keep", min=1, help="Captions kept for each image, best CLIP score first.")
-]
+Keep = Annotated[int, typer.Option("--keep", min=1, help="Captions kept for each image, best CLIP score first.")]
 Output = Annotated[
     Path, typer.Option("--output", metavar="DIR", help="Directory of the trained model.", show_default=False)
 ]

@@ -81,9 +81,7 @@ def _fine_tuning(part: str, run_with: str, help_text: str) -> Callable[..., None
 
     def fine_tune(
         runs: Runs,
-        init: Annotated[
-            str, typer.Option(metavar="PATH|ID", help="BLIP to start from, or what `train blip` saved.")
-        ],
+        init: Annotated[str, typer.Option(metavar="PATH|ID", help="BLIP to start from, or what `train blip` saved.")],
         output: Output,
         prompt: Annotated[
             str, typer.Option(metavar="TEXT", help="Text before every caption, without loss.")
@@ -129,9 +127,7 @@ def stage1(
     ] = Stage1Settings.image_encoder,
     qformer_init: Annotated[
         str,
-        typer.Option(
-            metavar="PATH|ID", help="BERT or BLIP the Q-Former starts from; unset: the image encoder's."
-        ),
+        typer.Option(metavar="PATH|ID", help="BERT or BLIP the Q-Former starts from; unset: the image encoder's."),
     ] = Stage1Settings.qformer_init,
     num_queries: Annotated[int, typer.Option(min=1, help="Query tokens.")] = Stage1Settings.num_queries,
     max_steps: MaxSteps = Stage1Settings.max_steps,
@@ -156,9 +152,7 @@ def stage1(
 @app.command("stage2")
 def stage2(
     runs: Runs,
-    init: Annotated[
-        Path, typer.Option("--init", metavar="STAGE1_DIR", help="What stage 1 saved.", show_default=False)
-    ],
+    init: Annotated[Path, typer.Option("--init", metavar="STAGE1_DIR", help="What stage 1 saved.", show_default=False)],
     llm: Annotated[
         str,
         typer.Option(

@@ -214,8 +214,7 @@ def _find_todo(plan: _Plan, shard: str) -> list[str]:
     previous = STAGES[STAGES.index(first) - 1]
     if not run.read_file(previous, shard).exists():
         raise UsageError(
-            f"Shard {shard} of {run.path} has no {previous} yet. "
-            f"Run `capfilt {COMMANDS[previous]} {run.path}` first."
+            f"Shard {shard} of {run.path} has no {previous} yet. Run `capfilt {COMMANDS[previous]} {run.path}` first."
         )
     todo: list[str] = []
     for stage in plan.stages:
@@ -247,9 +246,7 @@ def _read_items(run: RunDir, shard: str, first_stage: str) -> Iterator[Item]:
             item.captions = [row["text"] for row in own]
         else:
             item.ranked = [
-                RankedCaption(
-                    row["caption_index"], row["text"], row["clip_score"], row["rank"], row["duplicate_of"]
-                )
+                RankedCaption(row["caption_index"], row["text"], row["clip_score"], row["rank"], row["duplicate_of"])
                 for row in own
             ]
         yield item
@@ -283,9 +280,7 @@ def _commit_pass(plan: _Plan, shard: str, stages: Sequence[str], items: Sequence
 
 
 def _caption_rows(item: Item) -> list[dict[str, Any]]:
-    return [
-        {"key": item.key, "caption_index": index, "text": text} for index, text in enumerate(item.captions)
-    ]
+    return [{"key": item.key, "caption_index": index, "text": text} for index, text in enumerate(item.captions)]
 
 
 def _clip_rows(item: Item) -> list[dict[str, Any]]:

@@ -118,22 +118,16 @@ def find_blip(name: str, kind: Kind) -> Path:
     """The folder or .pth that `name` means. Raises UsageError where there is none."""
     option = "--captioner" if kind == "captioner" else "--filter-model"
     if not name:
-        raise UsageError(
-            f"No {kind} is named. Give {option} with a folder, a hub id, a .pth, or `{EMBEDDED}`."
-        )
+        raise UsageError(f"No {kind} is named. Give {option} with a folder, a hub id, a .pth, or `{EMBEDDED}`.")
     if name == EMBEDDED:
         return find_embedded(kind)
     path = Path(name).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix in (".pth", ".pt")):
         return path
     if path.exists():
-        raise UsageError(
-            f"{path} is neither a folder nor a .pth. Give {option} a model in transformers' layout."
-        )
+        raise UsageError(f"{path} is neither a folder nor a .pth. Give {option} a model in transformers' layout.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UsageError(
-            f"There is no {kind} {name}. Give {option} a folder, a hub id (owner/name) or a .pth."
-        )
+        raise UsageError(f"There is no {kind} {name}. Give {option} a folder, a hub id (owner/name) or a .pth.")
     return download_snapshot(name, option)
 
 
@@ -194,9 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} cannot be read ({error}). Give a folder with a model's config.json."
-        ) from error
+        raise UsageError(f"{path} cannot be read ({error}). Give a folder with a model's config.json.") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no JSON object. Give a folder with a model's config.json.")
     return content
@@ -241,9 +233,7 @@ def _read_weights(folder: Path) -> tuple[State, list[Path]]:
         try:
             return {name: tensor for file in files for name, tensor in load_file(file).items()}, files
         except (SafetensorError, OSError, ValueError) as error:
-            raise UsageError(
-                f"The weights in {folder} cannot be read ({error}). Fetch them again."
-            ) from error
+            raise UsageError(f"The weights in {folder} cannot be read ({error}). Fetch them again.") from error
     files = sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise UsageError(f"{folder} has no model.safetensors. Give a folder in transformers' layout.")
@@ -265,9 +255,7 @@ def _read_original(path: Path, kind: Kind) -> tuple[State, ViTConfig, MEDConfig,
 def _load_tensors(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises a dozen kinds of errors for files that are not what they should be
+    except Exception as error:  # torch raises a dozen kinds of errors for files that are not what they should be
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
             f"{path} is not a file of plain tensors ({first}). Nothing in it was run. Give safetensors, or a "
@@ -309,9 +297,7 @@ def _load_tokenizer(folder: Path, med: MEDConfig) -> Any:
     from transformers import AutoTokenizer, BertTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        raise UsageError(
-            f"{folder} has neither tokenizer.json nor vocab.txt. Copy them from the model's source."
-        )
+        raise UsageError(f"{folder} has neither tokenizer.json nor vocab.txt. Copy them from the model's source.")
     try:
         if (folder / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

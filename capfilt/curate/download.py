@@ -99,9 +99,7 @@ class _Split:
     problems: list[str] = field(default_factory=list)
 
 
-def download(
-    table: str, run: RunDir, settings: DownloadSettings, progress: Progress | None = None
-) -> DownloadSummary:
+def download(table: str, run: RunDir, settings: DownloadSettings, progress: Progress | None = None) -> DownloadSummary:
     """Download what of `table` is not in `run` yet.
 
     Raises:
@@ -309,9 +307,7 @@ class _Download:
             task.problems.append(problem)
             if len(task.problems) > 1:
                 problems = "; ".join(task.problems)
-                raise CapfiltError(
-                    f"The table could not be split into shards: {problems}. Repeat the command."
-                )
+                raise CapfiltError(f"The table could not be split into shards: {problems}. Repeat the command.")
             self._splits.append(task)
             return
         task.attempts.add(problem, task.attempt_dir)
@@ -335,8 +331,7 @@ class _Download:
             rows = file.read_all()
         if rows.num_rows != shard.num_rows:
             raise CapfiltError(
-                f"Shard {shard.name} came back with {rows.num_rows} rows of {shard.num_rows}. "
-                "Repeat the command."
+                f"Shard {shard.name} came back with {rows.num_rows} rows of {shard.num_rows}. Repeat the command."
             )
         quarantine = _quarantine_of(rows)
         counts = Counter(row.reason for row in quarantine)

@@ -82,9 +82,7 @@ class _Wire(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         if self.bytes_left <= 0:
-            raise FetchError(
-                "bad_response", f"headers above {_MAX_HEADER_BYTES} bytes, or a wasteful encoding"
-            )
+            raise FetchError("bad_response", f"headers above {_MAX_HEADER_BYTES} bytes, or a wasteful encoding")
         self._connection.settimeout(self._deadline.remaining())
         count = self._connection.recv_into(buffer)
         self.bytes_left -= count
@@ -225,9 +223,7 @@ class Fetcher:
         except ssl.SSLError as error:
             raise FetchError("tls_error", f"{target.host}: {error.reason or error}") from None
         except OSError as error:
-            raise FetchError(
-                "connection_error", f"{target.host}: {error.strerror or type(error).__name__}"
-            ) from None
+            raise FetchError("connection_error", f"{target.host}: {error.strerror or type(error).__name__}") from None
         except http.client.IncompleteRead:
             raise FetchError("connection_error", f"{target.host}: the body broke off") from None
         except (http.client.HTTPException, ValueError) as error:

@@ -134,16 +134,12 @@ def _read_image(sample: FoundSample, settings: DownloadSettings) -> None:
     """Decode the image; stored are its own bytes, or a PNG where our shards do not have its format."""
     images = [content for ending, content in sample.members.items() if ending in IMAGE_ENDINGS]
     if len(images) != 1:
-        sample.refuse(
-            "several_images" if images else "missing_image", f"members: {', '.join(sample.members)}"
-        )
+        sample.refuse("several_images" if images else "missing_image", f"members: {', '.join(sample.members)}")
         return
     found = images[0]
     try:
         kind, width, height = probe_image(found)
-        picture = decode_image(
-            found, max_pixels=settings.max_pixels, max_aspect_ratio=settings.max_aspect_ratio
-        )
+        picture = decode_image(found, max_pixels=settings.max_pixels, max_aspect_ratio=settings.max_aspect_ratio)
     except ImageRefused as refused:
         sample.refuse(refused.reason, refused.detail, found)
         return

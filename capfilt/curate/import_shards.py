@@ -230,9 +230,7 @@ class _Import:
             return original
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", original)[:60].strip("_") or "sample"
         for attempt in range(len(taken) + 2):
-            digest = hashlib.sha256(
-                f"{shard}/{attempt}/{original}".encode("utf-8", "surrogateescape")
-            ).hexdigest()
+            digest = hashlib.sha256(f"{shard}/{attempt}/{original}".encode("utf-8", "surrogateescape")).hexdigest()
             key = f"{stem}~{digest[:12]}"
             if key not in taken and _key_digest(key) not in self._keys:
                 return key
@@ -291,9 +289,7 @@ def _packed(
                 Quarantined(
                     key=sample.key,
                     reason=sample.reason,
-                    detail=f"{sample.original_key}: {sample.detail}"
-                    if sample.original_key
-                    else sample.detail,
+                    detail=f"{sample.original_key}: {sample.detail}" if sample.original_key else sample.detail,
                     sha256=hashlib.sha256(sample.refused).hexdigest() if sample.refused else None,
                     num_bytes=len(sample.refused) or None,
                 )

@@ -145,9 +145,7 @@ SCORERS = {"clip": ClipScorer, "itm": ItmScorer}
 class _ClipSource:
     """What open_clip is asked for: a model's name (or `local-dir:`), weights, and the files behind them."""
 
-    def __init__(
-        self, name: str, weights: str | None, files: list[Path], *, quick_gelu: bool = False
-    ) -> None:
+    def __init__(self, name: str, weights: str | None, files: list[Path], *, quick_gelu: bool = False) -> None:
         self.name, self.weights, self.files, self.quick_gelu = name, weights, files, quick_gelu
 
     def digests(self) -> dict[str, str]:
@@ -186,9 +184,7 @@ def _find_clip(settings: RankSettings) -> _ClipSource:
 
 def _clip_folder(folder: Path) -> _ClipSource:
     files = sorted(
-        file
-        for pattern in ("*.json", "*.txt", "*.safetensors", "*.bin", "*.pth")
-        for file in folder.glob(pattern)
+        file for pattern in ("*.json", "*.txt", "*.safetensors", "*.bin", "*.pth") for file in folder.glob(pattern)
     )
     return _ClipSource(f"local-dir:{folder}", None, files)
 
@@ -206,9 +202,7 @@ def _clip_tag(name: str, tag: str) -> _ClipSource:
     entry = open_clip.get_pretrained_cfg(name, tag)
     try:
         if is_offline() and not entry.get("hf_hub"):
-            raise FileNotFoundError(
-                f"its address {entry.get('url')} is not on the hub, and HF_HUB_OFFLINE is set"
-            )
+            raise FileNotFoundError(f"its address {entry.get('url')} is not on the hub, and HF_HUB_OFFLINE is set")
         file = Path(open_clip.download_pretrained(entry))
     except (OSError, RuntimeError, ValueError) as error:
         hub = str(entry.get("hf_hub", "")).rstrip("/")

@@ -43,9 +43,7 @@ class RankedCaption:
     duplicate_of: int | None
 
 
-def rank_captions(
-    captions: Sequence[tuple[int, str, float | None]], *, include_web: bool
-) -> list[RankedCaption]:
+def rank_captions(captions: Sequence[tuple[int, str, float | None]], *, include_web: bool) -> list[RankedCaption]:
     """Rank the captions of one image.
 
     Args:
@@ -70,14 +68,11 @@ def rank_captions(
     ordered = sorted(scores, key=lambda index: (-scores[index], index))
     ranks = {index: place for place, index in enumerate(ordered, start=1)}
     return [
-        RankedCaption(index, text, score, ranks.get(index), duplicate_of.get(index))
-        for index, text, score in captions
+        RankedCaption(index, text, score, ranks.get(index), duplicate_of.get(index)) for index, text, score in captions
     ]
 
 
-def captions_to_filter(
-    captions: Sequence[RankedCaption], *, keep: int, include_web: bool
-) -> list[RankedCaption]:
+def captions_to_filter(captions: Sequence[RankedCaption], *, keep: int, include_web: bool) -> list[RankedCaption]:
     """The captions of one image that the ITM head looks at: the top K, and a web caption not ranked."""
     return [
         caption
@@ -131,9 +126,7 @@ def select_pairs(
         "low_itm": is_low,
         "duplicate ": repeats_web,
     }
-    flags = pa.StructArray.from_arrays(
-        [_flat(condition) for condition in conditions.values()], names=list(conditions)
-    )
+    flags = pa.StructArray.from_arrays([_flat(condition) for condition in conditions.values()], names=list(conditions))
     reasons = [name.strip() for name in conditions]
     drop_reason = pc.case_when(flags, *reasons, pa.scalar(None, pa.string()))
     place = pc.index_in(clip["key"], value_set=samples["key"].combine_chunks())

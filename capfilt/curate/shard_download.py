@@ -139,9 +139,7 @@ class ShardDownloader:
             done = [result for result in results if result is not None]
             assert len(done) == rows.num_rows
             members = write_tar(attempt / "shard.tar", _members(rows, keys, done, spool))
-        offsets = {
-            member.name.partition(".")[0]: member.offset for member in members if member.name.endswith(".jpg")
-        }
+        offsets = {member.name.partition(".")[0]: member.offset for member in members if member.name.endswith(".jpg")}
         _write_rows(attempt / "rows.arrow", _result_table(rows, keys, done, offsets))
 
     def _download_rows(
@@ -214,9 +212,7 @@ class ShardDownloader:
             return FetchError("caption_too_long", f"the caption has {num_bytes} bytes; at most {limit}")
         return None
 
-    def _fetch(
-        self, index: int, url: str, answers: queue.SimpleQueue[tuple[int, bytes, FetchError | None]]
-    ) -> None:
+    def _fetch(self, index: int, url: str, answers: queue.SimpleQueue[tuple[int, bytes, FetchError | None]]) -> None:
         try:
             answers.put((index, self._fetcher.fetch(url), None))
         except FetchError as failure:
@@ -240,9 +236,7 @@ class ShardDownloader:
     def _prepare(self, body: bytes) -> tuple[bytes, dict[str, int]]:
         """The picture as it is stored, and its sizes. Raises ImageRefused."""
         settings = self._settings
-        picture = decode_image(
-            body, max_pixels=settings.max_pixels, max_aspect_ratio=settings.max_aspect_ratio
-        )
+        picture = decode_image(body, max_pixels=settings.max_pixels, max_aspect_ratio=settings.max_aspect_ratio)
         width, height = picture.size
         sizes = {"width": width, "height": height, "original_width": width, "original_height": height}
         if min(width, height) <= settings.image_size_px and _is_plain_jpeg(body):
@@ -271,9 +265,7 @@ def _is_plain_jpeg(body: bytes) -> bool:
         return False
 
 
-def _members(
-    rows: pa.Table, keys: list[str], done: list[_Row], spool: IO[bytes]
-) -> Iterator[tuple[str, bytes]]:
+def _members(rows: pa.Table, keys: list[str], done: list[_Row], spool: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     """Members of the tar in the order of the rows, as img2dataset names and fills them."""
     carried = [name for name in rows.column_names if name not in (REASON, DETAIL)]
     columns = {name: rows[name].to_pylist() for name in carried}
@@ -284,9 +276,7 @@ def _members(
         spool.seek(result.spool_offset)
         meta = {name: _json_value(column[result.index]) for name, column in columns.items()}
         meta |= {"key": key, "status": SUCCESS, "error_message": None}
-        meta |= {
-            name: values[name] for name in ("width", "height", "original_width", "original_height", "sha256")
-        }
+        meta |= {name: values[name] for name in ("width", "height", "original_width", "original_height", "sha256")}
         yield f"{key}.jpg", spool.read(values["image_length"])
         yield f"{key}.txt", meta[CAPTION].encode("utf-8")
         yield f"{key}.json", json.dumps(meta, indent=4, allow_nan=False).encode("utf-8")

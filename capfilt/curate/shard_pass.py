@@ -136,9 +136,7 @@ class ItmLane:
 
     def work(self, items: Sequence[Item]) -> None:
         """Score a batch. A sample without any text has one row without a score, and so is accounted for."""
-        chosen = [
-            captions_to_filter(item.ranked, keep=self._keep, include_web=self._include_web) for item in items
-        ]
+        chosen = [captions_to_filter(item.ranked, keep=self._keep, include_web=self._include_web) for item in items]
         images = [item.prepared.pop(self.stage) for item in items]
         scores = self._scorer.score(images, [[caption.text for caption in own] for own in chosen])
         for item, own, found in zip(items, chosen, scores, strict=True):

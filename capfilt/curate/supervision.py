@@ -96,9 +96,7 @@ class Nursery:
 
     def _start(self) -> None:
         if self._num_nurseries == _MAX_NURSERIES:
-            raise CapfiltError(
-                f"The download's processes do not live: {self.last_words()}. See `capfilt doctor`."
-            )
+            raise CapfiltError(f"The download's processes do not live: {self.last_words()}. See `capfilt doctor`.")
         self.stop()
         self._num_nurseries += 1
         self._buffer = b""
@@ -119,9 +117,7 @@ class Nursery:
 class Worker:
     """One worker process and its present task."""
 
-    def __init__(
-        self, connection: socket.socket, nursery: Nursery, settings: DownloadSettings, log: Path
-    ) -> None:
+    def __init__(self, connection: socket.socket, nursery: Nursery, settings: DownloadSettings, log: Path) -> None:
         self.task: Any = None
         """What it works on; None when it is idle."""
         self.pid: int | None = None
@@ -130,9 +126,7 @@ class Worker:
         self._connection.setblocking(False)
         self._nursery = nursery
         self._log = log
-        self._stall = (
-            settings.timeout_seconds * (settings.retries + 1) + 10 * settings.retries + STALL_SECONDS
-        )
+        self._stall = settings.timeout_seconds * (settings.retries + 1) + 10 * settings.retries + STALL_SECONDS
         self._buffer = b""
         self._ended = False
         self._heard = self._advanced = time.monotonic()

@@ -194,9 +194,7 @@ def _once(schema: pa.Schema) -> dict[str, pa.DataType]:
 
 def _unreadable(name: str, format_name: str, error: Exception) -> UsageError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UsageError(
-        f"{name} cannot be read as {format_name}: {reason}. Expected a table of URLs and captions."
-    )
+    return UsageError(f"{name} cannot be read as {format_name}: {reason}. Expected a table of URLs and captions.")
 
 
 def _bad_rows(details: list[str]) -> pa.RecordBatch:

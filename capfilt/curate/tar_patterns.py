@@ -28,9 +28,7 @@ def expand_patterns(patterns: Sequence[str]) -> list[Path]:
             found[Path(pattern)] = None
             continue
         if _ADDRESS.match(pattern):
-            raise UsageError(
-                f"{pattern} is an address; expected local tars. Copy them here first: `rclone copy`."
-            )
+            raise UsageError(f"{pattern} is an address; expected local tars. Copy them here first: `rclone copy`.")
         for name in expand_braces(pattern):
             matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
             paths = [Path(match) for match in matches]
@@ -42,13 +40,9 @@ def expand_patterns(patterns: Sequence[str]) -> list[Path]:
                 )
             found |= dict.fromkeys(paths)
             if len(found) > MAX_PATHS:
-                raise UsageError(
-                    f"{pattern!r} names more than {MAX_PATHS:,} files. Import them in several commands."
-                )
+                raise UsageError(f"{pattern!r} names more than {MAX_PATHS:,} files. Import them in several commands.")
     if not found:
-        raise UsageError(
-            "No tars were named. Give paths such as 'shards/{00000..00099}.tar' or 'shards/*.tar'."
-        )
+        raise UsageError("No tars were named. Give paths such as 'shards/{00000..00099}.tar' or 'shards/*.tar'.")
     return list(found)
 
 
@@ -62,9 +56,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
     if bounds := _RANGE.fullmatch(match[1]):
         first, last = int(bounds[1]), int(bounds[2])
         if abs(last - first) >= MAX_PATHS:
-            raise UsageError(
-                f"{pattern!r} names more than {MAX_PATHS:,} files. Import them in several commands."
-            )
+            raise UsageError(f"{pattern!r} names more than {MAX_PATHS:,} files. Import them in several commands.")
         has_zeros = any(len(bound) > 1 and bound.startswith("0") for bound in bounds.groups())
         width = max(map(len, bounds.groups())) if has_zeros else 0
         numbers = range(first, last + 1) if first <= last else range(first, last - 1, -1)

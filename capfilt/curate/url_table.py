@@ -162,13 +162,9 @@ def _filesystem(path: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(path)
     except ImportError:
         package = _PACKAGES.get(protocol, f"for {protocol}://")
-        raise UsageError(
-            f"Reading {path} needs the package {package}. Install it: pip install {package}"
-        ) from None
+        raise UsageError(f"Reading {path} needs the package {package}. Install it: pip install {package}") from None
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} cannot be read: {error}. Expected a path or an address fsspec knows."
-        ) from None
+        raise UsageError(f"{path} cannot be read: {error}. Expected a path or an address fsspec knows.") from None
 
 
 def _format_of(name: str) -> str | None:
@@ -216,18 +212,12 @@ def _require_column(columns: dict[str, pa.DataType], wanted: str, option: str, n
     kind = columns.get(wanted)
     if kind is None:
         found = ", ".join(list(columns)[:40]) or "none"
-        raise UsageError(
-            f"{name} has no column {wanted!r}. Columns found: {found}. Name one of them: {option} NAME"
-        )
+        raise UsageError(f"{name} has no column {wanted!r}. Columns found: {found}. Name one of them: {option} NAME")
     if not (_is_text(kind) or pa.types.is_null(kind)):
-        raise UsageError(
-            f"Column {wanted!r} of {name} holds {kind}; expected text. Name another column: {option} NAME"
-        )
+        raise UsageError(f"Column {wanted!r} of {name} holds {kind}; expected text. Name another column: {option} NAME")
 
 
-def _choose_extra(
-    files: list[dict[str, pa.DataType]], taken: set[str]
-) -> tuple[dict[str, pa.DataType], list[str]]:
+def _choose_extra(files: list[dict[str, pa.DataType]], taken: set[str]) -> tuple[dict[str, pa.DataType], list[str]]:
     """Columns carried along (plain and alike in all files), and a note on every other one."""
     extra: dict[str, pa.DataType] = {}
     notes: list[str] = []
@@ -240,9 +230,7 @@ def _choose_extra(
         elif carried is None:
             what = f"holds {kind}" if kind != MIXED else "holds nested or mixed values"
             what = "differs between files" if kinds or kind is None else what
-            notes.append(
-                f"column {name!r} is left out: it {what}; text, numbers and truth values are carried"
-            )
+            notes.append(f"column {name!r} is left out: it {what}; text, numbers and truth values are carried")
         else:
             extra[name] = carried
     return extra, notes

@@ -145,9 +145,7 @@ def _check_key_order(table: pa.Table, shard_rows: pa.Table) -> Iterator[str]:
 
 
 def _check_sources(table: pa.Table) -> Iterator[str]:
-    expected = [
-        "web" if index == WEB_CAPTION_INDEX else "synthetic" for index in table["caption_index"].to_pylist()
-    ]
+    expected = ["web" if index == WEB_CAPTION_INDEX else "synthetic" for index in table["caption_index"].to_pylist()]
     if table["source"].to_pylist() != expected:
         yield "a source is not `web` for the web caption or `synthetic` for the others"
 
@@ -169,7 +167,5 @@ def _check_ranks(key: str, rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"the ranks of {key} are not in the order of its CLIP scores"
     originals = {row["caption_index"] for row in rows if row["duplicate_of"] is None}
     for row in rows:
-        if row["duplicate_of"] is not None and (
-            row["rank"] is not None or row["duplicate_of"] not in originals
-        ):
+        if row["duplicate_of"] is not None and (row["rank"] is not None or row["duplicate_of"] not in originals):
             yield f"a duplicate among the captions of {key} is ranked, or repeats a caption that is not there"

@@ -80,9 +80,7 @@ class _Reader:
                 self._expect_end()
                 return
             if self.position == BLOCK and header.startswith(_COMPRESSED):
-                raise _Damage(
-                    "it is compressed; expand it first (gunzip, unxz, unzstd) and import the plain tar"
-                )
+                raise _Damage("it is compressed; expand it first (gunzip, unxz, unzstd) and import the plain tar")
             info = self._parse(header)
             if info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE):
                 records = _parse_pax(self._read_header_content(info))

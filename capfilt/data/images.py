@@ -171,9 +171,7 @@ def _check_size(width: int, height: int, max_pixels: int | None, max_aspect_rati
     if max_pixels is not None and width * height > max_pixels:
         raise ImageRefused("too_many_pixels", f"{width} x {height} pixels; at most {max_pixels:,} in all")
     if max_aspect_ratio is not None and max(width, height) > max_aspect_ratio * min(width, height):
-        raise ImageRefused(
-            "bad_aspect_ratio", f"{width} x {height} pixels; at most {max_aspect_ratio:g} to 1"
-        )
+        raise ImageRefused("bad_aspect_ratio", f"{width} x {height} pixels; at most {max_aspect_ratio:g} to 1")
 
 
 def _refusal(error: Exception, kind: str, data: bytes) -> ImageRefused:

@@ -69,8 +69,7 @@ def _check_complete(run: RunDir) -> None:
     missing = sorted(set(shards) - set(run.committed("manifest")))
     if len(missing) == len(shards):
         raise UsageError(
-            f"{run.path} has no manifest yet. Run `capfilt run RECIPE {run.path}` or "
-            f"`capfilt filter {run.path}` first."
+            f"{run.path} has no manifest yet. Run `capfilt run RECIPE {run.path}` or `capfilt filter {run.path}` first."
         )
     if missing:
         raise CapfiltError(

@@ -30,8 +30,7 @@ def check_counts(rows_in: int, kept: int, rejected: int, quarantined: int) -> No
     accounted = kept + rejected + quarantined
     if rows_in != accounted:
         raise ValueError(
-            f"{rows_in} rows in, but {kept} kept + {rejected} rejected + {quarantined} quarantined "
-            f"= {accounted}"
+            f"{rows_in} rows in, but {kept} kept + {rejected} rejected + {quarantined} quarantined = {accounted}"
         )
 
 
@@ -46,10 +45,7 @@ def check_rows(stage: str, table: pa.Table, quarantined: Collection[str]) -> Non
     if not found.equals(schema, check_metadata=False):
         raise ValueError(f"the columns are [{_columns(found)}]; expected [{_columns(schema)}]")
     unit = ["key"] if stage == "shards" else ["key", "caption_index"]
-    if (
-        table["key"].null_count
-        or table.group_by(unit, use_threads=False).aggregate([]).num_rows != table.num_rows
-    ):
+    if table["key"].null_count or table.group_by(unit, use_threads=False).aggregate([]).num_rows != table.num_rows:
         raise ValueError(f"a {' and '.join(unit)} stands twice, or a row has no key")
     for field in schema:
         values = table[field.name].drop_null() if pa.types.is_floating(field.type) else None

@@ -58,9 +58,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> list[TarMembe
             if not _NAME.fullmatch(name) or len(name) > 100 or name in seen:
                 raise ValueError(f"a shard may not have a member named {name!r} (or not twice)")
             if len(content) > MAX_MEMBER_BYTES:
-                raise ValueError(
-                    f"{name} has {len(content):,} bytes; a member has {MAX_MEMBER_BYTES:,} at most"
-                )
+                raise ValueError(f"{name} has {len(content):,} bytes; a member has {MAX_MEMBER_BYTES:,} at most")
             seen.add(name)
             file.write(_header(name, len(content)))
             index.append(TarMember(name, file.tell(), len(content)))
@@ -103,9 +101,7 @@ def parse_header(path: Path, block: bytes, position: int) -> tuple[str, int]:
     except (tarfile.HeaderError, ValueError) as error:
         raise damaged_tar(path, position, f"no valid member header ({error})") from None
     if not _NAME.fullmatch(info.name) or len(info.name) > 100 or not 0 <= info.size <= MAX_MEMBER_BYTES:
-        raise damaged_tar(
-            path, position, f"a member that no shard has: {info.name[:100]!r}, {info.size:,} bytes"
-        )
+        raise damaged_tar(path, position, f"a member that no shard has: {info.name[:100]!r}, {info.size:,} bytes")
     if block != _header(info.name, info.size):  # types, owners, dates, and the slack that readers allow
         raise damaged_tar(path, position, f"the header of {info.name} is not as capfilt writes it")
     return info.name, info.size
@@ -116,9 +112,7 @@ def read_member(file: BinaryIO, path: Path, name: str, offset: int, length: int)
     file.seek(offset - BLOCK)
     found = parse_header(path, file.read(BLOCK), offset - BLOCK)
     if found != (name, length):
-        raise damaged_tar(
-            path, offset - BLOCK, f"{found[0]}, {found[1]} bytes; {name}, {length} bytes expected"
-        )
+        raise damaged_tar(path, offset - BLOCK, f"{found[0]}, {found[1]} bytes; {name}, {length} bytes expected")
     content = file.read(length)
     if len(content) != length:
         raise damaged_tar(path, offset, f"{name} is cut after {len(content)} of {length} bytes")

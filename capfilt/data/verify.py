@@ -73,9 +73,7 @@ class Report:
     @property
     def exit_code(self) -> int:
         """5 with damage, 1 when unfinished, 0 when complete and reconciled."""
-        return (
-            CorruptionError.exit_code if self.findings else CapfiltError.exit_code if self.unfinished else 0
-        )
+        return CorruptionError.exit_code if self.findings else CapfiltError.exit_code if self.unfinished else 0
 
     def line(self) -> str:
         """The report in one line."""
@@ -129,9 +127,7 @@ def _verify_shard(run: RunDir, shard: str, deep: bool, report: Report) -> pa.Tab
             raise ValueError(f"{tar.name} is {size}; {record.extra.get('tar_bytes'):,} bytes were committed")
         num_members = check_tar(tar, rows, contents=deep)
         if num_members != record.extra.get("tar_members"):
-            raise ValueError(
-                f"{tar.name} has {num_members} members; {record.extra.get('tar_members')} committed"
-            )
+            raise ValueError(f"{tar.name} has {num_members} members; {record.extra.get('tar_members')} committed")
         if deep and file_sha256(tar) != record.extra.get("tar_sha256"):
             raise ValueError(f"the bytes of {tar.name} are not those committed")
     except (ValueError, OSError, CorruptionError) as error:
@@ -207,9 +203,7 @@ def _quiet_load(view: RunDir, stage: str, shard: str) -> tuple[pa.Table, CommitR
         return None
 
 
-def _check_chain(
-    view: RunDir, record: CommitRecord, kept_before: int | None, folder: str, report: Report
-) -> None:
+def _check_chain(view: RunDir, record: CommitRecord, kept_before: int | None, folder: str, report: Report) -> None:
     if kept_before is not None and record.rows_in != kept_before:
         _add(
             report.findings,
@@ -222,9 +216,7 @@ def _check_chain(
     except CapfiltError:
         return  # the stage before is missing or damaged, and reported
     if not is_current:
-        _add(
-            report.unfinished, folder, record.shard, ["it was made from another input than the one there now"]
-        )
+        _add(report.unfinished, folder, record.shard, ["it was made from another input than the one there now"])
 
 
 def _check_content(stage: str, shard: str, tables: dict[str, pa.Table], folder: str, report: Report) -> None:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-
 from capfilt.models.losses import draw_hard_negatives, itc_loss, itm_loss, lm_loss
 from capfilt.models.med import Captioner, Filter, KeyValue, MEDConfig, tie_decoder
 from capfilt.models.vit import VisionTransformer

@@ -68,9 +68,7 @@ class Stage1(nn.Module):
         for projection in (self.vision_projection, self.text_projection, self.itm_head):
             nn.init.normal_(projection.weight, std=0.02)
             nn.init.zeros_(projection.bias)
-        sizes = MEDConfig(
-            vocab_size=config.vocab_size, width=config.width, layer_norm_eps=config.layer_norm_eps
-        )
+        sizes = MEDConfig(vocab_size=config.vocab_size, width=config.width, layer_norm_eps=config.layer_norm_eps)
         self.lm_head = LanguageModelHead(sizes, self.qformer.word_embedding)
         self.temperature = nn.Parameter(torch.tensor(0.07))
 
@@ -84,9 +82,7 @@ class Stage1(nn.Module):
 
     def embed_texts(self, texts: Texts) -> Tensor:
         """ITC embeddings (B, E) of unit length, from [CLS]."""
-        return F.normalize(
-            self.text_projection(self.qformer.encode_text(texts.tokens, texts.mask)[:, 0]), dim=-1
-        )
+        return F.normalize(self.text_projection(self.qformer.encode_text(texts.tokens, texts.mask)[:, 0]), dim=-1)
 
     def itm_logits(self, image: ImageKeyValues, texts: Texts) -> Tensor:
         """ITM logits (B, 2), averaged over the queries; index 1 is "match"."""
@@ -191,9 +187,7 @@ def draw_negatives(logits_BA: Tensor, same_BA: Tensor, first_own: int = 0) -> Te
     excluded[rows, rows + first_own] = True
     everything = excluded.all(dim=1, keepdim=True)
     own = F.one_hot(rows + first_own, logits_BA.shape[1]).bool()
-    weights = (
-        logits_BA.float().masked_fill(torch.where(everything, own, excluded), float("-inf")).softmax(dim=1)
-    )
+    weights = logits_BA.float().masked_fill(torch.where(everything, own, excluded), float("-inf")).softmax(dim=1)
     return torch.multinomial(weights, 1).squeeze(1)
 
 

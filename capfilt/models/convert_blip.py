@@ -57,9 +57,7 @@ def transformers_names(kind: Kind, *, vision_depth: int, text_depth: int) -> dic
     return names
 
 
-def from_transformers(
-    state: Mapping[str, Tensor], kind: Kind, *, vision_depth: int, text_depth: int
-) -> State:
+def from_transformers(state: Mapping[str, Tensor], kind: Kind, *, vision_depth: int, text_depth: int) -> State:
     """Our state dict of transformers' (strict).
 
     Raises UsageError naming every missing and unknown key, and a weight that should be tied but is not.
@@ -109,9 +107,7 @@ def sizes_from_config(config: Mapping[str, Any]) -> tuple[ViTConfig, MEDConfig, 
     text: Any = parsed.text_config
     for part in (vision, text):
         if part.hidden_act != "gelu":
-            raise UsageError(
-                f"{part.model_type} uses {part.hidden_act!r}; expected 'gelu', as BLIP's models have."
-            )
+            raise UsageError(f"{part.model_type} uses {part.hidden_act!r}; expected 'gelu', as BLIP's models have.")
     vit = ViTConfig(
         image_size_px=vision.image_size, patch_size_px=vision.patch_size, width=vision.hidden_size,
         depth=vision.num_hidden_layers, num_heads=vision.num_attention_heads,
@@ -163,16 +159,13 @@ def sizes_from_original(state: Mapping[str, Tensor], kind: Kind) -> tuple[ViTCon
     if missing:
         expected = "model_*_caption*.pth" if kind == "captioner" else "model_*_retrieval_*.pth"
         raise UsageError(
-            f"The .pth is no original BLIP {kind}: it lacks {', '.join(missing)}."
-            f" Give a {expected} of the release."
+            f"The .pth is no original BLIP {kind}: it lacks {', '.join(missing)}. Give a {expected} of the release."
         )
     shapes = {part: state[name].shape for part, name in needed.items()}
     width, patch = shapes["patch"][0], shapes["patch"][2]
     for found in (width, shapes["words"][1]):
         if found % ORIGINAL_HEAD_WIDTH:
-            raise UsageError(
-                f"The .pth has features of width {found}; expected a multiple of {ORIGINAL_HEAD_WIDTH}."
-            )
+            raise UsageError(f"The .pth has features of width {found}; expected a multiple of {ORIGINAL_HEAD_WIDTH}.")
     grid = round((shapes["position"][1] - 1) ** 0.5)
     vit = ViTConfig(
         image_size_px=grid * patch, patch_size_px=patch, width=width, num_heads=width // ORIGINAL_HEAD_WIDTH,
@@ -207,9 +200,7 @@ def _text_names(ours: str, theirs: str, depth: int) -> dict[str, str]:
                 names |= _pair(
                     f"{our_layer}.{our_part}_attention.{matrix}", f"{their_layer}.{their_part}.self.{matrix}"
                 )
-            names |= _pair(
-                f"{our_layer}.{our_part}_attention.output", f"{their_layer}.{their_part}.output.dense"
-            )
+            names |= _pair(f"{our_layer}.{our_part}_attention.output", f"{their_layer}.{their_part}.output.dense")
             names |= _pair(f"{our_layer}.{our_part}_norm", f"{their_layer}.{their_part}.output.LayerNorm")
         names |= _pair(f"{our_layer}.feed_forward.fc1", f"{their_layer}.intermediate.dense")
         names |= _pair(f"{our_layer}.feed_forward.fc2", f"{their_layer}.output.dense")
@@ -260,19 +251,11 @@ def _drop_tied(state: State) -> None:
         if tensor is not None and source not in state:
             state[source] = tensor
         elif tensor is not None and not torch.equal(tensor, state[source]):
-            raise UsageError(
-                f"{copy} and {source} differ in this checkpoint; a BLIP captioner has them tied."
-            )
+            raise UsageError(f"{copy} and {source} differ in this checkpoint; a BLIP captioner has them tied.")
 
 
 def _refuse_odd_keys(state: Mapping[str, Tensor], expected: Any, kind: Kind) -> None:
     missing, unknown = sorted(set(expected) - state.keys()), sorted(state.keys() - set(expected))
     if missing or unknown:
-        parts = [
-            f"{what}: {', '.join(keys)}"
-            for what, keys in (("missing", missing), ("unknown", unknown))
-            if keys
-        ]
-        raise UsageError(
-            f"The weights are not those of a BLIP {kind} of this config. " + "; ".join(parts) + "."
-        )
+        parts = [f"{what}: {', '.join(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        raise UsageError(f"The weights are not those of a BLIP {kind} of this config. " + "; ".join(parts) + ".")

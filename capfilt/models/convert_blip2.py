@@ -99,16 +99,12 @@ def to_ours(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State:
     return {ours: state[theirs] for ours, theirs in names.items()}
 
 
-def refuse_unknown(
-    state: Iterable[str], *known: Mapping[str, str], ignored_prefixes: tuple[str, ...] = ()
-) -> None:
+def refuse_unknown(state: Iterable[str], *known: Mapping[str, str], ignored_prefixes: tuple[str, ...] = ()) -> None:
     """UsageError naming their keys that none of the tables knows."""
     unknown = sorted(set(state).difference(*(names.values() for names in known)))
     unknown = [key for key in unknown if not (ignored_prefixes and key.startswith(ignored_prefixes))]
     if unknown:
-        raise UsageError(
-            f"The checkpoint has {len(unknown)} unknown weights, such as {', '.join(unknown[:3])}."
-        )
+        raise UsageError(f"The checkpoint has {len(unknown)} unknown weights, such as {', '.join(unknown[:3])}.")
 
 
 def text_encoder_start(
@@ -145,9 +141,7 @@ def find_text_encoder(state: Mapping[str, Tensor]) -> str:
     for prefix in TEXT_ENCODER_PREFIXES:
         if f"{prefix}encoder.layer.0.attention.self.query.weight" in state:
             return prefix
-    raise UsageError(
-        "The checkpoint holds no BERT-style text encoder. Give a folder of BERT or of a BLIP model."
-    )
+    raise UsageError("The checkpoint holds no BERT-style text encoder. Give a folder of BERT or of a BLIP model.")
 
 
 def blip2_config(
@@ -188,9 +182,7 @@ def sizes_from_config(config: Blip2Config) -> tuple[ViTConfig, QFormerConfig]:
     qformer: Any = config.qformer_config
     for part in (vision, qformer):
         if part.hidden_act != "gelu":
-            raise UsageError(
-                f"{part.model_type} uses {part.hidden_act!r}; expected 'gelu', as BLIP-2's models have."
-            )
+            raise UsageError(f"{part.model_type} uses {part.hidden_act!r}; expected 'gelu', as BLIP-2's models have.")
     return (
         ViTConfig(
             image_size_px=vision.image_size, patch_size_px=vision.patch_size, width=vision.hidden_size,

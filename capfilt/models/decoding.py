@@ -34,9 +34,7 @@ class _Rows:
     At first there is a row per image, which has read the prompt; `keep` repeats and drops rows.
     """
 
-    def __init__(
-        self, model: Captioner, features_BPD: Tensor, prompt: Sequence[int], max_length: int
-    ) -> None:
+    def __init__(self, model: Captioner, features_BPD: Tensor, prompt: Sequence[int], max_length: int) -> None:
         self._model = model
         self._image = model.decoder.image_key_values(features_BPD)
         device, batch = features_BPD.device, len(features_BPD)
@@ -144,9 +142,7 @@ def _sample(
     return written
 
 
-def _search_beams(
-    model: Captioner, features_BPD: Tensor, prompt: Sequence[int], settings: CaptionSettings
-) -> Tensor:
+def _search_beams(model: Captioner, features_BPD: Tensor, prompt: Sequence[int], settings: CaptionSettings) -> Tensor:
     """Beam search: (B, max_length) token ids of each image's best text, filled up with [SEP]."""
     config, start, beams, device = model.decoder.config, len(prompt), settings.num_beams, features_BPD.device
     end, batch = config.sep_token_id, len(features_BPD)
@@ -169,9 +165,7 @@ def _search_beams(
         ends = (grown[:, :, length] == end) | (length + 1 == settings.max_length)
         running_scores, kept = (grown_scores + ends * _IMPOSSIBLE).topk(beams)
         running, parents = _pick(grown, kept), parents.gather(1, kept)
-        finished, finished_scores = _finish(
-            finished, finished_scores, grown, grown_scores, ends, length + 1 - start
-        )
+        finished, finished_scores = _finish(finished, finished_scores, grown, grown_scores, ends, length + 1 - start)
         best[image_of_group] = finished[:, 0]
         # An image is done when no running text could replace its worst finished one, says transformers.
         open_ = (running_scores[:, 0] / (length + 1 - start) > finished_scores.amin(1)).nonzero()[:, 0]
@@ -184,9 +178,7 @@ def _search_beams(
     return best
 
 
-def _grow(
-    running: Tensor, running_scores: Tensor, scores_RV: Tensor, length: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _grow(running: Tensor, running_scores: Tensor, scores_RV: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best 2·beams texts one token longer: scores (B, 2·beams), tokens, the beam each continues."""
     batch, beams = running_scores.shape
     vocab_size = scores_RV.shape[1]

@@ -148,10 +148,7 @@ class T5(nn.Module):
         return " ".join(words[:place]), " ".join(words[place:])
 
     def _encode_batch(self, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        rows = [
-            [*self.tokenizer(t, add_special_tokens=False).input_ids[:MAX_TOKENS], self.end_token_id]
-            for t in texts
-        ]
+        rows = [[*self.tokenizer(t, add_special_tokens=False).input_ids[:MAX_TOKENS], self.end_token_id] for t in texts]
         return _pad(rows, pad=self.pad_token_id, device=device)
 
 
@@ -162,9 +159,7 @@ LLMS: dict[str, tuple[type[OPT] | type[T5], Any]] = {
 """Family (transformers' model_type) → our class and transformers'."""
 
 
-def load_llm(
-    path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> LanguageModel:
+def load_llm(path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LanguageModel:
     """A frozen OPT or T5 from a folder or a hub id. No remote code is run.
 
     Raises UsageError where the path holds no such model, or weights are missing from it.
@@ -177,9 +172,7 @@ def load_llm(
             f"No language model at {path!r} ({error}). Give a folder or hub id of an OPT or T5."
         ) from error
     if config.model_type not in LLMS:
-        raise UsageError(
-            f"{path!r} is a {config.model_type!r}; the language model must be one of {', '.join(LLMS)}."
-        )
+        raise UsageError(f"{path!r} is a {config.model_type!r}; the language model must be one of {', '.join(LLMS)}.")
     _refuse_projection(path, config)
     _, theirs = LLMS[config.model_type]
     logging.disable_progress_bar()  # transformers' own; ours is shown
@@ -213,9 +206,7 @@ def _newline_token_id(tokenizer: Any) -> int:
     return int(found[0] if single else tokenizer.eos_token_id)
 
 
-def _pad(
-    rows: Sequence[Sequence[int]], *, pad: int, device: torch.device, left: bool = False
-) -> tuple[Tensor, Tensor]:
+def _pad(rows: Sequence[Sequence[int]], *, pad: int, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
     """Token ids (B, T) and a boolean mask, True at tokens."""
     longest = max(len(row) for row in rows)
     blanks = [longest - len(row) for row in rows]
@@ -236,9 +227,7 @@ def _prepend(visual_BQW: Tensor, embedded_BTW: Tensor, mask_BT: Tensor) -> tuple
 
 
 def _generation_config(end_token_id: int, pad_token_id: int, options: dict[str, Any]) -> GenerationConfig:
-    return GenerationConfig(
-        eos_token_id=end_token_id, pad_token_id=pad_token_id, **{"do_sample": False, **options}
-    )
+    return GenerationConfig(eos_token_id=end_token_id, pad_token_id=pad_token_id, **{"do_sample": False, **options})
 
 
 def _decode(tokenizer: Any, tokens_BT: Tensor, end_token_id: int) -> list[str]:

@@ -61,11 +61,7 @@ def _match_rows(
         tokens_RT[number, : len(row)] = torch.tensor(row)
     lengths_R = torch.tensor([len(row) for row in rows])
     mask_RT = torch.arange(padded) < lengths_R[:, None]
-    layout = TextLayout(
-        torch.tensor(images, device=device), num_images=key_values[0][0].shape[0], num_tokens=padded
-    )
-    hidden_RTD = model.encoder(
-        tokens_RT.to(device), mask_BT=mask_RT.to(device), image=key_values, layout=layout
-    )
+    layout = TextLayout(torch.tensor(images, device=device), num_images=key_values[0][0].shape[0], num_tokens=padded)
+    hidden_RTD = model.encoder(tokens_RT.to(device), mask_BT=mask_RT.to(device), image=key_values, layout=layout)
     logits_R2 = model.itm_head(filled(hidden_RTD[:, 0]))[: len(rows)]
     return logits_R2.float().softmax(dim=1)[:, 1].tolist()

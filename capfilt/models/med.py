@@ -75,9 +75,7 @@ class TextLayout:
         order = torch.argsort(image_of_row, stable=True)
         first = (counts.cumsum(0) - counts)[image_of_row[order]]
         slot = torch.empty_like(order)
-        slot[order] = (
-            image_of_row[order] * self.num_slots + torch.arange(len(order), device=order.device) - first
-        )
+        slot[order] = image_of_row[order] * self.num_slots + torch.arange(len(order), device=order.device) - first
         self.slot_of_row = slot
         self.row_of_slot = slot.new_zeros(num_images * self.num_slots)
         self.row_of_slot[slot] = torch.arange(len(slot), device=slot.device)
@@ -130,9 +128,7 @@ class Attention(nn.Module):
         if query_BHTd.shape[2] == 1 and mask is None and query_BHTd.device.type == "cpu":
             attended = _attend_once(query_BHTd, *key_value)
         else:
-            attended = F.scaled_dot_product_attention(
-                query_BHTd, *key_value, attn_mask=mask, is_causal=is_causal
-            )
+            attended = F.scaled_dot_product_attention(query_BHTd, *key_value, attn_mask=mask, is_causal=is_causal)
         attended_BTD = attended.transpose(1, 2).flatten(2)
         if layout is not None:
             attended_BTD = layout.by_row(attended_BTD)
@@ -195,9 +191,7 @@ class TextLayer(nn.Module):
         attended = self.self_attention(hidden_BTD, key_value, mask, is_causal=is_causal)
         hidden_BTD = self.self_norm(hidden_BTD + self.dropout(attended))
         if image is not None:
-            hidden_BTD = self.cross_norm(
-                hidden_BTD + self.dropout(self._attend_to_image(hidden_BTD, image, layout))
-            )
+            hidden_BTD = self.cross_norm(hidden_BTD + self.dropout(self._attend_to_image(hidden_BTD, image, layout)))
         return self.norm(hidden_BTD + self.dropout(self.feed_forward(hidden_BTD)))
 
     def _attend_to_image(self, hidden_BTD: Tensor, image: KeyValue, layout: TextLayout | None) -> Tensor:

@@ -88,9 +88,7 @@ def candidates(logits_RV: Tensor, *, top_k: int, top_p: float) -> tuple[Tensor, 
         if 0 < top_k < vocab_size:
             lowest_R = values_RK[:, top_k - 1]
         else:
-            lowest_R = values_RK.masked_fill(~_kept(logits_RV, values_RK, top_k, top_p), torch.inf).amin(
-                dim=1
-            )
+            lowest_R = values_RK.masked_fill(~_kept(logits_RV, values_RK, top_k, top_p), torch.inf).amin(dim=1)
         # What is not among the candidates is below the lowest that counts when the last candidate is.
         if num == vocab_size or bool((values_RK[:, -1] < lowest_R).all()):
             break

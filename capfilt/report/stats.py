@@ -210,9 +210,7 @@ class _Sums:
         stats.by_drop_reason = _by_count(self.reasons)
         stats.words = spread_of(self.lengths)
         stats.words_histogram = dict(sorted(self.lengths.items()))
-        stats.top_words = dict(
-            sorted(self.words.items(), key=lambda item: (-item[1], item[0]))[:NUM_TOP_WORDS]
-        )
+        stats.top_words = dict(sorted(self.words.items(), key=lambda item: (-item[1], item[0]))[:NUM_TOP_WORDS])
         if self.num_candidates:
             shares = self.passing / self.num_candidates
             stats.kept_by_threshold = {
@@ -272,6 +270,4 @@ def spread_of(counter: Mapping[int, int]) -> Spread | None:
     before = np.cumsum(times)
     num = int(before[-1])
     low, high = (values[np.searchsorted(before, rank + 1)] for rank in ((num - 1) // 2, num // 2))
-    return Spread(
-        num, int(values[0]), float(low + high) / 2, float((values * times).sum() / num), int(values[-1])
-    )
+    return Spread(num, int(values[0]), float(low + high) / 2, float((values * times).sum() / num), int(values[-1]))

@@ -65,9 +65,7 @@ def _download_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     found = stats.download
     yield ""
     yield rule("Download", plain=plain)
-    yield from table_lines(
-        [("rows", found.num_rows), ("images", found.num_images)], found.num_rows, plain=plain
-    )
+    yield from table_lines([("rows", found.num_rows), ("images", found.num_images)], found.num_rows, plain=plain)
     if found.by_reason:
         yield ""
         yield "  rows without an image, by reason"
@@ -152,9 +150,7 @@ def _histogram_lines(histograms: Mapping[str, Histogram], plain: bool) -> Iterat
 
 
 def _threshold_lines(stats: RunStats, plain: bool) -> Iterator[str]:
-    curves = {
-        source: found.kept_by_threshold for source, found in stats.pairs.items() if found.kept_by_threshold
-    }
+    curves = {source: found.kept_by_threshold for source, found in stats.pairs.items() if found.kept_by_threshold}
     if not curves:
         return
     yield ""

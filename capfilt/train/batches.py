@@ -98,9 +98,7 @@ class View:
 class ArrayPairs:
     """A dataset in memory: uint8 images (N, H, W, 3), a list of captions each, keys."""
 
-    def __init__(
-        self, images_NHWC: np.ndarray, captions: Sequence[Sequence[str]], keys: Sequence[str]
-    ) -> None:
+    def __init__(self, images_NHWC: np.ndarray, captions: Sequence[Sequence[str]], keys: Sequence[str]) -> None:
         if not len(images_NHWC) == len(captions) == len(keys):
             raise ValueError(f"{len(images_NHWC)} images, {len(captions)} caption lists, {len(keys)} keys")
         self.images, self.captions, self.keys = images_NHWC, captions, keys
@@ -232,9 +230,7 @@ def crop_arrays(pixels_BSSC: np.ndarray, views: Sequence[View] | None) -> np.nda
     if views is None:
         return pixels_BSSC
     size_px = pixels_BSSC.shape[1]
-    return np.stack(
-        [to_square(Image.fromarray(p), size_px, v) for p, v in zip(pixels_BSSC, views, strict=True)]
-    )
+    return np.stack([to_square(Image.fromarray(p), size_px, v) for p, v in zip(pixels_BSSC, views, strict=True)])
 
 
 def to_square(image: Image.Image, size_px: int, view: View | None = None) -> np.ndarray:

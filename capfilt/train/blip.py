@@ -135,13 +135,9 @@ def _train(
     )
 
 
-def encode_texts(
-    tokenizer: Any, texts: list[str], settings: BlipTrainSettings, device: torch.device
-) -> Tensor:
+def encode_texts(tokenizer: Any, texts: list[str], settings: BlipTrainSettings, device: torch.device) -> Tensor:
     """[CLS] … [SEP] of each text, padded to the longest: (B, T) token ids."""
-    encoded = tokenizer(
-        texts, padding=True, truncation=True, max_length=settings.max_text_tokens, return_tensors="pt"
-    )
+    encoded = tokenizer(texts, padding=True, truncation=True, max_length=settings.max_text_tokens, return_tensors="pt")
     return encoded.input_ids.to(device)
 
 
@@ -156,7 +152,8 @@ def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, SavedBlip]:
     """Both parts of an earlier `train blip`; what they share must be equal."""
     parts = {part: load_blip(_part_of(settings.init, part), part) for part in PARTS}
     captioner, filter_model = parts["captioner"].model, parts["filter"].model
-    assert isinstance(captioner, Captioner) and isinstance(filter_model, Filter)
+    assert isinstance(captioner, Captioner)
+    assert isinstance(filter_model, Filter)
     config = filter_model.encoder.config
     model = Blip(
         VisionTransformer(filter_model.vision.config), config,
@@ -176,9 +173,7 @@ def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, SavedBlip]:
 
 def _start_from_nothing(settings: BlipTrainSettings) -> tuple[Blip, SavedBlip]:
     if not settings.tokenizer:
-        raise UsageError(
-            "Neither --init nor --tokenizer is given; name a BLIP model, or a tokenizer to start with."
-        )
+        raise UsageError("Neither --init nor --tokenizer is given; name a BLIP model, or a tokenizer to start with.")
     tokenizer = load_tokenizer(find_model_dir(settings.tokenizer, "tokenizer"))
     names = tokenizer.get_vocab()
     if missing := [token for token in ("[DEC]", "[ENC]") if token not in names]:

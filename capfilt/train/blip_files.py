@@ -67,9 +67,7 @@ def save_blip(
     text = model.decoder if isinstance(model, Captioner) else model.encoder
     vit, med = model.vision.config, text.config
     embed_dim = model.text_projection.out_features if isinstance(model, Filter) else 256
-    config = config_from_sizes(kind, vit, med, embed_dim=embed_dim) | {
-        "dtype": str(dtype).removeprefix("torch.")
-    }
+    config = config_from_sizes(kind, vit, med, embed_dim=embed_dim) | {"dtype": str(dtype).removeprefix("torch.")}
     if prompt is not None:
         config["capfilt_prompt"] = prompt
     _write_json(folder / "config.json", config)

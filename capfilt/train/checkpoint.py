@@ -61,9 +61,7 @@ def save_checkpoint(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        save_file(
-            {name: t.detach().contiguous().cpu() for name, t in tensors.items()}, staging / _TENSOR_FILES[0]
-        )
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, staging / _TENSOR_FILES[0])
         save_file(_optimizer_tensors(optimizer), staging / _TENSOR_FILES[1])
         digests = {name: _sync_and_digest(staging / name) for name in _TENSOR_FILES}
         record = {"format_version": FORMAT_VERSION, **state, "sha256": digests}

@@ -33,10 +33,7 @@ class FrozenFeatures:
         self._vision, self._device = encoder.vision, device
         self._cache: Tensor | None = None
         varied = settings.random_crop < 1.0 or settings.random_flip
-        if (
-            not varied
-            and num_feature_bytes(encoder.vision, len(dataset.keys)) <= settings.feature_cache_bytes
-        ):
+        if not varied and num_feature_bytes(encoder.vision, len(dataset.keys)) <= settings.feature_cache_bytes:
             self._cache = _encode_all(encoder, dataset, device, progress)
 
     @property
@@ -62,9 +59,7 @@ def num_feature_bytes(vision: VisionTransformer, num_images: int) -> int:
 
 
 @torch.no_grad()
-def _encode_all(
-    encoder: ImageEncoder, dataset: PairDataset, device: torch.device, progress: Progress
-) -> Tensor:
+def _encode_all(encoder: ImageEncoder, dataset: PairDataset, device: torch.device, progress: Progress) -> Tensor:
     num_images, sizes = len(dataset.keys), encoder.vision.config
     cache = torch.empty(num_images, sizes.num_patches + 1, sizes.width)
     megabytes = round(cache.nbytes / 1e6)

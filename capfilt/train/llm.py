@@ -121,18 +121,14 @@ def train_llm_on(
     )
 
 
-def iterate_text_batches(
-    texts: Sequence[LlmText], settings: LlmTrainSettings, cursor: Cursor
-) -> Iterator[TextBatch]:
+def iterate_text_batches(texts: Sequence[LlmText], settings: LlmTrainSettings, cursor: Cursor) -> Iterator[TextBatch]:
     """The endless stream from `cursor` on; order pure in (seed, epoch), texts of about one length together.
 
     `cursor.position` counts texts. Raises UsageError where the texts do not fill one batch.
     """
     size = settings.batch_size
     if len(texts) < size:
-        raise UsageError(
-            f"{len(texts)} texts do not fill a batch of {size}. Lower --batch-size, or give more texts."
-        )
+        raise UsageError(f"{len(texts)} texts do not fill a batch of {size}. Lower --batch-size, or give more texts.")
     lengths = np.array([len(t.preamble) + len(t.question) + len(t.text) for t in texts])
     epoch, position = cursor.epoch, cursor.position
     no_pixels = np.empty((0, 0, 0, 3), np.uint8)
@@ -334,9 +330,7 @@ def _end_ids(llm: Pretraining) -> list[int]:
     return list(ends) if isinstance(ends, list) else [ends]
 
 
-def _pad(
-    rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool = False
-) -> tuple[Tensor, Tensor]:
+def _pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
     """Token ids (B, T) and the mask, 1 at tokens, as transformers expects it."""
     longest = max(len(row) for row in rows)
     tokens = torch.full((len(rows), longest), pad, dtype=torch.long)

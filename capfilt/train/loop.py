@@ -281,9 +281,7 @@ def _without_norm(averages: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in averages.items() if name != "grad_norm"}
 
 
-def _finish(
-    output_dir: Path, save: Callable[[Path], None], identity: Mapping[str, Any], summary: TrainSummary
-) -> None:
+def _finish(output_dir: Path, save: Callable[[Path], None], identity: Mapping[str, Any], summary: TrainSummary) -> None:
     staging = output_dir / f".staging-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()

@@ -122,9 +122,7 @@ class RunPairs:
             return rng.permutation(len(self.keys))
         shards, parts = self._index.shards, []
         for group in rng.permutation(len(self._groups)):
-            rows = [
-                np.arange(shards[s].first, shards[s].first + shards[s].num_rows) for s in self._groups[group]
-            ]
+            rows = [np.arange(shards[s].first, shards[s].first + shards[s].num_rows) for s in self._groups[group]]
             parts.append(rng.permutation(np.concatenate(rows)))
         return np.concatenate(parts)
 
@@ -181,9 +179,7 @@ def _read_index(runs: Sequence[RunDir | str | Path]) -> _Index:
         texts.append(pa.array([clean_caption(text) for text in table["text"].to_pylist()], pa.string()))
     if not keys:
         names = ", ".join(str(run.path if isinstance(run, RunDir) else run) for run in runs)
-        raise UsageError(
-            f"No kept pair in {names}. Lower the threshold: `capfilt select RUN --threshold 0.3`."
-        )
+        raise UsageError(f"No kept pair in {names}. Lower the threshold: `capfilt select RUN --threshold 0.3`.")
     first_text = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
     return _Index(shards, keys, pa.concat_arrays(texts), first_text)
 
@@ -213,7 +209,5 @@ def _decode_one(key: str, encoded: bytes, size_px: int, view: View | None) -> np
     try:
         image = decode_image(encoded, max_pixels=MAX_PIXELS, max_aspect_ratio=MAX_ASPECT_RATIO)
     except ImageRefused as refused:
-        raise CorruptionError(
-            f"The picture of {key!r} was committed but cannot be decoded: {refused}."
-        ) from refused
+        raise CorruptionError(f"The picture of {key!r} was committed but cannot be decoded: {refused}.") from refused
     return to_square(image, size_px, view)

@@ -92,8 +92,7 @@ def _download(name: str, what: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=[*_SIDE_FILES, "*.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UsageError(
-            f"The {what} {name!r} is neither a folder nor on the hub ({error}). Check the name; "
-            f"offline, give a folder."
+            f"The {what} {name!r} is neither a folder nor on the hub ({error}). Check the name; offline, give a folder."
         ) from error
     return folder
 
@@ -139,9 +138,7 @@ def load_image_encoder(name: str, device: torch.device) -> ImageEncoder:
     config = read_config(folder)
     sizes = config.get("vision_config", {})
     if config.get("model_type") != "blip":
-        raise UsageError(
-            f"{folder} is a {config.get('model_type')!r} model; the image encoder must be a BLIP's."
-        )
+        raise UsageError(f"{folder} is a {config.get('model_type')!r} model; the image encoder must be a BLIP's.")
     state = read_weights(folder)
     return build_image_encoder(_blip_vision_sizes(sizes), state, read_preparation(folder), device)
 

@@ -100,9 +100,7 @@ def load_stage1(name: str | Path, device: torch.device) -> SavedStage1:
     ours = to_ours(state, names)
     extra = folder / "stage1_extra.safetensors"
     ours |= (
-        load_file(extra)
-        if extra.exists()
-        else {k: v for k, v in stage.state_dict().items() if k in EXTRA_STAGE1_KEYS}
+        load_file(extra) if extra.exists() else {k: v for k, v in stage.state_dict().items() if k in EXTRA_STAGE1_KEYS}
     )
     ours["lm_head.vocabulary.weight"] = ours["qformer.word_embedding.weight"]
     stage.load_state_dict(ours)
@@ -118,9 +116,7 @@ def save_stage2(folder: Path, encoder: ImageEncoder, stage: Stage2) -> None:
     image_token_id = _add_image_token(llm.tokenizer)
     text_config, llm_state = _llm_for_blip2(llm, image_token_id)
     theirs |= {_LLM_PREFIX + name: tensor for name, tensor in llm_state.items()}
-    config = blip2_config(
-        encoder.vision.config, qformer, text_config=text_config, image_token_id=image_token_id
-    )
+    config = blip2_config(encoder.vision.config, qformer, text_config=text_config, image_token_id=image_token_id)
     _write(folder, config, "Blip2ForConditionalGeneration", theirs)
     _save_processor(folder, encoder.preparation, llm.tokenizer, num_query_tokens=qformer.num_queries)
 
@@ -130,9 +126,7 @@ def load_stage2(name: str | Path, device: torch.device, llm_dtype: torch.dtype |
     folder, config, state = _read_blip2(name, "Blip2ForConditionalGeneration", "stage2")
     vision, qformer = sizes_from_config(config)
     if config.text_config.model_type not in LLMS:
-        raise UsageError(
-            f"{folder} holds a {config.text_config.model_type!r}; expected one of {', '.join(LLMS)}."
-        )
+        raise UsageError(f"{folder} holds a {config.text_config.model_type!r}; expected one of {', '.join(LLMS)}.")
     names = stage2_names(qformer)
     refuse_unknown(state, vision_names(vision.depth), names, ignored_prefixes=(_LLM_PREFIX,))
     llm_state = {k.removeprefix(_LLM_PREFIX): v for k, v in state.items() if k.startswith(_LLM_PREFIX)}
@@ -174,9 +168,7 @@ def _save_tensors(path: Path, state: State) -> None:
     path.chmod(0o644)  # safetensors keeps its files to their owner
 
 
-def _save_processor(
-    folder: Path, preparation: ImagePreparation, tokenizer: Any, *, num_query_tokens: int
-) -> None:
+def _save_processor(folder: Path, preparation: ImagePreparation, tokenizer: Any, *, num_query_tokens: int) -> None:
     """`num_query_tokens` image tokens go before a text: a language model's input needs them, ITM's none."""
     from transformers import Blip2Processor, BlipImageProcessor
 
@@ -219,9 +211,7 @@ def _llm_for_blip2(llm: LanguageModel, image_token_id: int) -> tuple[Any, State]
     rows = llm.model.get_input_embeddings().weight.shape[0]
     if image_token_id >= rows:
         config.vocab_size = image_token_id + 1
-        state = {
-            k: _extended(v, image_token_id + 1) if v.shape[:1] == (rows,) else v for k, v in state.items()
-        }
+        state = {k: _extended(v, image_token_id + 1) if v.shape[:1] == (rows,) else v for k, v in state.items()}
     if getattr(config, "bos_token_id", None) is None:  # T5: transformers starts a prompt of its own with it
         config.bos_token_id = llm.end_token_id
     config.eos_token_id = llm.end_token_id

@@ -39,9 +39,7 @@ def train_stage1(
     progress = progress or NullProgress()
     side = load_image_encoder(settings.image_encoder, torch.device("cpu")).preparation.image_size_px
     dataset = read_pairs(run_dirs, image_size_px=side, progress=progress)
-    return train_stage1_on(
-        dataset, settings, output_dir, progress=progress, fields={"input": runs_digest(run_dirs)}
-    )
+    return train_stage1_on(dataset, settings, output_dir, progress=progress, fields={"input": runs_digest(run_dirs)})
 
 
 def train_stage1_on(

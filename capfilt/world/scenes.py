@@ -282,9 +282,7 @@ def _paint_background(rng: np.random.Generator, background: str, width: int, hei
     return picture
 
 
-def _paint_object(
-    rng: np.random.Generator, picture: Array, group: Group, placement: Placement, noise: float
-) -> None:
+def _paint_object(rng: np.random.Generator, picture: Array, group: Group, placement: Placement, noise: float) -> None:
     """Blend one object into the picture, in place, inside its own window only."""
     height, width = picture.shape[:2]
     reach_x, reach_y = 1.15 * placement.radius * width + 1, 1.15 * placement.radius * height + 1

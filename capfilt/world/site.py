@@ -95,9 +95,7 @@ class SiteSettings:
         for shares, known in ((self.caption_shares, CAPTION_WRITERS), (self.behaviour_shares, BEHAVIOURS)):
             odd = sorted(set(shares) - set(known))
             if odd or min(shares.values(), default=0) < 0 or sum(shares.values()) > 1 + 1e-9:
-                raise UsageError(
-                    f"Shares are {dict(shares)}; expected shares of {', '.join(known)} up to 1 in all."
-                )
+                raise UsageError(f"Shares are {dict(shares)}; expected shares of {', '.join(known)} up to 1 in all.")
         if abs(sum(self.caption_shares.values()) - 1) > 1e-9:
             raise UsageError(f"Shares of captions sum to {sum(self.caption_shares.values()):g}; expected 1.")
 
@@ -154,9 +152,7 @@ class WorldSite:
     def base_url(self) -> str:
         """Address of the site; without a port of its own it has one from its start on."""
         if self.port == 0:
-            raise UsageError(
-                "The site has no address before it runs. Use it in a `with` block, or name a port."
-            )
+            raise UsageError("The site has no address before it runs. Use it in a `with` block, or name a port.")
         return f"http://127.0.0.1:{self.port}"
 
     # --- rows -----------------------------------------------------------------------------------------------
@@ -216,9 +212,7 @@ class WorldSite:
     def write_table(self, path: str | Path) -> Path:
         """Write the URL table (columns url and text) as .parquet, .csv or .jsonl, by its name."""
         rows = [(row.url, row.web_caption) for row in self.rows()]
-        table = pa.table(
-            {"url": [url for url, _ in rows], "text": pa.array([text for _, text in rows], pa.string())}
-        )
+        table = pa.table({"url": [url for url, _ in rows], "text": pa.array([text for _, text in rows], pa.string())})
         return _write(table, Path(path))
 
     def write_truth(self, path: str | Path) -> Path:
@@ -253,9 +247,7 @@ class WorldSite:
     def __enter__(self) -> WorldSite:
         started: threading.Event = threading.Event()
         problems: list[BaseException] = []
-        self._thread = threading.Thread(
-            target=self._run, args=(started, problems), name="world-site", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(started, problems), name="world-site", daemon=True)
         self._thread.start()
         started.wait()
         if problems:
@@ -295,9 +287,7 @@ class WorldSite:
         if match is None or int(match[1]) >= self.settings.num_urls:
             return web.Response(status=404, text="There is nothing here.")
         row = self.row(int(match[1]))
-        return await ANSWERS[row.behaviour](
-            request, lambda: self.picture(row), MEDIA_TYPES[row.ending], row.index
-        )
+        return await ANSWERS[row.behaviour](request, lambda: self.picture(row), MEDIA_TYPES[row.ending], row.index)
 
 
 # --- drawing ------------------------------------------------------------------------------------------------
@@ -324,9 +314,7 @@ def _draw_file(rng: np.random.Generator) -> tuple[int, int, str, int]:
     """Width, height, ending and quality of a picture: mostly small, of varied aspect."""
     edge = MIN_EDGE_PX * (MAX_EDGE_PX / MIN_EDGE_PX) ** (rng.random() ** 2)
     aspect = float(np.exp(rng.normal(0.1, 0.22)))
-    width, height = (
-        int(np.clip(edge * scale, MIN_EDGE_PX, MAX_EDGE_PX)) for scale in (aspect**0.5, aspect**-0.5)
-    )
+    width, height = (int(np.clip(edge * scale, MIN_EDGE_PX, MAX_EDGE_PX)) for scale in (aspect**0.5, aspect**-0.5))
     ending = str(rng.choice(["jpg", "png", "webp"], p=[0.6, 0.25, 0.15]))
     return width, height, ending, int(rng.integers(75, 96))
 

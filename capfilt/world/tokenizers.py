@@ -95,9 +95,7 @@ def build_t5_tokenizer(out_dir: Path) -> PreTrainedTokenizerFast:
     pieces += [(f"▁{word}", -5.0) for word in words] + [(c, -12.0) for c in characters]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = _template("$A </s>", tokenizer)
     fast = PreTrainedTokenizerFast(

@@ -80,9 +80,7 @@ def _write_shard(task: tuple[Path, WorldRunSettings, int]) -> int:
             tar = staging / f"{shard}.tar"
             rows = _write_pictures(tar, settings, start, size)
             table = pa.Table.from_pylist(rows, schema=SCHEMAS["shards"])
-            commit_stage(
-                run, "shards", shard, table, fields=fields, input_digest=origin, rows_in=size, tar=tar
-            )
+            commit_stage(run, "shards", shard, table, fields=fields, input_digest=origin, rows_in=size, tar=tar)
     manifest_fields = {"world": 1, "captions_per_scene": settings.captions_per_scene}
     digest = file_sha256(run.stage_file("shards", shard))
     if stage_state(run, "manifest", shard, manifest_fields, digest) != "done":

@@ -83,8 +83,7 @@ def _deep(pixels: Pixels, quality: int) -> bytes:
         (b"IEND", b""),
     ]
     framed = (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     )
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 

@@ -40,15 +40,11 @@ All others are `plain`."""
 Answer = Callable[[web.Request, Callable[[], bytes], str, int], Awaitable[web.StreamResponse]]
 """(request, picture, media type, row) → response."""
 
-_HTML = (
-    "<!doctype html><html><head><title>Not here any more</title></head><body>Try the search.</body></html>"
-)
+_HTML = "<!doctype html><html><head><title>Not here any more</title></head><body>Try the search.</body></html>"
 _DRIP_SECONDS = 0.3
 
 
-async def _plain(
-    request: web.Request, picture: Callable[[], bytes], media_type: str, row: int
-) -> web.StreamResponse:
+async def _plain(request: web.Request, picture: Callable[[], bytes], media_type: str, row: int) -> web.StreamResponse:
     return web.Response(body=picture(), content_type=media_type)
 
 
@@ -67,9 +63,7 @@ async def _redirect(
     hop = int(request.query.get("hop", "0"))
     if hop > row % 3:
         return await _plain(request, picture, media_type, row)
-    return web.Response(
-        status=(301, 302, 307)[hop % 3], headers={"Location": f"{request.path}?hop={hop + 1}"}
-    )
+    return web.Response(status=(301, 302, 307)[hop % 3], headers={"Location": f"{request.path}?hop={hop + 1}"})
 
 
 async def _redirect_loop(
@@ -85,9 +79,7 @@ async def _wrong_type(
     return web.Response(body=picture(), content_type="text/plain")
 
 
-async def _html(
-    request: web.Request, picture: Callable[[], bytes], media_type: str, row: int
-) -> web.StreamResponse:
+async def _html(request: web.Request, picture: Callable[[], bytes], media_type: str, row: int) -> web.StreamResponse:
     return web.Response(text=_HTML, content_type=media_type)
 
 
@@ -103,16 +95,12 @@ async def _disallowed(
     return web.Response(body=picture(), content_type=media_type, headers={"X-Robots-Tag": "noai, noimageai"})
 
 
-async def _hang(
-    request: web.Request, picture: Callable[[], bytes], media_type: str, row: int
-) -> web.StreamResponse:
+async def _hang(request: web.Request, picture: Callable[[], bytes], media_type: str, row: int) -> web.StreamResponse:
     await asyncio.sleep(3600)
     return web.Response(status=503)
 
 
-async def _drip(
-    request: web.Request, picture: Callable[[], bytes], media_type: str, row: int
-) -> web.StreamResponse:
+async def _drip(request: web.Request, picture: Callable[[], bytes], media_type: str, row: int) -> web.StreamResponse:
     """A byte every now and then: never silent long enough for a time-out of single reads."""
     body = picture()
     response = web.StreamResponse(headers={"Content-Length": str(len(body)), "Content-Type": media_type})

@@ -102,11 +102,7 @@ def _empty(scene: Scene, rng: np.random.Generator) -> str | None:
 
 def _overlong(scene: Scene, rng: np.random.Generator) -> str:
     """Chatter without end; a third of it beyond what a download keeps."""
-    wanted = (
-        int(rng.integers(9_000, MAX_OVERLONG_BYTES))
-        if rng.random() < 1 / 3
-        else int(rng.integers(400, 4_000))
-    )
+    wanted = int(rng.integers(9_000, MAX_OVERLONG_BYTES)) if rng.random() < 1 / 3 else int(rng.integers(400, 4_000))
     parts: list[str] = []
     while sum(map(len, parts)) < wanted:
         parts.append(_pick(_SHOP + _SITE, rng))

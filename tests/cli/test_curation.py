@@ -48,9 +48,7 @@ threshold = 0.4
     return path
 
 
-def test_stage_commands_and_recipe_give_equal_rows(
-    run: Path, downloaded: Path, models: Models, tmp_path: Path
-) -> None:
+def test_stage_commands_and_recipe_give_equal_rows(run: Path, downloaded: Path, models: Models, tmp_path: Path) -> None:
     other = Path(shutil.copytree(downloaded, tmp_path / "other"))
     outputs = curate(run, models)
     assert outputs[0].startswith("Wrote captions")

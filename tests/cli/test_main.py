@@ -48,9 +48,7 @@ def test_every_failure_has_a_message_and_a_code(
     assert "Traceback" not in shown
 
 
-def test_debug_shows_the_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("CAPFILT_DEBUG", "1")
     report(UsageError("no"))
     assert "Traceback" not in capsys.readouterr().out

@@ -75,9 +75,7 @@ def encode_picture(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def _commit_shard(
-    run: RunDir, shard: str, numbers: range, broken: set[int], source_rows: int, num_shards: int
-) -> None:
+def _commit_shard(run: RunDir, shard: str, numbers: range, broken: set[int], source_rows: int, num_shards: int) -> None:
     images = {f"{n:09d}": encode_picture(n)[: 200 if n in broken else None] for n in numbers}
     captions = {key: WEB_CAPTIONS[int(key) % len(WEB_CAPTIONS)] for key in images}
     members = []

@@ -76,9 +76,7 @@ def test_the_second_time_nothing_is_done(finished: RunDir, models: Models) -> No
     assert {path: path.stat().st_mtime_ns for path in finished.path.rglob("*.parquet")} == files
 
 
-def test_broken_pictures_are_quarantined_and_the_run_goes_on(
-    finished: RunDir, models: Models, tmp_path: Path
-) -> None:
+def test_broken_pictures_are_quarantined_and_the_run_goes_on(finished: RunDir, models: Models, tmp_path: Path) -> None:
     run = make_run(tmp_path, broken=[0, 3, 13])
     summary = annotate_all(run, models)
     assert summary.stages["captions"].num_quarantined == 3

@@ -16,9 +16,7 @@ from capfilt.errors import UsageError
 from capfilt.settings import CaptionSettings
 from tests import factories
 
-PICTURES = [
-    factories.draw_picture(seed, width_px=40 + 3 * seed, height_px=70 - 2 * seed) for seed in range(12)
-]
+PICTURES = [factories.draw_picture(seed, width_px=40 + 3 * seed, height_px=70 - 2 * seed) for seed in range(12)]
 KEYS = [f"{number:09d}" for number in range(len(PICTURES))]
 
 
@@ -46,15 +44,11 @@ def test_pictures_are_prepared_as_transformers_does(folder: Path) -> None:
 
 @pytest.mark.parametrize("prompt", [None, "", "a photo of"])
 @pytest.mark.parametrize(("decoding", "num_beams"), [("greedy", 1), ("beam", 3)])
-def test_texts_are_those_of_transformers(
-    folder: Path, prompt: str | None, decoding: str, num_beams: int
-) -> None:
+def test_texts_are_those_of_transformers(folder: Path, prompt: str | None, decoding: str, num_beams: int) -> None:
     from transformers import BlipForConditionalGeneration
 
     model = BlipForConditionalGeneration.from_pretrained(folder).eval()
-    processor = BlipProcessor(
-        BlipImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    )
+    processor = BlipProcessor(BlipImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
     ours = load(folder, decoding=decoding, num_captions=1, num_beams=num_beams, prompt=prompt, max_length=16)
     text = "a picture of " if prompt is None else prompt
     num_prompt = len(processor.tokenizer(text).input_ids) - 1
@@ -63,9 +57,7 @@ def test_texts_are_those_of_transformers(
         **inputs, num_beams=num_beams, do_sample=False, min_length=5, max_length=16, repetition_penalty=1.1
     )
     # A text that begins inside a word ("##s") is written without the marks.
-    expected = [
-        processor.decode(row[num_prompt:], skip_special_tokens=True).removeprefix("##") for row in outputs
-    ]
+    expected = [processor.decode(row[num_prompt:], skip_special_tokens=True).removeprefix("##") for row in outputs]
     found = [texts[0] for texts in ours.caption(PICTURES, KEYS)]
     assert found == expected
     assert len(set(found)) > 4
@@ -103,9 +95,7 @@ def test_real_vocabulary(tmp_path: Path) -> None:
     theirs = factories.save_captioner(tmp_path, config=config)
     factories.save_tokenizer(tmp_path, vocabulary)
     ours = load(tmp_path, decoding="greedy", num_captions=1)
-    processor = BlipProcessor(
-        BlipImageProcessor.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    )
+    processor = BlipProcessor(BlipImageProcessor.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path))
     inputs = processor(PICTURES, text=["a picture of "] * len(PICTURES), return_tensors="pt")
     outputs = theirs.generate(**inputs, do_sample=False, min_length=5, max_length=20, repetition_penalty=1.1)
     expected = [processor.decode(row[4:], skip_special_tokens=True).removeprefix("##") for row in outputs]

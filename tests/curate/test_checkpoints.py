@@ -143,9 +143,7 @@ SPOILT = {
         "no readable tokenizer",
     ),
     "no tokenizer": (
-        lambda folder: [
-            (folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
-        ],
+        lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")],
         "neither tokenizer.json nor vocab.txt",
     ),
 }

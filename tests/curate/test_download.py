@@ -47,9 +47,7 @@ SLOW = SiteSettings(num_urls=40, behaviour_shares={"hang": 0.1})
 
 
 def _rows(run: RunDir) -> list[dict[str, Any]]:
-    return [
-        row for name in run.shard_names() for row in read_table(run.stage_file("shards", name)).to_pylist()
-    ]
+    return [row for name in run.shard_names() for row in read_table(run.stage_file("shards", name)).to_pylist()]
 
 
 def _wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
@@ -63,9 +61,7 @@ def _wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 def _children_of(pid: int) -> list[int]:
     lists = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-    return [
-        int(child) for child in " ".join(lists).split() if b"capfilt.curate.worker" in _command(int(child))
-    ]
+    return [int(child) for child in " ".join(lists).split() if b"capfilt.curate.worker" in _command(int(child))]
 
 
 def _workers_of(pid: int) -> list[int]:
@@ -145,14 +141,10 @@ def test_every_row_is_accounted_for_with_the_right_reason(done: _Done) -> None:
 
 def test_failures_are_in_quarantine_too(done: _Done) -> None:
     quarantined = [
-        row
-        for name in done.run.shard_names()
-        for row in read_quarantine(done.run, "shards", name).to_pylist()
+        row for name in done.run.shard_names() for row in read_quarantine(done.run, "shards", name).to_pylist()
     ]
     failed = [row for row in done.rows if row["reason"] is not None]
-    assert [(row["key"], row["reason"]) for row in quarantined] == [
-        (row["key"], row["reason"]) for row in failed
-    ]
+    assert [(row["key"], row["reason"]) for row in quarantined] == [(row["key"], row["reason"]) for row in failed]
     for row in quarantined:
         assert row["detail"]
         assert (row["bytes"] is not None) == (row["reason"] in ("truncated_image", "not_an_image"))
@@ -180,9 +172,7 @@ def test_pictures_are_upright_and_right(done: _Done) -> None:
             assert (picture.format, picture.mode, picture.getexif().get(0x0112)) == ("JPEG", "RGB", None)
             assert picture.size == (sample.width, sample.height) == (row.width_px, row.height_px)
             painted = Image.fromarray(render(row.scene, row.width_px, row.height_px))
-            coarse = (
-                np.asarray(i.resize((12, 12), Image.Resampling.BOX), dtype=int) for i in (picture, painted)
-            )
+            coarse = (np.asarray(i.resize((12, 12), Image.Resampling.BOX), dtype=int) for i in (picture, painted))
             assert np.abs(np.subtract(*coarse)).mean() < 5, row.behaviour
             seen[row.behaviour] += 1
     assert {"plain", "redirect", "rotated", "deep", "cmyk", "palette", "alpha", "wrong_type"} <= set(seen)
@@ -318,9 +308,7 @@ Image.open = poisoned_open
 """
 
 
-def test_picture_that_kills_its_decoder_costs_its_row_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_picture_that_kills_its_decoder_costs_its_row_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers' Python is given a decoder that dies on one picture, as a flaw in a real one would."""
     (tmp_path / "sitecustomize.py").write_text(_POISON)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

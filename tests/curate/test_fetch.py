@@ -28,9 +28,7 @@ Answer = Callable[[socket.socket, str], None]
 class HostileServer:
     """Accepts connections on loopback, reads the request head and lets a function write what it likes."""
 
-    def __init__(
-        self, answers: dict[str, Answer], host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
-    ) -> None:
+    def __init__(self, answers: dict[str, Answer], host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
         self.answers = answers
         self._tls = tls
         self.requests: list[str] = []
@@ -218,9 +216,7 @@ def test_retries_only_what_may_pass() -> None:
 
     def second_time_lucky(connection: socket.socket, request: str) -> None:
         calls.append(request)
-        plain(b"picture" if len(calls) == 2 else b"", "200 OK" if len(calls) == 2 else "503 Busy")(
-            connection, request
-        )
+        plain(b"picture" if len(calls) == 2 else b"", "200 OK" if len(calls) == 2 else "503 Busy")(connection, request)
 
     with HostileServer({"/flaky": second_time_lucky, "/gone": plain(b"", "410 Gone")}) as server:
         fetcher = Fetcher(replace(SETTINGS, retries=2))
@@ -278,9 +274,7 @@ def _speak_no_tls(listener: socket.socket) -> None:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
-def test_tls_is_for_the_name_on_the_address_that_was_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tls_is_for_the_name_on_the_address_that_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subject = ["-subj", "/CN=pictures.example", "-addext", "subjectAltName=DNS:pictures.example"]
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
@@ -357,9 +351,7 @@ def test_redirects_to_private_addresses_are_not_followed() -> None:
             check_address(address, allow_private)
 
     with canary() as target, HostileServer({}, host="127.0.0.77") as entry:
-        entry.answers |= {
-            f"/{i}": redirect(f"http://{f}:{target.port}/") for i, f in enumerate(LOOPBACK_FORMS)
-        }
+        entry.answers |= {f"/{i}": redirect(f"http://{f}:{target.port}/") for i, f in enumerate(LOOPBACK_FORMS)}
         settings = replace(_closed_settings(target.port), ports=(entry.port, target.port))
         fetcher = Fetcher(settings, check=check)
         for i, form in enumerate(LOOPBACK_FORMS):

@@ -64,9 +64,7 @@ def test_what_webdataset_and_img2dataset_write(tmp_path: Path, run: RunDir) -> N
             "original_height": 66,
         }
         writer.write({"__key__": "000000002", "png": picture(2, "PNG"), "json": metadata})
-        writer.write(
-            {"__key__": "train/n01", "webp": picture(3, "WEBP"), "json": {"captions": ["one", "two"]}}
-        )
+        writer.write({"__key__": "train/n01", "webp": picture(3, "WEBP"), "json": {"captions": ["one", "two"]}})
         writer.write({"__key__": "000000004", "jpg": picture(4), "cls": 7})
     summary = import_shards([str(tmp_path / "a.tar")], run)
     assert (summary.num_tars, summary.num_new_tars, summary.num_samples, summary.failures) == (1, 1, 4, {})

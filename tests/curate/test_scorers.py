@@ -78,9 +78,7 @@ def test_clip_scores_do_not_depend_on_the_batch(clip_folder: Path) -> None:
     scorer = ClipScorer(RankSettings(clip_model=str(clip_folder)))
     whole = score(scorer)
     for chosen in ([0], [4, 2], [6, 0, 3]):
-        torch.testing.assert_close(
-            flat(score(scorer, chosen)), flat([whole[n] for n in chosen]), atol=1e-6, rtol=0
-        )
+        torch.testing.assert_close(flat(score(scorer, chosen)), flat([whole[n] for n in chosen]), atol=1e-6, rtol=0)
 
 
 def test_clip_by_name_and_local_file(clip_folder: Path, tmp_path: Path) -> None:
@@ -92,9 +90,7 @@ def test_clip_by_name_and_local_file(clip_folder: Path, tmp_path: Path) -> None:
     weights = tmp_path / "weights.pt"
     torch.save(open_clip.create_model("tiny-for-tests").state_dict(), weights)
     scorer = ClipScorer(RankSettings(clip_model="tiny-for-tests", clip_weights=str(weights)))
-    torch.testing.assert_close(
-        flat(score(scorer)), open_clip_scores("tiny-for-tests", str(weights)), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(flat(score(scorer)), open_clip_scores("tiny-for-tests", str(weights)), atol=1e-5, rtol=0)
     assert scorer.fields["model"].keys() == {"weights.pt", "tiny-for-tests.json"}
     weights.write_bytes(b"nothing")
     with pytest.raises(UsageError, match="open_clip cannot load"):
@@ -168,8 +164,5 @@ def test_itm_scores_are_equal_to_the_bit_in_any_batch(filter_folder: Path) -> No
 
 def test_itm_first_token_and_files_are_in_the_fingerprint(filter_folder: Path) -> None:
     plain = ItmScorer(FilterSettings(filter_model=str(filter_folder))).fields
-    assert (
-        ItmScorer(FilterSettings(filter_model=str(filter_folder), threshold=0.9, batch_size=2)).fields
-        == plain
-    )
+    assert ItmScorer(FilterSettings(filter_model=str(filter_folder), threshold=0.9, batch_size=2)).fields == plain
     assert ItmScorer(FilterSettings(filter_model=str(filter_folder), first_token="cls")).fields != plain

@@ -78,9 +78,7 @@ def test_manifest_is_that_of_a_plain_loop(
     clip_rows, itm_rows, samples = [], [], []
     for number, captions in enumerate(images):
         key, ranked = f"{number:03d}", rank_captions(captions, include_web=include_web)
-        samples.append(
-            {"key": key, "url": f"u{number}", "width": number, "height": 2, "sha256": f"s{number}"}
-        )
+        samples.append({"key": key, "url": f"u{number}", "width": number, "height": 2, "sha256": f"s{number}"})
         for c in ranked:
             source = "web" if c.caption_index == -1 else "synthetic"
             row = {"key": key, "caption_index": c.caption_index, "source": source, "text": c.text}
@@ -89,9 +87,7 @@ def test_manifest_is_that_of_a_plain_loop(
         for c in captions_to_filter(ranked, keep=stored_keep, include_web=include_web):
             row = {"key": key, "caption_index": c.caption_index, "itm_score": itm_of[c.text]}
             itm_rows.append(row)
-    facts = pa.Table.from_pylist(
-        [{"key": "none", "url": "x", "width": 9, "height": 9, "sha256": "x"}, *samples]
-    )
+    facts = pa.Table.from_pylist([{"key": "none", "url": "x", "width": 9, "height": 9, "sha256": "x"}, *samples])
     manifest = select_pairs(
         "00000", facts, pa.Table.from_pylist(clip_rows, schema=SCHEMAS["clip"]),
         pa.Table.from_pylist(itm_rows, schema=SCHEMAS["itm"]), threshold=threshold, keep=keep,
@@ -101,9 +97,7 @@ def test_manifest_is_that_of_a_plain_loop(
     scored = {(row["key"], row["caption_index"]): row["itm_score"] for row in itm_rows}
     webs = {row["key"]: row["text"] for row in clip_rows if row["caption_index"] == -1}
     rows = manifest.to_pylist()
-    assert [(row["key"], row["caption_index"]) for row in rows] == [
-        (r["key"], r["caption_index"]) for r in clip_rows
-    ]
+    assert [(row["key"], row["caption_index"]) for row in rows] == [(r["key"], r["caption_index"]) for r in clip_rows]
     for row, clip in zip(rows, clip_rows, strict=True):
         itm = scored.get((row["key"], row["caption_index"]))
         reason = plain_reason(clip, webs[row["key"]], itm, threshold, keep, include_web)

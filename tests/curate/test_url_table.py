@@ -197,12 +197,8 @@ def test_shards_are_planned_as_asked() -> None:
     assert plan_shards(3, 1000, 9) == [1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("num_shards", "missing"), [(None, {0, 1, 2, 3, 4}), (None, {3}), (4, {1, 3}), (7, {0, 6})]
-)
-def test_parts_hold_the_rows_of_their_shards(
-    tmp_path: Path, num_shards: int | None, missing: set[int]
-) -> None:
+@pytest.mark.parametrize(("num_shards", "missing"), [(None, {0, 1, 2, 3, 4}), (None, {3}), (4, {1, 3}), (7, {0, 6})])
+def test_parts_hold_the_rows_of_their_shards(tmp_path: Path, num_shards: int | None, missing: set[int]) -> None:
     urls = [f"u{i}" for i in range(23)]
     pq.write_table(pa.table({"url": urls, "text": urls}), tmp_path / "t.parquet")
     table = open_url_table(str(tmp_path / "t.parquet"), "url", "text", tmp_path)

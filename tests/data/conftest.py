@@ -51,9 +51,7 @@ def commit_shard(run: RunDir, shard: str = "00000", num_samples: int = 3, *, num
             for key, ext, image, caption, member in zip(keys, exts, images, captions, index, strict=True)
         ]
         bad = f"{shard}9999"
-        rows.append(
-            dict(key=bad, url="http://x/y", caption="z", status="failed_to_download", reason="timeout")
-        )
+        rows.append(dict(key=bad, url="http://x/y", caption="z", status="failed_to_download", reason="timeout"))
         commit_stage(
             run, "shards", shard, pa.Table.from_pylist(rows, schema=SCHEMAS["shards"]),
             fields={"image_size_px": 64}, input_digest="table", rows_in=num_samples + 1, tar=tar,
@@ -65,9 +63,7 @@ def commit_shard(run: RunDir, shard: str = "00000", num_samples: int = 3, *, num
 def commit_captions(run: RunDir, shard: str = "00000", *, seed: int = 0, replace: bool = False) -> None:
     """Three captions for each sample but the last, which goes to quarantine."""
     keys = _kept(run, shard)
-    rows = [
-        dict(key=key, caption_index=n, text=f"{seed} {key} {n // 2}") for key in keys[:-1] for n in range(3)
-    ]
+    rows = [dict(key=key, caption_index=n, text=f"{seed} {key} {n // 2}") for key in keys[:-1] for n in range(3)]
     commit_stage(
         run, "captions", shard, pa.Table.from_pylist(rows, schema=SCHEMAS["captions"]), fields={"seed": seed},
         input_digest=input_digest(run, "captions", shard), rows_in=len(keys), replace=replace,
@@ -101,23 +97,16 @@ def commit_itm(run: RunDir, shard: str = "00000", *, lost: int = 0, replace: boo
     _commit(run, "itm", shard, rows, {"first_token": "enc"}, replace, quarantined)
 
 
-def commit_manifest(
-    run: RunDir, shard: str = "00000", *, threshold: float = 0.5, replace: bool = False
-) -> None:
+def commit_manifest(run: RunDir, shard: str = "00000", *, threshold: float = 0.5, replace: bool = False) -> None:
     clip = read_table(run.read_file("clip", shard)).to_pylist()
-    itm = {
-        (r["key"], r["caption_index"]): r["itm_score"]
-        for r in read_table(run.read_file("itm", shard)).to_pylist()
-    }
+    itm = {(r["key"], r["caption_index"]): r["itm_score"] for r in read_table(run.read_file("itm", shard)).to_pylist()}
     samples = {row["key"]: row for row in read_table(run.stage_file("shards", shard)).to_pylist()}
     rows = []
     for row in clip:
         if row["key"] not in {key for key, _ in itm}:
             continue
         score = itm.get((row["key"], row["caption_index"]))
-        reason = (
-            "duplicate" if row.pop("duplicate_of") is not None else "low_clip" if row["rank"] == 2 else None
-        )
+        reason = "duplicate" if row.pop("duplicate_of") is not None else "low_clip" if row["rank"] == 2 else None
         if not row["text"]:
             reason = "empty"
         elif reason is None and score < threshold:

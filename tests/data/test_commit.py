@@ -122,11 +122,7 @@ def test_every_point_of_a_crash_recovers(
         if status == 0:
             break
         num_deaths += 1
-    fewest = (
-        {"shards": 2, "captions": 2, "manifest": 1}
-        if halfway
-        else {"shards": 14, "captions": 8, "manifest": 5}
-    )
+    fewest = {"shards": 2, "captions": 2, "manifest": 1} if halfway else {"shards": 14, "captions": 8, "manifest": 5}
     assert num_deaths >= fewest[stage]
 
 
@@ -176,9 +172,7 @@ def test_a_disk_that_refuses_leaves_no_bad_commit(
         stages.shard(run)
         counter = itertools.count()
 
-        def call(
-            *args: object, failing: int = failing, counter: Iterator[int] = counter, **options: object
-        ) -> object:
+        def call(*args: object, failing: int = failing, counter: Iterator[int] = counter, **options: object) -> object:
             if next(counter) == failing:
                 raise OSError(code, os.strerror(code))
             return real(*args, **options)
@@ -208,17 +202,13 @@ def test_short_writes_are_continued(make_run: Callable[..., RunDir], monkeypatch
     assert verify_run(make_run(1), deep=True).exit_code == 0
 
 
-def test_resume_only_where_everything_matches(
-    make_run: Callable[..., RunDir], stages: SimpleNamespace
-) -> None:
+def test_resume_only_where_everything_matches(make_run: Callable[..., RunDir], stages: SimpleNamespace) -> None:
     run = make_run(1)
     digest = input_digest(run, "captions", "00000")
     assert stage_state(run, "captions", "00000", {"seed": 0}, digest) == "done"
     assert stage_state(run, "captions", "00000", {"seed": 0}, "other") == "stale_input"
     assert stage_state(run, "captions", "00001", {"seed": 0}, digest) == "missing"
-    with pytest.raises(
-        FingerprintMismatchError, match=r"seed: 0 -> 1; top_p: absent -> 0.9.*--generation NAME"
-    ):
+    with pytest.raises(FingerprintMismatchError, match=r"seed: 0 -> 1; top_p: absent -> 0.9.*--generation NAME"):
         stage_state(run, "captions", "00000", {"seed": 1, "top_p": 0.9}, digest)
     with pytest.raises(FingerprintMismatchError, match="another run directory"):
         stage_state(run, "shards", "00000", {}, "table")
@@ -235,9 +225,7 @@ def test_resume_only_where_everything_matches(
         stage_state(run, "shards", "00000", {"image_size_px": 64}, "table")
 
 
-def test_a_committed_stage_is_not_written_again(
-    make_run: Callable[..., RunDir], stages: SimpleNamespace
-) -> None:
+def test_a_committed_stage_is_not_written_again(make_run: Callable[..., RunDir], stages: SimpleNamespace) -> None:
     run = make_run(1)
     before = files_of(run)
     with pytest.raises(CapfiltError, match="committed already"):
@@ -308,9 +296,7 @@ def test_what_does_not_reconcile_is_not_published(make_run: Callable[..., RunDir
 
 def test_wrong_columns_scores_and_reasons_are_faults(make_run: Callable[..., RunDir]) -> None:
     run = make_run(1, 3)
-    with pytest.raises(
-        ValueError, match=r"columns are \[key: string\]; expected \[key: string, caption_index: int32"
-    ):
+    with pytest.raises(ValueError, match=r"columns are \[key: string\]; expected \[key: string, caption_index: int32"):
         commit_stage(run, "itm", "00001", pa.table({"key": ["a"]}), fields={}, input_digest="", rows_in=1)
     rows = [dict(key="a", caption_index=0, itm_score=float("nan"))]
     table = pa.Table.from_pylist(rows, schema=SCHEMAS["itm"])

@@ -42,9 +42,7 @@ def read(data: bytes) -> list[ForeignMember]:
 def test_all_that_python_writes_is_read(files: dict[str, bytes], kind: int) -> None:
     if kind == tarfile.USTAR_FORMAT:
         files = {name: content for name, content in files.items() if len(name.encode()) <= 100}
-    data = packed(
-        *[(info(name, len(content), mtime=1.5), content) for name, content in files.items()], kind=kind
-    )
+    data = packed(*[(info(name, len(content), mtime=1.5), content) for name, content in files.items()], kind=kind)
     assert [(m.name, m.content, m.reason) for m in read(data)] == [(n, c, None) for n, c in files.items()]
 
 
@@ -105,12 +103,8 @@ DAMAGED = {
     "one byte behind the end": WHOLE + b"x",
     "a broken second header": WHOLE[: 512 * 3 + 5] + b"\x80" + WHOLE[512 * 3 + 6 :],
     "a huge PAX header": info("p", 70_000, tarfile.XHDTYPE).tobuf(tarfile.USTAR_FORMAT) + bytes(80_000),
-    "a PAX header that is none": info("p", 5, tarfile.XHDTYPE).tobuf(tarfile.USTAR_FORMAT)
-    + b"abcde"
-    + bytes(507),
-    "a PAX size that is none": packed(
-        (info("a.jpg", 1, pax_headers={"size": "-5"}), b"x"), kind=tarfile.PAX_FORMAT
-    ),
+    "a PAX header that is none": info("p", 5, tarfile.XHDTYPE).tobuf(tarfile.USTAR_FORMAT) + b"abcde" + bytes(507),
+    "a PAX size that is none": packed((info("a.jpg", 1, pax_headers={"size": "-5"}), b"x"), kind=tarfile.PAX_FORMAT),
 }
 
 

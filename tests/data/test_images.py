@@ -74,9 +74,7 @@ def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     stored = quadrants().transpose(undo[orientation]) if orientation in undo else quadrants()
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    options = (
-        {"quality": 95, "subsampling": 0} if kind == "jpeg" else {"lossless": True} if kind == "webp" else {}
-    )
+    options = {"quality": 95, "subsampling": 0} if kind == "jpeg" else {"lossless": True} if kind == "webp" else {}
     data = encoded(stored, kind, exif=exif, **options)
     assert difference(decode_image(data), quadrants()) < 8
 
@@ -218,9 +216,7 @@ print(int(peak.split()[1]) // 1024)
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")
 def test_the_largest_picture_is_decoded_within_512_mb(tmp_path: Path) -> None:
     path = tmp_path / "large.jpg"
     Image.new("CMYK", (7071, 7071), (200, 100, 50, 25)).save(path)

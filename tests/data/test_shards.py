@@ -19,9 +19,7 @@ def test_samples_are_those_committed(make_run: Callable[..., RunDir]) -> None:
     run = make_run(1, 5)
     rows = {row["key"]: row for row in read_table(run.stage_file("shards", "00000")).to_pylist()}
     samples = list(read_samples(run, "00000"))
-    assert [sample.key for sample in samples] == [
-        key for key, row in rows.items() if row["status"] == "success"
-    ]
+    assert [sample.key for sample in samples] == [key for key, row in rows.items() if row["status"] == "success"]
     for sample in samples:
         row = rows[sample.key]
         assert hashlib.sha256(sample.image).hexdigest() == sample.sha256 == row["sha256"]

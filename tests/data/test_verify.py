@@ -106,10 +106,7 @@ def with_keys_of_other_shard(content: list[dict[str, Any]]) -> None:
 
 DAMAGES: dict[str, Damage] = {
     **{f"a flip in {stage}": stage_path(stage, lambda path: flip(path, 0.3)) for stage in STAGES},
-    **{
-        f"a flip in the footer of {stage}": stage_path(stage, lambda path: flip(path, 0.97))
-        for stage in STAGES
-    },
+    **{f"a flip in the footer of {stage}": stage_path(stage, lambda path: flip(path, 0.97)) for stage in STAGES},
     **{f"{stage} is cut": stage_path(stage, cut) for stage in STAGES},
     **{f"{stage} is gone": stage_path(stage, Path.unlink) for stage in STAGES},
     **{f"{stage} is empty": stage_path(stage, lambda path: path.write_bytes(b"")) for stage in STAGES},
@@ -221,9 +218,7 @@ def test_no_false_alarm(make_run: Callable[..., RunDir], stages: SimpleNamespace
     assert verify_run(RunDir.open(run.path, "warm")).exit_code == 0
 
 
-def test_an_interrupted_run_is_unfinished_not_damaged(
-    make_run: Callable[..., RunDir], stages: SimpleNamespace
-) -> None:
+def test_an_interrupted_run_is_unfinished_not_damaged(make_run: Callable[..., RunDir], stages: SimpleNamespace) -> None:
     run = make_run(2, 4)
     run.stage_file("manifest", BAD).unlink()
     report = verify_run(run)
@@ -231,16 +226,12 @@ def test_an_interrupted_run_is_unfinished_not_damaged(
     assert [(item.stage, item.shard) for item in report.unfinished] == [("manifest", BAD)]
     stages.manifest(run, BAD, threshold=0.95)
     report = verify_run(run)
-    assert [item.problem for item in report.unfinished] == [
-        "it was made with other parameters than shard 00000"
-    ]
+    assert [item.problem for item in report.unfinished] == ["it was made with other parameters than shard 00000"]
     stages.manifest(run, "00000", threshold=0.95, replace=True)
     assert verify_run(run).exit_code == 0
 
 
-def test_damage_in_a_generation_names_the_generation(
-    make_run: Callable[..., RunDir], stages: SimpleNamespace
-) -> None:
+def test_damage_in_a_generation_names_the_generation(make_run: Callable[..., RunDir], stages: SimpleNamespace) -> None:
     run = make_run(1, 4)
     stages.captions(RunDir.open(run.path, "warm"), seed=1)
     flip(run.path / "captions@warm" / "00000.parquet", 0.5)
@@ -254,9 +245,7 @@ def test_a_run_of_shards_alone_is_complete(tmp_path: Path, stages: SimpleNamespa
     run = RunDir.create(tmp_path / "run")
     stages.shard(run)
     assert verify_run(run, deep=True).exit_code == 0
-    assert (
-        verify_run(RunDir.create(tmp_path / "empty")).line().startswith("complete and reconciled: 0 shards")
-    )
+    assert verify_run(RunDir.create(tmp_path / "empty")).line().startswith("complete and reconciled: 0 shards")
 
 
 def test_a_row_of_the_table_that_came_to_nothing_is_missed(tmp_path: Path, stages: SimpleNamespace) -> None:
@@ -264,9 +253,7 @@ def test_a_row_of_the_table_that_came_to_nothing_is_missed(tmp_path: Path, stage
     stages.shard(run, "00000", 3, num_shards=2)
     report = verify_run(run)
     assert [(item.shard, item.problem) for item in report.unfinished] == [("00001", "the shard is not there")]
-    stages.shard(
-        run, "00001", 2, num_shards=2
-    )  # the plan was made for shards of four rows, this one has three
+    stages.shard(run, "00001", 2, num_shards=2)  # the plan was made for shards of four rows, this one has three
     path = run.stage_file("shards", "00001")
     changed = asdict(read_commit_record(path))
     changed["extra"]["source_rows"] = 8

@@ -141,9 +141,7 @@ def test_itm_has_one_match_and_two_hard_negatives_per_pair(models, batch) -> Non
     other_texts = draw_negatives(logits, torch.eye(4, dtype=torch.bool))
     other_images = draw_negatives(logits.T, torch.eye(4, dtype=torch.bool))
     pairs = [(i, i, 1) for i in range(4)]
-    pairs += [(int(other_images[i]), i, 0) for i in range(4)] + [
-        (i, int(other_texts[i]), 0) for i in range(4)
-    ]
+    pairs += [(int(other_images[i]), i, 0) for i in range(4)] + [(i, int(other_texts[i]), 0) for i in range(4)]
     total = 0.0
     for row, text, label in pairs:
         length = int(texts.mask[text].sum())

@@ -90,14 +90,10 @@ def test_greedy_and_beam_captions_are_those_of_transformers(
     assert len({tuple(texts[0]) for texts in found}) > NUM_IMAGES // 4, "the captions would not differ"
 
 
-def test_incremental_logits_are_the_teacher_forced_ones(
-    captioners: Any, images: Tensor, features: Tensor
-) -> None:
+def test_incremental_logits_are_the_teacher_forced_ones(captioners: Any, images: Tensor, features: Tensor) -> None:
     """Every token greedy decoding takes is the argmax of the full forward of transformers."""
     theirs, ours = captioners
-    decoding = CaptionSettings(
-        decoding="greedy", num_captions=1, min_length=1, max_length=18, repetition_penalty=1.0
-    )
+    decoding = CaptionSettings(decoding="greedy", num_captions=1, min_length=1, max_length=18, repetition_penalty=1.0)
     with torch.inference_mode():
         for index, texts in enumerate(write_captions(ours, features, KEYS, PROMPT, decoding)):
             tokens = torch.tensor([[*PROMPT, *texts[0]]])
@@ -139,9 +135,7 @@ def test_captions_do_not_depend_on_the_batch(
     assert found == [captions[index][:num] for index in chosen]
 
 
-def test_seed_and_key_change_captions(
-    captioners: Any, features: Tensor, captions: list[list[list[int]]]
-) -> None:
+def test_seed_and_key_change_captions(captioners: Any, features: Tensor, captions: list[list[list[int]]]) -> None:
     assert sample(captioners[1], features, [0], seed=6)[0] != captions[0]
     decoding = CaptionSettings(seed=5)
     assert write_captions(captioners[1], features[:1], ["other"], PROMPT, decoding)[0] != captions[0]
@@ -179,8 +173,6 @@ def test_itm_logits_are_those_of_transformers(images: Tensor, padded_to: int) ->
     found = ours.itm_logits(ours.vision(images), tokens, mask)
     assert expected.std(dim=0).min() > 0.01
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    similarity = theirs(
-        pixel_values=images, input_ids=tokens[::2], attention_mask=mask[::2].long(), use_itm_head=False
-    )
+    similarity = theirs(pixel_values=images, input_ids=tokens[::2], attention_mask=mask[::2].long(), use_itm_head=False)
     ours_similarity = ours.embed_images(ours.vision(images)) @ ours.embed_texts(tokens[::2], mask[::2]).T
     torch.testing.assert_close(ours_similarity, similarity.itm_score, atol=1e-4, rtol=0)

@@ -55,9 +55,7 @@ def test_text_sees_all_text_but_no_padding_under_the_unimodal_mask(qformer: QFor
 
 
 @pytest.mark.parametrize("place", range(NUM_TOKENS))
-def test_text_sees_earlier_text_only_under_the_causal_mask(
-    qformer: QFormer, image: ImageKeyValues, place: int
-) -> None:
+def test_text_sees_earlier_text_only_under_the_causal_mask(qformer: QFormer, image: ImageKeyValues, place: int) -> None:
     tokens, _ = random_texts()
     other = tokens.clone()
     other[:, place] = (other[:, place] + 7) % 40
@@ -86,9 +84,7 @@ def test_queries_see_text_but_no_padding_under_the_bidirectional_mask(
     tokens, mask = random_texts(num_padding=2)
     other = tokens.clone()
     other[:, place] = (other[:, place] + 5) % 40
-    found = changed_places(
-        qformer.encode_pairs(image, tokens, mask), qformer.encode_pairs(image, other, mask)
-    )
+    found = changed_places(qformer.encode_pairs(image, tokens, mask), qformer.encode_pairs(image, other, mask))
     assert found == [place < NUM_TOKENS - 2] * NUM_QUERIES
 
 
@@ -144,8 +140,5 @@ def test_full_size_has_the_papers_188_million_parameters() -> None:
 
 
 def test_without_text_has_no_text_weights() -> None:
-    names = [
-        name
-        for name, _ in QFormer(QFormerConfig(**{**SMALL.__dict__, "with_text": False})).named_parameters()
-    ]
+    names = [name for name, _ in QFormer(QFormerConfig(**{**SMALL.__dict__, "with_text": False})).named_parameters()]
     assert not [name for name in names if "text" in name or "word" in name or "position" in name]

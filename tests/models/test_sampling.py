@@ -54,15 +54,11 @@ def their_probabilities(
 def our_probabilities(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     ids, weights = candidates(logits, top_k=top_k, top_p=top_p)
     assert (ids.diff(dim=1) > 0).all()
-    return torch.zeros(logits.shape, dtype=torch.float64).scatter(
-        1, ids, weights / weights.sum(1, keepdim=True)
-    )
+    return torch.zeros(logits.shape, dtype=torch.float64).scatter(1, ids, weights / weights.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize(("top_k", "top_p", "temperature", "penalty"), COMBINATIONS)
-def test_probabilities_are_those_of_transformers(
-    top_k: int, top_p: float, temperature: float, penalty: float
-) -> None:
+def test_probabilities_are_those_of_transformers(top_k: int, top_p: float, temperature: float, penalty: float) -> None:
     tokens = torch.randint(0, VOCAB_SIZE, (4, 6), generator=torch.Generator().manual_seed(1))
     for min_length, scale in product((0, 20), (0.3, 3.0)):
         logits = draw_logits(2, scale=scale)
@@ -85,9 +81,7 @@ def test_draws_follow_the_distribution(top_k: int, top_p: float, temperature: fl
     decoding = CaptionSettings(
         decoding="nucleus", top_k=top_k, top_p=top_p, temperature=temperature, repetition_penalty=penalty
     )
-    adjusted = adjust_logits(
-        logits.clone(), tokens, end_token_id=END, repetition_penalty=penalty, min_length=0
-    )
+    adjusted = adjust_logits(logits.clone(), tokens, end_token_id=END, repetition_penalty=penalty, min_length=0)
     draws = torch.from_numpy(np.concatenate([uniforms(0, str(key), 0, 8) for key in range(num // 8)]))
     found = np.zeros(VOCAB_SIZE)
     for part in draws.split(4000):
@@ -119,9 +113,7 @@ def brute_force(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     seed=st.integers(0, 10**6), top_k=st.sampled_from([0, 1, 50, 60, 499, 500, 900]),
     top_p=st.sampled_from([1e-6, 0.3, 0.9, 0.999, 1.0]), levels=st.sampled_from([2, 9, 200]),
 )  # fmt: skip
-def test_many_equal_logits_are_decided_as_by_a_full_sort(
-    seed: int, top_k: int, top_p: float, levels: int
-) -> None:
+def test_many_equal_logits_are_decided_as_by_a_full_sort(seed: int, top_k: int, top_p: float, levels: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, levels, (2, VOCAB_SIZE), generator=generator) * (4.0 / levels)
     found = our_probabilities(logits, top_k, top_p) > 0

@@ -70,9 +70,7 @@ def write_shards(run: RunDir) -> None:
 
 
 def write_rest(run: RunDir) -> None:
-    captions = [
-        dict(key=k, caption_index=i, text=t) for k, texts in CAPTIONS.items() for i, t in enumerate(texts)
-    ]
+    captions = [dict(key=k, caption_index=i, text=t) for k, texts in CAPTIONS.items() for i, t in enumerate(texts)]
     tables = {"captions": captions, "clip": [], "itm": [], "manifest": []}
     scores = {
         -1: (None, None, 0.2),
@@ -86,9 +84,7 @@ def write_rest(run: RunDir) -> None:
         for i, text in enumerate(["Web: a shop's picture", *texts], start=-1):
             clip, rank, itm = scores[i]
             source = "web" if i < 0 else "synthetic"
-            tables["clip"].append(
-                dict(key=key, caption_index=i, source=source, text=text, clip_score=clip, rank=rank)
-            )
+            tables["clip"].append(dict(key=key, caption_index=i, source=source, text=text, clip_score=clip, rank=rank))
             if itm is not None:
                 tables["itm"].append(dict(key=key, caption_index=i, itm_score=itm))
             tables["manifest"].append(

@@ -115,9 +115,7 @@ def save_opt(folder: Path, *, tied: bool = True) -> Path:
     """An OPT folder; its tokenizer starts a text with </s> and knows the newline."""
     torch.manual_seed(2)
     vocab = {token: index for index, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "\n", *WORDS])}
-    tokenizer = _word_tokenizer(
-        vocab, processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
-    )
+    tokenizer = _word_tokenizer(vocab, processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)]))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(folder)
@@ -134,9 +132,7 @@ def save_t5(folder: Path, *, tied: bool = False) -> Path:
     """A T5 folder in FlanT5's form: gated GELU, output matrix of its own."""
     torch.manual_seed(3)
     vocab = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    tokenizer = _word_tokenizer(
-        vocab, processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    )
+    tokenizer = _word_tokenizer(vocab, processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)]))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(folder)
@@ -160,9 +156,7 @@ def save_run(folder: Path, shards: list[int], seed: int = 0, drop_every: int = 0
     return run
 
 
-def _commit_shard(
-    run: RunDir, shard: str, images: np.ndarray, captions: list[list[str]], drop_every: int
-) -> None:
+def _commit_shard(run: RunDir, shard: str, images: np.ndarray, captions: list[list[str]], drop_every: int) -> None:
     keys = [f"{shard}{index:04d}" for index in range(len(images))]
     encoded = [_png(image) for image in images]
     with run.new_staging() as staging:

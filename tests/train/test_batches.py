@@ -118,9 +118,7 @@ def test_streamed_pictures_are_those_held_in_memory(run: RunDir, monkeypatch: py
     assert same(take(streamed, 1, batches[10].cursor)[0], batches[11])
 
 
-def test_streaming_shuffles_shards_and_samples_within_bounds(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streaming_shuffles_shards_and_samples_within_bounds(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairs, "SHUFFLED_SAMPLES", 60)
     dataset = read_pairs([run], image_size_px=16, memory_limit_bytes=0)
     shard_of = np.array([key[:5] for key in dataset.keys])

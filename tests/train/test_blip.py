@@ -47,9 +47,7 @@ def pre_trained(world_run: RunDir, tokenizer_dir: Path, tmp_path_factory: pytest
 
 def test_both_parts_open_in_transformers_with_equal_outputs(pre_trained: Path) -> None:
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    theirs, info = BlipForConditionalGeneration.from_pretrained(
-        pre_trained / "captioner", output_loading_info=True
-    )
+    theirs, info = BlipForConditionalGeneration.from_pretrained(pre_trained / "captioner", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     ours = load_blip(pre_trained / "captioner", "captioner")
@@ -100,9 +98,7 @@ def test_pre_training_goes_on_from_its_own_output(world_run: RunDir, pre_trained
     assert max((after[name] - before[name]).abs().max().item() for name in before) < 1e-6
 
 
-def test_parts_that_do_not_belong_together_are_refused(
-    world_run: RunDir, pre_trained: Path, tmp_path: Path
-) -> None:
+def test_parts_that_do_not_belong_together_are_refused(world_run: RunDir, pre_trained: Path, tmp_path: Path) -> None:
     settings = replace(TINY, init=str(pre_trained), max_steps=2)
     mixed = tmp_path / "mixed"
     train_captioner([world_run.path], settings, mixed / "captioner")

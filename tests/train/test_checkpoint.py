@@ -86,9 +86,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         model.bias[1] = float("nan")
     with pytest.raises(CapfiltError, match="After step 7 1 tensors are not finite, the first 'bias'"):
-        save_checkpoint(
-            tmp_path, tensors=dict(model.named_parameters()), optimizer=optimizer, state={"step": 7}
-        )
+        save_checkpoint(tmp_path, tensors=dict(model.named_parameters()), optimizer=optimizer, state={"step": 7})
     assert find_checkpoint(tmp_path) is None
 
 

@@ -98,9 +98,7 @@ def test_the_loss_is_that_of_stage_2_for_the_same_vectors(trained: Trained, name
     if name == "t5":
         llm.whole_caption_share = 1.0
     expected = llm.caption_loss(llm.model.get_input_embeddings()(tokens), [text.text])
-    assert ours.loss([ours.encode(text)], torch.device("cpu")).item() == pytest.approx(
-        expected.item(), abs=1e-5
-    )
+    assert ours.loss([ours.encode(text)], torch.device("cpu")).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

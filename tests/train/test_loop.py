@@ -26,16 +26,12 @@ SETTINGS = TrainSettings(
 Hook = Callable[[int, Tensor], Tensor]
 
 
-def run_training(
-    folder: Path, hook: Hook = lambda _, loss: loss, settings: TrainSettings = SETTINGS
-) -> TrainSummary:
+def run_training(folder: Path, hook: Hook = lambda _, loss: loss, settings: TrainSettings = SETTINGS) -> TrainSummary:
     """A small network with dropout on 50 random images; `hook` may change the loss of a step."""
     images = np.random.default_rng(0).integers(0, 255, (50, 8, 8, 3), dtype=np.uint8)
     dataset = from_arrays(images, [[f"a {i}", f"here is {i}", "c"] for i in range(50)])
     torch.manual_seed(settings.seed)
-    model = nn.Sequential(
-        nn.Flatten(), nn.Linear(192, 16), nn.Dropout(0.1), nn.LayerNorm(16), nn.Linear(16, 1)
-    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Dropout(0.1), nn.LayerNorm(16), nn.Linear(16, 1))
 
     def compute_losses(batch: Batch, step: int) -> dict[str, Tensor]:
         target = torch.tensor([float(len(text)) for text in batch.texts])
@@ -96,9 +92,7 @@ def test_a_crash_changes_nothing(undisturbed: tuple[Path, TrainSummary], tmp_pat
     assert summary.last_losses == undisturbed[1].last_losses
 
 
-@pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
-)
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_saves_and_the_next_command_goes_on(
     undisturbed: tuple[Path, TrainSummary], tmp_path: Path, number: int, error: type[BaseException]
 ) -> None:
@@ -140,9 +134,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_step_and_keys(tmp_path: Path,
     def spoil(step: int, loss: Tensor) -> Tensor:
         return loss * value if step == 7 else loss
 
-    with pytest.raises(
-        CapfiltError, match=r"Step 8: the loss \(loss (nan|inf), mse [0-9.]+\) is not finite"
-    ) as caught:
+    with pytest.raises(CapfiltError, match=r"Step 8: the loss \(loss (nan|inf), mse [0-9.]+\) is not finite") as caught:
         run_training(tmp_path, spoil)
     seen = str(caught.value).split("Keys of the batch: ")[1].split(".")[0].split(", ")
     assert len(seen) == 8

@@ -121,9 +121,7 @@ def test_it_learns_to_find_the_image_of_a_text(blip_dir: Path, tmp_path: Path) -
         assert recall.text_to_image[5] >= 75
 
 
-def test_bert_starts_the_qformer_and_gets_a_row_for_dec(
-    models_dir: Path, blip_dir: Path, tmp_path: Path
-) -> None:
+def test_bert_starts_the_qformer_and_gets_a_row_for_dec(models_dir: Path, blip_dir: Path, tmp_path: Path) -> None:
     bert_dir = small_models.save_bert(models_dir / "bert")
     settings = settings_for(blip_dir, qformer_init=str(bert_dir))
     start = load_qformer_start(settings, vision_width=48)

@@ -68,9 +68,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @torch.no_grad()
-def test_plain_transformers_loads_it_and_generates_the_same(
-    trained_dirs: dict[str, Path], family: str
-) -> None:
+def test_plain_transformers_loads_it_and_generates_the_same(trained_dirs: dict[str, Path], family: str) -> None:
     folder = trained_dirs[family]
     theirs, info = Blip2ForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -109,9 +107,7 @@ def test_visual_prompts_and_loss_equal_transformers(
         words = llm.tokenizer(text, add_special_tokens=False).input_ids
         if isinstance(llm, OPT):
             tokens = [*image_tokens, llm.bos_token_id, *words, llm.end_token_id]
-            logits = theirs(pixel_values=pixels[index : index + 1], input_ids=torch.tensor([tokens])).logits[
-                0
-            ]
+            logits = theirs(pixel_values=pixels[index : index + 1], input_ids=torch.tensor([tokens])).logits[0]
             losses += F.cross_entropy(logits[4:-1], torch.tensor(tokens[5:]), reduction="none").tolist()
         else:
             prefix = words[:1] if len(words) > 1 else []  # `_split` is fixed to the first word below
@@ -120,9 +116,7 @@ def test_visual_prompts_and_loss_equal_transformers(
             logits = theirs(pixel_values=pixels[index : index + 1], input_ids=tokens, labels=target).logits[0]
             losses += F.cross_entropy(logits, target[0], reduction="none").tolist()
     if isinstance(llm, T5):
-        monkeypatch.setattr(
-            T5, "_split", lambda _, text: ("", text) if " " not in text else text.split(" ", 1)
-        )
+        monkeypatch.setattr(T5, "_split", lambda _, text: ("", text) if " " not in text else text.split(" ", 1))
     found = float(stage(saved.encoder.vision(pixels), TEXTS)["lm"])
     assert found == pytest.approx(float(np.mean(losses)), abs=1e-4)
 
@@ -136,9 +130,7 @@ def test_the_language_model_and_the_image_encoder_stay_as_they_were(
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         assert torch.equal(after[name][: len(tensor)], tensor)
-    assert not [
-        name for name, p in saved.stage.named_parameters() if p.requires_grad and name.startswith("llm.")
-    ]
+    assert not [name for name, p in saved.stage.named_parameters() if p.requires_grad and name.startswith("llm.")]
 
 
 def test_batches_of_prompts_give_what_single_ones_give(trained_dirs: dict[str, Path], family: str) -> None:
@@ -154,30 +146,22 @@ def test_batches_of_prompts_give_what_single_ones_give(trained_dirs: dict[str, P
         assert together == single
 
 
-def test_answers_use_the_papers_frames(
-    trained_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_use_the_papers_frames(trained_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     images, _ = small_models.draw_pairs(1)
     seen: list[tuple[list[str], dict]] = []
     for name, cls in (("opt", OPT), ("t5", T5)):
         generator = load_generator(trained_dirs[name], device="cpu")
-        monkeypatch.setattr(
-            cls, "generate", lambda _, __, prompts, **options: seen.append((prompts, options)) or [""]
-        )
+        monkeypatch.setattr(cls, "generate", lambda _, __, prompts, **options: seen.append((prompts, options)) or [""])
         generator.answer(list(images), ["what color"])
     assert [prompts for prompts, _ in seen] == [
         ["Question: what color Answer:"],
         ["Question: what color Short answer:"],
     ]
-    assert all(
-        options == {"max_new_tokens": 10, "num_beams": 5, "length_penalty": -1.0} for _, options in seen
-    )
+    assert all(options == {"max_new_tokens": 10, "num_beams": 5, "length_penalty": -1.0} for _, options in seen)
 
 
 @pytest.mark.parametrize("name", ["opt", "t5"])
-def test_training_lowers_the_loss(
-    stage1_dir: Path, llm_dirs: dict[str, Path], tmp_path: Path, name: str
-) -> None:
+def test_training_lowers_the_loss(stage1_dir: Path, llm_dirs: dict[str, Path], tmp_path: Path, name: str) -> None:
     settings = replace(SETTINGS, max_steps=25, learning_rate=1e-2, log_every_steps=5)
     dataset = from_arrays(*small_models.draw_pairs(200, seed=3))
     summary = train_stage2_on(dataset, stage1_dir, str(llm_dirs[name]), settings, tmp_path)
@@ -206,9 +190,7 @@ def test_a_language_model_of_another_family(blip_dir: Path) -> None:
 
 def test_half_precision_where_asked(stage1_dir: Path, llm_dirs: dict[str, Path], tmp_path: Path) -> None:
     settings = replace(SETTINGS, llm_dtype="bfloat16", max_steps=2)
-    train_stage2_on(
-        from_arrays(*small_models.draw_pairs(20)), stage1_dir, str(llm_dirs["opt"]), settings, tmp_path
-    )
+    train_stage2_on(from_arrays(*small_models.draw_pairs(20)), stage1_dir, str(llm_dirs["opt"]), settings, tmp_path)
     saved = load_stage2(tmp_path, CPU)
     assert next(saved.stage.llm.model.parameters()).dtype == torch.bfloat16
     assert saved.stage.projection.weight.dtype == torch.float32

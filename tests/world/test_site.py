@@ -115,9 +115,7 @@ def test_odd_pictures_show_the_scene(site: WorldSite, oddity: str) -> None:
     assert picture.size == (row.width_px, row.height_px)
     painted = Image.fromarray(render(row.scene, row.width_px, row.height_px))
     # coarse, so that what JPEG does to the grain does not count
-    seen, meant = (
-        np.asarray(image.resize((12, 12), Image.Resampling.BOX), dtype=int) for image in (picture, painted)
-    )
+    seen, meant = (np.asarray(image.resize((12, 12), Image.Resampling.BOX), dtype=int) for image in (picture, painted))
     assert np.abs(seen - meant).mean() < 5
 
 

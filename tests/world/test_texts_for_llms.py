@@ -58,9 +58,7 @@ def test_notes_name_kind_color_size_count_ground_and_relation() -> None:
             colors, sizes = lexicon.COLOR_WORDS[group.color], lexicon.SIZE_WORDS[group.size]
             kinds = [noun for pair in lexicon.KIND_NOUNS[group.kind] for noun in pair]
             assert any(
-                any(c in clause for c in colors)
-                and any(s in clause for s in sizes)
-                and any(k in clause for k in kinds)
+                any(c in clause for c in colors) and any(s in clause for s in sizes) and any(k in clause for k in kinds)
                 for clause in clauses
             )
         grounds = [what for _, what in lexicon.BACKGROUND_PHRASES[scene.background]]
