@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -75,6 +76,8 @@ def start(
 def main() -> NoReturn:
     """Run the command line; always ends the process with one of the exit codes of capfilt/errors.py."""
     signal.signal(signal.SIGTERM, _terminate)
+    if not _is_debugging():
+        _quiet_packages()
     try:
         app()
     except SystemExit as ended:
@@ -90,8 +93,7 @@ def main() -> NoReturn:
 
 def report(error: BaseException) -> int:
     """Print what `error` means for the user, and give its exit code."""
-    debug = os.environ.get("CAPFILT_DEBUG", "") not in ("", "0")
-    if debug:
+    if _is_debugging():
         traceback.print_exception(error)
     for kind, message, code in FAILURES:
         if isinstance(error, kind):
@@ -101,6 +103,18 @@ def report(error: BaseException) -> int:
     detail = clean(f"{type(error).__name__}: {error}", MAX_LINE_CHARS)
     note(f"capfilt: this is a defect of capfilt: {detail}. CAPFILT_DEBUG=1 shows where; please report it.")
     return 1
+
+
+def _is_debugging() -> bool:
+    return os.environ.get("CAPFILT_DEBUG", "") not in ("", "0")
+
+
+def _quiet_packages() -> None:
+    """Hints of other packages to programmers, and their progress bars, are not for our users."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -105,7 +105,7 @@ def _caption_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     yield rule("Captions", plain=plain)
     for source, found in stats.pairs.items():
         if found.words:
-            yield f"  {source:<10} words: {_spread(found.words, 'words')}, mean {found.words.mean:.1f}"
+            yield f"  {source:<10} {_spread(found.words, 'words')}, mean {found.words.mean:.1f}"
     different = stats.diversity
     if different and different.distinct_per_image:
         yield (
@@ -146,7 +146,7 @@ def _histogram_lines(histograms: Mapping[str, Histogram], plain: bool) -> Iterat
             drawn = _drawn(counts[row] / max(1, *counts), BAR_WIDTH - 6, plain)
             cells.append(f"{counts[row]:>9,} {drawn:<{BAR_WIDTH - 2}}")
         end = bounds[min(start + step, len(bounds) - 1)]
-        yield f"  {bounds[start]:>5.2f} -{end:>5.2f}  {''.join(cells)}".rstrip()
+        yield f"  {bounds[start]:>5.2f} to{end:>5.2f}  {''.join(cells)}".rstrip()
 
 
 def _threshold_lines(stats: RunStats, plain: bool) -> Iterator[str]:
@@ -178,7 +178,7 @@ def _wrapped(items: Iterable[str]) -> Iterator[str]:
     line = ""
     for item in items:
         if line and len(line) + len(item) + 3 > RULE_WIDTH:
-            yield "  " + line
+            yield "  " + line.rstrip()
             line = ""
         line += f"{item}   "
     if line:
