@@ -66,11 +66,11 @@ SECOND_BLIP = BlipTrainSettings(
     min_learning_rate=1e-4, save_every_steps=500, log_every_steps=25, autocast="bfloat16",
 )  # fmt: skip
 CAPTIONER = BlipTrainSettings(
-    prompt="a picture of ", label_smoothing=0.0, max_steps=2000, warmup_steps=50, learning_rate=5e-4,
+    prompt="a picture of ", label_smoothing=0.0, max_steps=1400, warmup_steps=50, learning_rate=5e-4,
     save_every_steps=500, log_every_steps=25, autocast="bfloat16",
 )  # fmt: skip
 FILTER = BlipTrainSettings(
-    max_steps=1500, warmup_steps=50, learning_rate=5e-4, save_every_steps=250, log_every_steps=25
+    max_steps=900, warmup_steps=50, learning_rate=5e-4, save_every_steps=250, log_every_steps=25
 )
 CLIP = ClipTrainSettings(max_steps=700)
 OPT = LlmTrainSettings(architecture="opt", max_steps=2500)
@@ -225,7 +225,7 @@ def build_assets(work_dir: Path, target_dir: Path, progress: Progress, num_scene
 
 def main() -> None:
     """Read the options of `python -m capfilt.assets`."""
-    parser = argparse.ArgumentParser(prog="python -m capfilt.assets", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m capfilt.assets", description="Make the embedded models.")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/assets"), help="runs and trainings")
     parser.add_argument("--target-dir", type=Path, default=EMBEDDED_DIR, help="where the models are shipped")
     parser.add_argument("--only", default="", help="names of models to make, with commas; all where not given")

@@ -30,12 +30,12 @@ FIRST_UNSEEN_SEED = 500_000
 """Scenes of the test split, other ones than the embedded models' cards are measured on."""
 
 STAGE1 = Stage1Settings(
-    image_encoder=EMBEDDED, num_queries=16, embed_dim=64, max_steps=400, batch_size=64, learning_rate=1e-3,
-    warmup_steps=20, dropout=0.0, save_every_steps=100,
+    image_encoder=EMBEDDED, init_cross_attention=True, num_queries=16, embed_dim=64, dropout=0.0, max_steps=100,
+    batch_size=64, learning_rate=1e-3, warmup_steps=10, save_every_steps=50, log_every_steps=10,
 )  # fmt: skip
 STAGE2 = Stage2Settings(
-    max_steps=500, batch_size=64, learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=20, dropout=0.0,
-    save_every_steps=100,
+    dropout=0.0, max_steps=300, batch_size=64, learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=10,
+    save_every_steps=50, log_every_steps=10,
 )  # fmt: skip
 
 Figures = dict[str, Any]
@@ -47,6 +47,10 @@ def run_demo(run_path: Path, progress: Progress | None = None) -> Iterator[str]:
 
     Raises UsageError where the embedded models are not there, and what the parts raise.
     """
+    from capfilt.curate.checkpoints import EMBEDDED_FOLDERS, find_embedded
+
+    for what in EMBEDDED_FOLDERS:
+        find_embedded(what)  # said now, not after the download
     progress = progress or NullProgress()
     started = time.monotonic()
     memory = _Memory(run_path / "demo.json")

@@ -223,7 +223,7 @@ def line_of(text: str, section: str | None, key: str) -> int:
     for number, line in enumerate(text.splitlines(), start=1):
         match = header.match(line)
         if match:
-            current = match.group(1)
+            current = str(match.group(1))
             if current == section or (section is None and key in (current, current.split(".")[0])):
                 section_line = number
         elif current == section and wanted.match(line):

@@ -105,7 +105,7 @@ def main() -> None:
     texts = captioner.caption(images[:1], ["0"])[0]
     folders = {
         kind: str(find_embedded(kind)) if name == EMBEDDED else name
-        for kind, name in (("blip-captioner", options.captioner), ("blip-filter", options.filter_model))
+        for kind, name in (("captioner", options.captioner), ("filter", options.filter_model))
     }
     ours: dict[str, Callable[[Sequence[Image]], object]] = {
         f"caption, {NUM_CAPTIONS} an image": lambda batch: captioner.caption(
@@ -117,8 +117,8 @@ def main() -> None:
         ),
     }
     theirs = {
-        f"caption, {NUM_CAPTIONS} an image": transformers_captioner(folders["blip-captioner"], settings),
-        f"filter, {NUM_FILTERED} texts": transformers_filter(folders["blip-filter"], texts[:NUM_FILTERED]),
+        f"caption, {NUM_CAPTIONS} an image": transformers_captioner(folders["captioner"], settings),
+        f"filter, {NUM_FILTERED} texts": transformers_filter(folders["filter"], texts[:NUM_FILTERED]),
     }
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {options.threads} threads, torch {torch.__version__}, float32")

@@ -64,7 +64,7 @@ class Nursery:
         self._num_workers += 1
         log = self._log_dir / f"worker-{self._num_workers}.log"
         ours, theirs = socket.socketpair()
-        request = json.dumps({"log": str(log), "settings": asdict(self._settings)}).encode("ascii")
+        request = json.dumps({"log": str(log), "settings": asdict(self._settings)}).encode("ascii") + b"\n"
         # where the nursery has just ended, the worker that never speaks says so
         with theirs, suppress(OSError):
             socket.send_fds(self._control, [request], [theirs.fileno()])

@@ -32,6 +32,7 @@ _REPORT_SECONDS = 0.2
 _REAP_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 _MAX_REQUEST_BYTES = 1 << 16
+_MAX_REQUESTS = 64
 
 
 class Channel:
@@ -60,15 +61,17 @@ def main() -> None:
         num_children -= _report_ends(channel)
         if not select.select([control], [], [], _REAP_SECONDS if num_children else None)[0]:
             continue
-        request, descriptors, _, _ = socket.recv_fds(control, _MAX_REQUEST_BYTES, 1)
-        if not request:
+        requests, descriptors, _, _ = socket.recv_fds(control, _MAX_REQUEST_BYTES, _MAX_REQUESTS)
+        if not requests:
             return
         nursery = os.getpid()
-        if os.fork() == 0:
-            control.close()
-            _be_worker(socket.socket(fileno=descriptors[0]), json.loads(request), nursery)
-        os.close(descriptors[0])
-        num_children += 1
+        # requests are far apart; should some come together, each has its line and its socket
+        for request, descriptor in zip(requests.splitlines(), descriptors, strict=True):
+            if os.fork() == 0:
+                control.close()
+                _be_worker(socket.socket(fileno=descriptor), json.loads(request), nursery)
+            os.close(descriptor)
+            num_children += 1
 
 
 def _report_ends(channel: Channel) -> int:

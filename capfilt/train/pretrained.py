@@ -156,17 +156,17 @@ def build_image_encoder(
 
 
 def read_preparation(folder: Path) -> ImagePreparation:
-    """Image size, mean and deviation from the processor's JSON; CLIP's where they are not given."""
-    config: dict[str, Any] = {}
-    for name in ("processor_config.json", "preprocessor_config.json"):
+    """Image size of config.json; mean and deviation from the processor's JSON, CLIP's where not given.
+
+    The processor's own size is not asked: some published folders state one that the encoder cannot take.
+    """
+    processor: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
             found = json.loads((folder / name).read_text())
-            config = found.get("image_processor", found)
-            if "size" in config:
-                break
-    size = config.get("size", read_config(folder)["vision_config"].get("image_size", 384))
-    side = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
-    mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
+            processor |= found.get("image_processor", found)
+    side = read_config(folder).get("vision_config", {}).get("image_size", 384)
+    mean, std = processor.get("image_mean", CLIP_MEAN), processor.get("image_std", CLIP_STD)
     return ImagePreparation(int(side), tuple(mean), tuple(std))
 
 

@@ -24,6 +24,7 @@ from capfilt.train.pretrained import (
     find_model_dir,
     load_image_encoder,
     load_qformer_start,
+    read_preparation,
     weights_digest,
 )
 from capfilt.train.saved import encode_texts, save_stage1
@@ -37,7 +38,7 @@ def train_stage1(
 ) -> TrainSummary:
     """Trains on the kept pairs of `run_dirs`; errors are those of `read_pairs`, the loaders and `train`."""
     progress = progress or NullProgress()
-    side = load_image_encoder(settings.image_encoder, torch.device("cpu")).preparation.image_size_px
+    side = read_preparation(find_model_dir(settings.image_encoder, "image encoder")).image_size_px
     dataset = read_pairs(run_dirs, image_size_px=side, progress=progress)
     return train_stage1_on(dataset, settings, output_dir, progress=progress, fields={"input": runs_digest(run_dirs)})
 

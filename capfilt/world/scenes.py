@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from capfilt.errors import UsageError
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 32, 38),

@@ -281,6 +281,7 @@ class WorldSite:
         if not problems:
             await self._stop.wait()
         await runner.cleanup()
+        await asyncio.sleep(0.05)  # connections that were cut off are closed in the loop's next rounds
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         match = _PATH_INDEX.search(request.path)
