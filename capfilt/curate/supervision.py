@@ -26,9 +26,9 @@ from capfilt.errors import CapfiltError
 from capfilt.settings import DownloadSettings
 
 SILENCE_SECONDS = 15.0
-"""A worker beats every second; one that is silent this long is stopped or stuck."""
-START_SECONDS = 120.0
-"""Time for the imports of the nursery on a busy machine."""
+"""A worker beats every second; one that is silent this long is stopped or stuck, unless it waits for a core."""
+START_SECONDS = 300.0
+"""Time for the imports of the nursery on a machine that has other things to do."""
 STALL_SECONDS = 120.0
 """Time without a finished row beyond what the rows' own deadlines allow."""
 MAX_BLAMED_ROWS = 8
@@ -179,9 +179,11 @@ class Worker:
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
             return f"worker process {self.pid} ended with {how}{said}"
         now = time.monotonic()
-        silence = START_SECONDS if self.pid is None else SILENCE_SECONDS
-        if now - self._heard > silence:
-            return f"worker process {self.pid or 'before its start'} gave no sign of life for {silence:g} s"
+        silent = now - self._heard
+        if self.pid is None and silent > START_SECONDS:
+            return f"no worker process started within {START_SECONDS:g} s"
+        if self.pid is not None and silent > SILENCE_SECONDS and (silent > STALL_SECONDS or not _wants_cpu(self.pid)):
+            return f"worker process {self.pid} gave no sign of life for {silent:.0f} s"
         if self.task is not None and now - self._advanced > self._stall:
             return f"worker process {self.pid} made no progress for {self._stall:g} s"
         return None
@@ -241,6 +243,15 @@ def _current_row(attempt: Path) -> int | None:
         return None
     row = struct.unpack("<q", data)[0] if len(data) == 8 else -1
     return row if row >= 0 else None
+
+
+def _wants_cpu(pid: int) -> bool:
+    """Whether a thread of the process is ready to run: then it is silent because the machine is busy."""
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):
+            if stat.read_text("utf-8", "replace").rpartition(") ")[2].startswith("R"):
+                return True
+    return False
 
 
 def _last_line(log: Path) -> str:

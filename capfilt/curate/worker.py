@@ -64,14 +64,22 @@ def main() -> None:
         requests, descriptors, _, _ = socket.recv_fds(control, _MAX_REQUEST_BYTES, _MAX_REQUESTS)
         if not requests:
             return
-        nursery = os.getpid()
         # requests are far apart; should some come together, each has its line and its socket
-        for request, descriptor in zip(requests.splitlines(), descriptors, strict=True):
-            if os.fork() == 0:
-                control.close()
-                _be_worker(socket.socket(fileno=descriptor), json.loads(request), nursery)
-            os.close(descriptor)
+        for number, request in enumerate(requests.splitlines()):
+            _fork_worker(json.loads(request), descriptors[number], [*descriptors[number + 1 :], control.fileno()])
             num_children += 1
+
+
+def _fork_worker(request: dict[str, Any], descriptor: int, others: list[int]) -> None:
+    """Start a worker with its socket `descriptor`; a socket must end with the one process it belongs to."""
+    nursery = os.getpid()
+    if os.fork() != 0:
+        os.close(descriptor)
+        return
+    for other in others:
+        os.close(other)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    _be_worker(socket.socket(fileno=descriptor), request, nursery)
 
 
 def _report_ends(channel: Channel) -> int:

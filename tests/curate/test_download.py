@@ -50,7 +50,7 @@ def _rows(run: RunDir) -> list[dict[str, Any]]:
     return [row for name in run.shard_names() for row in read_table(run.stage_file("shards", name)).to_pylist()]
 
 
-def _wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+def _wait_for(condition: Callable[[], Any], seconds: float = 200.0) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if result := condition():
@@ -266,7 +266,7 @@ def test_killed_and_stopped_workers_are_replaced(
     killed, stopped = _workers_of(os.getpid())
     os.kill(killed, signal.SIGKILL)
     os.kill(stopped, signal.SIGSTOP)
-    work.join(timeout=100)
+    work.join(timeout=200)
     assert work.error is None
     assert not _command(stopped)
     assert not list((run.path / ".staging").glob("*"))
@@ -289,7 +289,7 @@ def test_shard_that_kills_every_worker_fails(slow: tuple[Path, list[Truth]], tmp
     for attempt in range(2):
         _wait_for(lambda attempt=attempt: list(run.path.glob(f".staging/*/*-{attempt}/current")))
         os.kill(_workers_of(os.getpid())[0], signal.SIGKILL)
-    work.join(timeout=60)
+    work.join(timeout=200)
     assert isinstance(work.error, CapfiltError)
     assert work.error.exit_code == 1
     assert "1 of 1 shards could not be downloaded" in str(work.error)
