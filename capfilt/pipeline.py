@@ -107,20 +107,24 @@ def _take_source(source: SourceSettings, settings: DownloadSettings, run: Any, p
 
         return StepResult("import", import_shards(source.tars, run, settings, progress))
     from capfilt.curate.download import download
+    from capfilt.curate.parts import plan_shards
 
     if source.table:
         return StepResult("download", download(source.table, run, settings, progress))
-    with open_world(run.path, source.world_urls or 0, source.world_seed) as table:
+    num_urls = source.world_urls or 0
+    done = len(plan_shards(num_urls, settings.samples_per_shard, settings.num_shards)) == len(run.shard_names())
+    with open_world(run.path, num_urls, source.world_seed, serve=not done) as table:
         private = replace(settings, allow_private_addresses=True, url_column="url", caption_column="text")
         return StepResult("download", download(str(table), run, private, progress))
 
 
 @contextmanager
-def open_world(run_path: Path, num_urls: int, seed: int) -> Iterator[Path]:
+def open_world(run_path: Path, num_urls: int, seed: int, *, serve: bool = True) -> Iterator[Path]:
     """Serve a miniature world while the context lasts; gives its URL table, RUN/world/urls.parquet.
 
-    RUN/world/site.json keeps the port, which is part of the addresses, for the next time;
-    RUN/world/truth.parquet is what only the judge may read. Raises UsageError when the run has another world.
+    Without `serve`, a world that the run knows is not served again. RUN/world/site.json
+    keeps the port, which is part of the addresses, for the next time; RUN/world/truth.parquet is what only
+    the judge may read. Raises UsageError when the run has another world.
     """
     from capfilt.world.site import SiteSettings, WorldSite
 
@@ -131,6 +135,9 @@ def open_world(run_path: Path, num_urls: int, seed: int) -> Iterator[Path]:
     known = _read_site(described)
     if known is not None and {name: known[name] for name in wanted} != wanted:
         raise UsageError(f"{run_path} was made from the world {known}; the recipe asks for {wanted}. Name another run.")
+    if known is not None and not serve:
+        yield table
+        return
     site_settings = SiteSettings(num_urls=num_urls, seed=seed)
     with _start_site(lambda port: WorldSite(site_settings, port=port), seed, known) as site:
         if known is None:

@@ -114,12 +114,11 @@ def test_a_world_keeps_its_addresses(tmp_path: Path) -> None:
     with open_world(tmp_path / "c", 5, seed=1) as third:
         assert json.loads((tmp_path / "c" / "world" / "site.json").read_text())["num_urls"] == 5
     described = json.loads((tmp_path / "a" / "world" / "site.json").read_text())
-    with (
-        socket.create_server(("127.0.0.1", described["port"])),
-        pytest.raises(UsageError, match="port"),
-        open_world(tmp_path / "a", 5, seed=1),
-    ):
-        pass
+    with socket.create_server(("127.0.0.1", described["port"])):
+        with open_world(tmp_path / "a", 5, seed=1, serve=False) as table:
+            assert table.read_bytes() == first_table
+        with pytest.raises(UsageError, match="port"), open_world(tmp_path / "a", 5, seed=1):
+            pass
 
 
 def test_run_directory(models: Path, tmp_path: Path) -> None:
