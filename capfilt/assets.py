@@ -74,7 +74,7 @@ FILTER = BlipTrainSettings(
 )
 CLIP = ClipTrainSettings(max_steps=700)
 OPT = LlmTrainSettings(architecture="opt", max_steps=2500)
-T5 = LlmTrainSettings(architecture="t5", max_steps=2000)
+T5 = LlmTrainSettings(architecture="t5", max_steps=800)
 
 
 # --- the parts, in the order in which they are made ----------------------------------------------------------
