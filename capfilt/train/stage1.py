@@ -16,6 +16,7 @@ from capfilt.models.blip2 import Stage1
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage1Settings
 from capfilt.train.batches import Batch, PairDataset, iterate_batches
+from capfilt.train.cpu import tune_cpu
 from capfilt.train.features import FrozenFeatures
 from capfilt.train.loop import TrainSummary, resolve_device, train
 from capfilt.train.pairs import read_pairs, runs_digest
@@ -54,6 +55,7 @@ def train_stage1_on(
     """Trains on a dataset, whose pictures have the image encoder's size; `fields` identify it."""
     progress = progress or NullProgress()
     device = resolve_device(settings.device)
+    tune_cpu()
     torch.manual_seed(settings.seed)
     encoder = load_image_encoder(settings.image_encoder, device)
     start = load_qformer_start(settings, encoder.vision.config.width)

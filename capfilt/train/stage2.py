@@ -17,6 +17,7 @@ from capfilt.models.llms import T5, load_llm
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage2Settings
 from capfilt.train.batches import Batch, PairDataset, iterate_batches
+from capfilt.train.cpu import tune_cpu
 from capfilt.train.features import FrozenFeatures
 from capfilt.train.loop import TrainSummary, resolve_device, train
 from capfilt.train.pairs import read_pairs, runs_digest
@@ -53,6 +54,7 @@ def train_stage2_on(
     """Trains on a dataset, whose pictures have the image encoder's size; `fields` identify it."""
     progress = progress or NullProgress()
     device = resolve_device(settings.device)
+    tune_cpu()
     torch.manual_seed(settings.seed)
     llm_dir = find_model_dir(llm, "language model")
     language = load_llm(str(llm_dir), dtype=_llm_dtype(settings, device), device=device)
