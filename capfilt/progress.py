@@ -61,6 +61,7 @@ class StreamProgress:
         self._done = self._already = 0
         self._fields: dict[str, object] = {}
         self._started = self._drawn = 0.0
+        self._under_way = False
         self._history: deque[tuple[float, int]] = deque()
 
     def start(self, name: str, total: int | None, unit: str, /) -> None:
@@ -69,6 +70,7 @@ class StreamProgress:
             self.finish()
         self._name, self._total, self._unit, self._fields = name, total, unit, {}
         self._done = self._already = 0
+        self._under_way = False
         self._started = self._drawn = time.monotonic()
         self._history = deque([(self._started, 0)])
         if self._live:
@@ -99,6 +101,10 @@ class StreamProgress:
 
     def _draw(self, now: float, *, ended: bool = False) -> None:
         self._drawn = now
+        if not self._under_way and self._done > self._already:
+            # The rate counts from here: what went before was loading models and opening files.
+            self._under_way = True
+            self._history.clear()
         self._history.append((now, self._done))
         while len(self._history) > 2 and now - self._history[0][0] > RATE_WINDOW_SECONDS:
             self._history.popleft()
@@ -112,8 +118,6 @@ class StreamProgress:
 
     def _line(self, now: float, ended: bool) -> str:
         elapsed = now - self._started
-        fresh = self._done - self._already
-        rate = fresh / elapsed if ended and elapsed > 0 else self._recent_rate()
         parts = [f"{self._name:<10}"]
         if self._total is None:
             parts.append(f"{self._done:,} {self._unit}")
@@ -122,11 +126,15 @@ class StreamProgress:
             if self._live:
                 parts.append(bar(share, BAR_WIDTH, plain=not speaks_unicode(self._stream)))
             parts.append(f"{self._done:,}/{self._total:,} {self._unit} {share:4.0%}")
-        parts.append(f"{format_rate(rate)} {self._unit}/s")
         if ended:
+            rate = (self._done - self._already) / elapsed if elapsed > 0 else 0.0
+            parts.append(f"{format_rate(rate)} {self._unit}/s")
             parts.append(f"in {format_seconds(elapsed)}")
-        elif self._total is not None and rate > 0:
-            parts.append(f"{format_seconds(max(self._total - self._done, 0) / rate)} left")
+        elif self._under_way and len(self._history) > 1:
+            rate = self._recent_rate()
+            parts.append(f"{format_rate(rate)} {self._unit}/s")
+            if self._total is not None and rate > 0:
+                parts.append(f"{format_seconds(max(self._total - self._done, 0) / rate)} left")
         parts.extend(f"{name} {format_field(value)}" for name, value in self._fields.items())
         return "  ".join(parts)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from PIL.Image import Image
 
 from capfilt.curate.captioner import BlipCaptioner
@@ -80,7 +81,7 @@ def transformers_filter(folder: str, texts: list[str]) -> Callable[[Sequence[Ima
         scores = []
         for text in texts:
             own = [text] * len(images)
-            inputs = processor(images=list(images), text=own, return_tensors="pt", padding=True)
+            inputs = processor(images=list(images), text=own, return_tensors="pt", padding=True, truncation=True)
             scores.append(model(**inputs, use_itm_head=True)[0])
         return scores
 
@@ -98,6 +99,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     images = [picture(scene) for scene in unseen_scenes(options.num_images)]
 
     settings = CaptionSettings(captioner=options.captioner, num_captions=NUM_CAPTIONS)
