@@ -98,6 +98,7 @@ def annotate(
                 f"No shards in {run.path}/shards. Run `capfilt download TABLE {run.path}` or "
                 f"`capfilt import TARS {run.path}` first."
             )
+        plan.load_models()
         counts = {shard: read_commit_record(run.stage_file("shards", shard)).rows_kept for shard in shards}
         commands = {COMMANDS[stage] for stage in plan.stages}
         name = commands.pop() if len(commands) == 1 else "annotate"
@@ -109,7 +110,7 @@ def annotate(
 
 
 class _Plan:
-    """The stages asked for, their settings and, once they are needed, their models."""
+    """The stages asked for, their settings and their models."""
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class _Plan:
 
     @cached_property
     def captioner(self) -> Any:
-        """Loaded at the first use."""
+        """Loaded once."""
         from capfilt.curate.captioner import BlipCaptioner
 
         assert self.caption is not None
@@ -143,7 +144,7 @@ class _Plan:
 
     @cached_property
     def clip_scorer(self) -> Any:
-        """Loaded at the first use."""
+        """Loaded once."""
         from capfilt.curate.scorers import SCORERS
 
         assert self.rank is not None
@@ -151,11 +152,18 @@ class _Plan:
 
     @cached_property
     def itm_scorer(self) -> Any:
-        """Loaded at the first use."""
+        """Loaded once."""
         from capfilt.curate.scorers import SCORERS
 
         assert self.filter is not None
         return SCORERS["itm"](self.filter)
+
+    def load_models(self) -> None:
+        """Load what the stages need: their fingerprints cover the models' files."""
+        models = {"captions": "captioner", "clip": "clip_scorer", "itm": "itm_scorer"}
+        for stage in self.stages:
+            if stage in models:
+                getattr(self, models[stage])
 
     def ranking(self, shard: str) -> tuple[int, bool]:
         """(keep, include_web) that a shard is ranked with: of the settings, or as the CLIP stage recorded."""

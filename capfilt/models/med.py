@@ -16,9 +16,8 @@ P patches, D width, H heads, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -243,8 +242,7 @@ class TextTransformer(nn.Module):
 
     def image_key_values(self, features_BPD: Tensor) -> list[KeyValue]:
         """Cross-attention keys and values of images, one pair per layer, to be shared by their texts."""
-        layers: Iterable[Any] = self.layers
-        return [layer.cross_attention.key_value(features_BPD) for layer in layers]
+        return [cast(TextLayer, layer).cross_attention.key_value(features_BPD) for layer in self.layers]
 
     def new_cache(self, rows: int, max_length: int) -> list[LayerCache]:
         """An empty self-attention cache for `rows` texts of at most `max_length` tokens."""
