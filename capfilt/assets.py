@@ -69,9 +69,7 @@ CAPTIONER = BlipTrainSettings(
     prompt="a picture of ", label_smoothing=0.0, max_steps=1400, warmup_steps=50, learning_rate=5e-4,
     save_every_steps=500, log_every_steps=25, autocast="bfloat16",
 )  # fmt: skip
-FILTER = BlipTrainSettings(
-    max_steps=900, warmup_steps=50, learning_rate=5e-4, save_every_steps=250, log_every_steps=25
-)
+FILTER = BlipTrainSettings(max_steps=900, warmup_steps=50, learning_rate=5e-4, save_every_steps=250, log_every_steps=25)
 CLIP = ClipTrainSettings(max_steps=700)
 OPT = LlmTrainSettings(architecture="opt", max_steps=2500)
 T5 = LlmTrainSettings(architecture="t5", max_steps=800)
