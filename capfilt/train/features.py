@@ -1,9 +1,12 @@
 """Features of the frozen image encoder for the batches of a training: from a cache in memory where they fit.
 
-In: a dataset, an encoder, a limit in bytes. Out: features (B, 1 + P, D) before the encoder's last layer norm.
+In: a dataset, an encoder, a limit in bytes. Out: batches, and their features (B, 1 + P, D) before the encoder's last
+layer norm. The cache's size is shown while it is filled.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from capfilt.models.vit import VisionTransformer
 from capfilt.progress import Progress
 from capfilt.settings import Stage1Settings, Stage2Settings
-from capfilt.train.batches import Batch, PairDataset, normalise
+from capfilt.train.batches import Batch, Cursor, PairDataset, iterate_batches, normalise
 from capfilt.train.pretrained import ImageEncoder
 
 BATCH_SIZE = 64
@@ -20,7 +23,7 @@ BATCH_SIZE = 64
 
 
 class FrozenFeatures:
-    """Call it with a batch; `num_bytes` is the cache's size, 0 where features are computed at every step."""
+    """The batches of a training, and their features: call it with one of them."""
 
     def __init__(
         self,
@@ -30,25 +33,32 @@ class FrozenFeatures:
         device: torch.device,
         progress: Progress,
     ) -> None:
-        self._vision, self._device = encoder.vision, device
+        self._encoder, self._dataset, self._settings = encoder, dataset, settings
+        self._device, self._progress = device, progress
         self._cache: Tensor | None = None
-        varied = settings.random_crop < 1.0 or settings.random_flip
-        if not varied and num_feature_bytes(encoder.vision, len(dataset.keys)) <= settings.feature_cache_bytes:
-            self._cache = _encode_all(encoder, dataset, device, progress)
 
     @property
-    def num_bytes(self) -> int:
-        return 0 if self._cache is None else self._cache.nbytes
+    def fits(self) -> bool:
+        """Whether features are computed once: no crop varies the images, and all of them fit in the limit."""
+        varied = self._settings.random_crop < 1.0 or self._settings.random_flip
+        size = num_feature_bytes(self._encoder.vision, len(self._dataset.keys))
+        return not varied and size <= self._settings.feature_cache_bytes
 
-    @property
-    def cached(self) -> bool:
-        return self._cache is not None
+    def open_batches(self, cursor: Cursor) -> Iterator[Batch]:
+        """Fills the cache, if features fit, and opens the stream; its batches hold no pixels then."""
+        if self.fits and self._cache is None:
+            self._cache = _encode_all(self._encoder, self._dataset, self._device, self._progress)
+        preparation = self._encoder.preparation
+        return iterate_batches(
+            self._dataset, self._settings, cursor,
+            mean=preparation.mean, std=preparation.std, with_pixels=self._cache is None,
+        )  # fmt: skip
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         """Features (B, 1 + P, D) of the batch's images, on the device."""
         if self._cache is None:
-            return self._vision(batch.images.to(self._device))
+            return self._encoder.vision(batch.images.to(self._device))
         assert batch.rows is not None, "a dataset's batches carry rows"
         return self._cache[torch.from_numpy(batch.rows)].to(self._device)
 

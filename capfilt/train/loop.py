@@ -42,6 +42,7 @@ from capfilt.train.checkpoint import (
     refuse_other_settings,
     save_checkpoint,
 )
+from capfilt.train.cpu import fast_cpu
 from capfilt.train.optim import NamedParameters, build_optimizer, learning_rate_at, set_learning_rate
 
 ComputeLosses = Callable[[Batch, int], dict[str, Tensor]]
@@ -126,15 +127,15 @@ def train(
     tensors = {**parameters, **(extra_tensors or {})}
     identity = {**_binding_settings(settings), **(fields or {})}
     progress = progress or NullProgress()
-    with lock_output(output_dir), _deferred_signals() as caught:
+    with lock_output(output_dir), fast_cpu(), _deferred_signals() as caught:
         done = _finished(output_dir, identity)
         if done is not None:
             return done
         optimizer = build_optimizer(parameters.items(), settings)
         start, cursor, running = _resume(output_dir, tensors, optimizer, identity)
+        batches = open_batches(cursor)
         progress.start(name, settings.max_steps, "step")
         progress.advance(start, already=True)
-        batches = open_batches(cursor)
         for step in range(start, settings.max_steps):
             batch = next(batches)
             set_learning_rate(optimizer, rate := learning_rate_at(step, settings))

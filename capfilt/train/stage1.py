@@ -15,8 +15,7 @@ from torch import Tensor
 from capfilt.models.blip2 import Stage1
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage1Settings
-from capfilt.train.batches import Batch, PairDataset, iterate_batches
-from capfilt.train.cpu import tune_cpu
+from capfilt.train.batches import Batch, PairDataset
 from capfilt.train.features import FrozenFeatures
 from capfilt.train.loop import TrainSummary, resolve_device, train
 from capfilt.train.pairs import read_pairs, runs_digest
@@ -55,7 +54,6 @@ def train_stage1_on(
     """Trains on a dataset, whose pictures have the image encoder's size; `fields` identify it."""
     progress = progress or NullProgress()
     device = resolve_device(settings.device)
-    tune_cpu()
     torch.manual_seed(settings.seed)
     encoder = load_image_encoder(settings.image_encoder, device)
     start = load_qformer_start(settings, encoder.vision.config.width)
@@ -75,18 +73,10 @@ def train_stage1_on(
         texts = encode_texts(start.tokenizer, batch.texts, settings.max_text_tokens, device)
         return stage(features(batch), texts, losses=settings.losses)
 
-    preparation = encoder.preparation
     return train(
         compute_losses,
         named_parameters=stage.named_parameters(),
-        open_batches=lambda cursor: iterate_batches(
-            dataset,
-            settings,
-            cursor,
-            mean=preparation.mean,
-            std=preparation.std,
-            with_pixels=not features.cached,
-        ),
+        open_batches=features.open_batches,
         settings=settings,
         output_dir=output_dir,
         save=lambda folder: save_stage1(folder, encoder, stage, start.tokenizer, settings.embed_dim),

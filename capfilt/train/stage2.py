@@ -16,8 +16,7 @@ from torch import Tensor
 from capfilt.models.llms import T5, load_llm
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage2Settings
-from capfilt.train.batches import Batch, PairDataset, iterate_batches
-from capfilt.train.cpu import tune_cpu
+from capfilt.train.batches import Batch, PairDataset
 from capfilt.train.features import FrozenFeatures
 from capfilt.train.loop import TrainSummary, resolve_device, train
 from capfilt.train.pairs import read_pairs, runs_digest
@@ -54,7 +53,6 @@ def train_stage2_on(
     """Trains on a dataset, whose pictures have the image encoder's size; `fields` identify it."""
     progress = progress or NullProgress()
     device = resolve_device(settings.device)
-    tune_cpu()
     torch.manual_seed(settings.seed)
     llm_dir = find_model_dir(llm, "language model")
     language = load_llm(str(llm_dir), dtype=_llm_dtype(settings, device), device=device)
@@ -67,19 +65,11 @@ def train_stage2_on(
     def compute_losses(batch: Batch, _step: int) -> dict[str, Tensor]:
         return stage(features(batch), batch.texts)
 
-    preparation = encoder.preparation
     init_digest = weights_digest(find_model_dir(str(init_dir), "stage-1 model"))
     return train(
         compute_losses,
         named_parameters=stage.named_parameters(),
-        open_batches=lambda cursor: iterate_batches(
-            dataset,
-            settings,
-            cursor,
-            mean=preparation.mean,
-            std=preparation.std,
-            with_pixels=not features.cached,
-        ),
+        open_batches=features.open_batches,
         settings=settings,
         output_dir=output_dir,
         save=lambda folder: save_stage2(folder, encoder, stage),
