@@ -21,7 +21,6 @@ from capfilt.progress import NullProgress, Progress
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.batches import Batch, iterate_batches
 from capfilt.train.blip_files import SavedBlip, load_blip, save_blip
-from capfilt.train.cpu import tune_cpu
 from capfilt.train.loop import TrainSummary, resolve_device, train
 from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.pretrained import ImagePreparation, find_model_dir, load_tokenizer, weights_digest
@@ -107,7 +106,6 @@ def _train(
     """The shared part: data, device, tokens; then the loop."""
     progress = progress or NullProgress()
     device = resolve_device(settings.device)
-    tune_cpu()
     module.to(device).train()
     side = start.preparation.image_size_px
     dataset = read_pairs(run_dirs, image_size_px=side, progress=progress)

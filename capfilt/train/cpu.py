@@ -1,4 +1,4 @@
-"""What makes small models train faster on a CPU, set once per process.
+"""What makes small models train faster on a CPU, for as long as a training runs.
 
 Measured on two cores with the embedded captioner (batch 64): 422 ms a step before, 302 ms after.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,14 +16,27 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 1 << 30
 
 
-def tune_cpu() -> None:
+@contextmanager
+def fast_cpu() -> Iterator[None]:
     """Treat denormal numbers as zero (AdamW's second moments decay into them, and each costs a hundred cycles),
-    and keep freed memory instead of returning it to the system, which would be cleared again page by page."""
+    and keep freed memory instead of returning it to the system, which would clear it again page by page.
+
+    Denormals count again afterwards; the memory setting stays, as it changes no result.
+    """
+    _keep_freed_memory()
     torch.set_flush_denormal(True)
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
-            libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
-        except (OSError, AttributeError):
-            return  # another C library: only slower
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def _keep_freed_memory() -> None:
+    if sys.platform != "linux":
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+    except (OSError, AttributeError):
+        return  # another C library: only slower
