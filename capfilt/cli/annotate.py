@@ -28,7 +28,14 @@ def caption(
         str,
         typer.Option(metavar="PATH|ID", help="BLIP captioner: folder, hub id, original .pth, or embedded."),
     ] = CaptionSettings.captioner,
-    num_captions: Annotated[int, typer.Option(help="Captions drawn for each image.")] = CaptionSettings.num_captions,
+    num_captions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Captions of each image; unset: {CaptionSettings.num_captions}, or 1 with greedy and beam.",
+            show_default=False,
+        ),
+    ] = None,
     decoding: Annotated[str, typer.Option(help="nucleus, greedy, beam or top-k.")] = CaptionSettings.decoding,
     top_p: Annotated[
         float, typer.Option(help="Nucleus: smallest set of tokens with this probability.")
@@ -56,6 +63,8 @@ def caption(
     as_json: AsJson = False,
 ) -> None:
     """Write synthetic captions for every image of a run."""
+    if num_captions is None:
+        num_captions = 1 if decoding in ("greedy", "beam") else CaptionSettings.num_captions
     settings = settings_from(CaptionSettings, locals())
     _annotate(run, generation, as_json, f"capfilt rank {run}", ["captions"], caption=settings)
 
@@ -115,12 +124,13 @@ def select(
     from capfilt.curate.selection import reselect
     from capfilt.data.rundir import RunDir
 
-    summary = reselect(RunDir.open(run, generation), threshold=threshold, keep=keep)
-    say_result(summary, summary.line(), f"capfilt stats {run}", as_json=as_json)
+    opened = RunDir.open(run, generation)
+    summary = reselect(opened, threshold=threshold, keep=keep, progress=open_progress())
+    say_result(summary, summary.line(), following(f"capfilt stats {run}", generation), as_json=as_json)
 
 
 def _annotate(
-    run: Path, generation: str | None, as_json: bool, following: str, stages: list[str], **settings: Any
+    run: Path, generation: str | None, as_json: bool, next_command: str, stages: list[str], **settings: Any
 ) -> None:
     """Run the shard loop for some stages, and say what it did."""
     from capfilt.curate.annotate import annotate
@@ -128,4 +138,9 @@ def _annotate(
 
     chosen = {"caption": None, "rank": None, "filter": None, **settings}
     summary = annotate(RunDir.open(run, generation), stages, **chosen, progress=open_progress())
-    say_result(summary, summary.line(), following, as_json=as_json)
+    say_result(summary, summary.line(), following(next_command, generation), as_json=as_json)
+
+
+def following(command: str, generation: str | None) -> str:
+    """The command to try next, in the same generation."""
+    return f"{command} --generation {generation}" if generation else command

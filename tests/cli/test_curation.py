@@ -108,6 +108,10 @@ def test_another_prompt_is_refused_and_fits_a_generation(run: Path, models: Mode
     assert "--generation" in refused.err
     assert capfilt(*first, "--prompt", "a photo of ", "--generation", "photo").code == 0
     assert (run / "captions@photo").is_dir()
+    one = capfilt("caption", run, "--captioner", models.captioner, "--decoding", "greedy", "--generation", "greedy")
+    assert "Next: capfilt rank" in one.err
+    assert one.err.rstrip().endswith("--generation greedy")
+    assert capfilt("stats", run, "--generation", "greedy", "--json").json()["diversity"]["captions_per_image"] == 1
 
 
 def test_batch_size_does_not_change_the_captions(run: Path, models: Models) -> None:
