@@ -15,6 +15,8 @@ PYTEST_ARGS ?=
 
 export NO_ALBUMENTATIONS_UPDATE := 1
 export WANDB_MODE := disabled
+# Waiting threads sleep: a machine that does other work too is not slowed down by spinning.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format bench assets install lock clean
