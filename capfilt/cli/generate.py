@@ -58,4 +58,4 @@ def _read_picture(path: Path) -> Image.Image:
     try:
         return decode_image(path.read_bytes())
     except ImageRefused as refused:
-        raise UsageError(f"{path} cannot be used: {refused} ({refused.reason}). Give another picture.") from None
+        raise UsageError(f"{path} cannot be used: {refused}. Give another picture.") from None
