@@ -49,9 +49,9 @@ NUM_LLM_TEXTS = 120_000
 RUNS = {
     # Scenes of three objects and more teach the kinds of objects sooner: each is there several times.
     "groups": WorldRunSettings(num_scenes=16_000, min_count=3),
-    "scenes": WorldRunSettings(num_scenes=44_000, first_seed=1_000_000),
-    # Relations are learnt last: twice as many scenes with one, for the fine-tuning.
-    "pairs": WorldRunSettings(num_scenes=16_000, first_seed=2_000_000, num_groups=2),
+    "scenes": WorldRunSettings(num_scenes=44_000, first_seed=1_000_000, false_captions_per_scene=4),
+    # Relations are learnt last: half of all scenes have one.
+    "pairs": WorldRunSettings(num_scenes=16_000, first_seed=2_000_000, num_groups=2, false_captions_per_scene=4),
 }
 TINY_BLIP: dict[str, Any] = {
     "image_size_px": 64, "patch_size_px": 8, "vision_width": 128, "vision_depth": 4, "text_width": 128,
@@ -61,18 +61,22 @@ FIRST_BLIP = BlipTrainSettings(
     **TINY_BLIP, losses=("itc", "lm"), label_smoothing=0.0, max_steps=1500, warmup_steps=100,
     learning_rate=1e-3, min_learning_rate=3e-4, save_every_steps=250, log_every_steps=25,
 )  # fmt: skip
+# Two captions of one image may name its objects in either order: what differs between them is how they lie.
 SECOND_BLIP = BlipTrainSettings(
-    losses=("itc", "lm"), label_smoothing=0.0, max_steps=5000, warmup_steps=50, learning_rate=1e-3,
-    min_learning_rate=1e-4, save_every_steps=500, log_every_steps=25, autocast="bfloat16",
+    losses=("itc", "lm"), label_smoothing=0.0, captions_per_image=2, max_steps=3500, warmup_steps=50,
+    learning_rate=1e-3, min_learning_rate=1e-4, save_every_steps=500, log_every_steps=25, autocast="bfloat16",
 )  # fmt: skip
 CAPTIONER = BlipTrainSettings(
-    prompt="a picture of ", label_smoothing=0.0, max_steps=1400, warmup_steps=50, learning_rate=5e-4,
-    save_every_steps=500, log_every_steps=25, autocast="bfloat16",
+    prompt="a picture of ", label_smoothing=0.0, captions_per_image=2, max_steps=3000, warmup_steps=50,
+    learning_rate=1e-3, save_every_steps=500, log_every_steps=25, autocast="bfloat16",
 )  # fmt: skip
-FILTER = BlipTrainSettings(max_steps=900, warmup_steps=50, learning_rate=5e-4, save_every_steps=250, log_every_steps=25)
+FILTER = BlipTrainSettings(
+    known_false=True, max_steps=2000, warmup_steps=50, learning_rate=5e-4, save_every_steps=250,
+    log_every_steps=25, autocast="bfloat16",
+)  # fmt: skip
 CLIP = ClipTrainSettings(max_steps=700)
 OPT = LlmTrainSettings(architecture="opt", max_steps=2500)
-T5 = LlmTrainSettings(architecture="t5", max_steps=800)
+T5 = LlmTrainSettings(architecture="t5", max_steps=2000)
 
 
 # --- the parts, in the order in which they are made ----------------------------------------------------------
@@ -93,13 +97,12 @@ class Part:
 
 def list_parts(work_dir: Path) -> list[Part]:
     """The embedded models; `work_dir` holds the runs, tokenizers and trainings they come from."""
-    runs = [work_dir / "runs" / "scenes"]
-    all_runs = [*runs, work_dir / "runs" / "pairs"]
+    runs = _all_runs(work_dir)
     tokens = work_dir / "tokenizers"
 
     def fine_tuned(train: Callable[..., TrainSummary], settings: BlipTrainSettings) -> Train:
         started = replace(settings, init=str(work_dir / "models" / "blip-second"))
-        return lambda out, progress: train(all_runs, started, out, progress)
+        return lambda out, progress: train(runs, started, out, progress)
 
     def language_model(settings: LlmTrainSettings) -> Train:
         texts, tokenizer = work_dir / "llm_texts.jsonl", tokens / settings.architecture
@@ -153,13 +156,17 @@ def build_inputs(work_dir: Path, progress: Progress) -> None:
         partial.rename(texts)
 
 
+def _all_runs(work_dir: Path) -> list[Path]:
+    return [work_dir / "runs" / name for name in ("scenes", "pairs")]
+
+
 def pre_train(work_dir: Path, progress: Progress) -> None:
     """The BLIP that captioner and filter are fine-tuned from."""
     models = work_dir / "models"
     first = replace(FIRST_BLIP, tokenizer=str(work_dir / "tokenizers" / "bert"))
     train_blip([work_dir / "runs" / "groups"], first, models / "blip-first", progress)
     second = replace(SECOND_BLIP, init=str(models / "blip-first"))
-    train_blip([work_dir / "runs" / "scenes"], second, models / "blip-second", progress)
+    train_blip(_all_runs(work_dir), second, models / "blip-second", progress)
 
 
 # --- what is shipped ----------------------------------------------------------------------------------------

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capfilt.pipeline import run_recipe
 from capfilt.progress import NullProgress, Progress, format_rate, format_seconds
 from capfilt.recipes import Recipe, SourceSettings, read_recipe
 from capfilt.settings import EMBEDDED, Stage1Settings, Stage2Settings
+
+if TYPE_CHECKING:
+    from capfilt.world.scenes import Scene
 
 NUM_URLS = 2000
 NUM_UNSEEN = 200
@@ -160,9 +163,8 @@ def _measure_retrieval(stage1_dir: Path) -> Figures:
     from capfilt.figures import picture
     from capfilt.train.retrieval import retrieval_recall
     from capfilt.world.language import full_caption
-    from capfilt.world.measure import unseen_scenes
 
-    scenes = unseen_scenes(NUM_UNSEEN, FIRST_UNSEEN_SEED)
+    scenes = _unseen()
     rng = np.random.default_rng(WORLD_SEED)
     texts = [full_caption(scene, rng) for scene in scenes]
     found = retrieval_recall(stage1_dir, [picture(scene) for scene in scenes], texts, ks=(1,))
@@ -199,6 +201,7 @@ def _measure_untrained(stage1_dir: Path) -> Figures:
     """Stage 2 as it starts: the projection is random."""
     import torch
 
+    from capfilt.figures import measure_blip2
     from capfilt.models.llms import load_llm
     from capfilt.train.generate import Generator
     from capfilt.train.loop import resolve_device
@@ -209,40 +212,22 @@ def _measure_untrained(stage1_dir: Path) -> Figures:
     device = resolve_device(STAGE2.device)
     llm = load_llm(str(find_model_dir(LLM, "language model")), device=device)
     model = start_stage2(stage1_dir, llm, 0.0, device)
-    return _measure_captions(Generator(model.encoder, model.stage.eval(), device))
+    return measure_blip2(Generator(model.encoder, model.stage.eval(), device), _unseen())
 
 
 def _measure_trained(stage2_dir: Path) -> Figures:
+    from capfilt.figures import blip2_examples, measure_blip2
     from capfilt.train.generate import load_generator
 
-    return _measure_captions(load_generator(stage2_dir), with_questions=True)
+    generator = load_generator(stage2_dir)
+    measured: Figures = dict(measure_blip2(generator, _unseen(), with_questions=True))
+    return measured | {"examples": blip2_examples(generator, _unseen()[:NUM_EXAMPLES])}
 
 
-def _measure_captions(generator: Any, *, with_questions: bool = False) -> Figures:
-    from capfilt.figures import picture
-    from capfilt.world.language import judge
-    from capfilt.world.measure import share_true, unseen_scenes
-    from capfilt.world.texts_for_llms import draw_probes, share_of_right_answers
+def _unseen() -> list[Scene]:
+    from capfilt.world.measure import unseen_scenes
 
-    scenes = unseen_scenes(NUM_UNSEEN, FIRST_UNSEEN_SEED)
-    pictures = [picture(scene) for scene in scenes]
-    captions = generator.generate(pictures)
-    measured: Figures = {"captions_true": share_true(captions, scenes)}
-    probes = draw_probes(scenes, questions=True)
-    answers = generator.answer(pictures, [probe.question for probe in probes]) if with_questions else []
-    if with_questions:
-        measured["answers_right"] = share_of_right_answers(answers, probes)
-    measured["examples"] = [
-        {
-            "caption": captions[n],
-            "is_true": judge(captions[n], scenes[n]).is_true,
-            "question": probes[n].question if with_questions else "",
-            "answer": answers[n] if with_questions else "",
-            "right_answer": probes[n].text,
-        }
-        for n in range(NUM_EXAMPLES)
-    ]
-    return measured
+    return unseen_scenes(NUM_UNSEEN, FIRST_UNSEEN_SEED)
 
 
 def _training_line(name: str, summary: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,9 +16,10 @@ from PIL import Image
 from capfilt.curate.captioner import BlipCaptioner
 from capfilt.curate.scorers import ClipScorer, ItmScorer, Scorer
 from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
+from capfilt.train.generate import Generator
 from capfilt.train.llm import continue_texts
 from capfilt.world.language import caption as true_caption
-from capfilt.world.language import change_one_fact, full_caption
+from capfilt.world.language import change_one_fact, full_caption, judge
 from capfilt.world.measure import (
     area_under_curve,
     has_held_out,
@@ -105,6 +107,34 @@ def measure_llm(folder: Path, num_scenes: int) -> Figures:
         "captions true after a preamble": share_true(captions, scenes),
         "answers right after a preamble": share_of_right_answers(continue_texts(folder, probes), probes),
     }
+
+
+def measure_blip2(generator: Generator, scenes: list[Scene], *, with_questions: bool = False) -> Figures:
+    """Share of true captions that a BLIP-2 writes and, where asked for, of right answers it gives."""
+    pictures = [picture(scene) for scene in scenes]
+    figures = {"captions_true": share_true(generator.generate(pictures), scenes)}
+    if with_questions:
+        probes = draw_probes(scenes, questions=True)
+        answers = generator.answer(pictures, [probe.question for probe in probes])
+        figures["answers_right"] = share_of_right_answers(answers, probes)
+    return figures
+
+
+def blip2_examples(generator: Generator, scenes: list[Scene]) -> list[dict[str, Any]]:
+    """For each scene what a BLIP-2 writes of it, whether that is true, and its answer to a question."""
+    pictures, probes = [picture(scene) for scene in scenes], draw_probes(scenes, questions=True)
+    captions = generator.generate(pictures)
+    answers = generator.answer(pictures, [probe.question for probe in probes])
+    return [
+        {
+            "caption": caption,
+            "is_true": judge(caption, scene).is_true,
+            "question": probe.question,
+            "answer": answer,
+            "right_answer": probe.text,
+        }
+        for scene, probe, caption, answer in zip(scenes, probes, captions, answers, strict=True)
+    ]
 
 
 def _write(folder: Path, scenes: list[Scene], settings: CaptionSettings) -> list[list[str]]:

@@ -244,6 +244,11 @@ class BlipTrainSettings(TrainSettings):
     """LM: share of the target spread over the vocabulary (BLIP's released code: 0.1)."""
     losses: tuple[str, ...] = ("itc", "itm", "lm")
     """Pre-training: losses that are summed (BLIP §3.2: all three); fine-tuning has its own."""
+    captions_per_image: int = 1
+    """LM: kept captions of an image that a step decodes, its features computed once (BLIP: one)."""
+    known_false: bool = False
+    """ITM: the hard negative text of an image is one that its manifest drops as `known_false`, where there is one
+    (BLIP: always another image's)."""
     max_text_tokens: int = 30
     """Longest text in tokens, special tokens included (BLIP: 30 in pre-training, 40 in fine-tuning)."""
     image_size_px: int = 224
@@ -273,6 +278,7 @@ class BlipTrainSettings(TrainSettings):
         known = ("itc", "itm", "lm")
         odd = not self.losses or any(name not in known for name in self.losses)
         _require(not odd, "losses", self.losses, f"some of {', '.join(known)}")
+        _require(self.captions_per_image >= 1, "captions_per_image", self.captions_per_image, "at least 1")
         _require(self.max_text_tokens >= 4, "max_text_tokens", self.max_text_tokens, "at least 4")
         _require(self.autocast in ("float32", "bfloat16"), "autocast", self.autocast, "float32 or bfloat16")
         for name in ("vision_width", "text_width"):

@@ -31,8 +31,10 @@ LearningRate = Annotated[float, typer.Option(help="Peak learning rate.")]
 WarmupSteps = Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")]
 SaveEverySteps = Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")]
 Seed = Annotated[int, typer.Option(help="Fixes initialisation, order and draws.")]
-
-
+CaptionsPerImage = Annotated[int, typer.Option(min=1, help="LM: kept captions of an image in a step.")]
+KnownFalse = Annotated[
+    bool, typer.Option("--known-false", help="ITM: dropped captions marked known_false are the negative texts.")
+]
 Precision = Annotated[str, typer.Option(help="Precision of matrix products: float32 or bfloat16.")]
 Size = Annotated[int, typer.Option(min=1, help="Size, when training starts from nothing.")]
 
@@ -56,6 +58,8 @@ def blip(
     text_depth: Size = BlipTrainSettings.text_depth,
     embed_dim: Size = BlipTrainSettings.embed_dim,
     head_width: Size = BlipTrainSettings.head_width,
+    captions_per_image: CaptionsPerImage = BlipTrainSettings.captions_per_image,
+    known_false: KnownFalse = BlipTrainSettings.known_false,
     max_text_tokens: MaxTextTokens = BlipTrainSettings.max_text_tokens,
     max_steps: MaxSteps = BlipTrainSettings.max_steps,
     batch_size: TrainBatchSize = BlipTrainSettings.batch_size,
@@ -86,6 +90,8 @@ def _fine_tuning(part: str, run_with: str, help_text: str) -> Callable[..., None
         prompt: Annotated[
             str, typer.Option(metavar="TEXT", help="Text before every caption, without loss.")
         ] = BlipTrainSettings.prompt,
+        captions_per_image: CaptionsPerImage = BlipTrainSettings.captions_per_image,
+        known_false: KnownFalse = BlipTrainSettings.known_false,
         max_text_tokens: MaxTextTokens = BlipTrainSettings.max_text_tokens,
         max_steps: MaxSteps = BlipTrainSettings.max_steps,
         batch_size: TrainBatchSize = BlipTrainSettings.batch_size,

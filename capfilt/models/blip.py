@@ -9,7 +9,7 @@ In: images and token ids. Out: the losses ITC, ITM and LM (BLIP §3.2).
 
 Deviation from the paper: no momentum encoders, queue or soft targets; ITC contrasts within the batch.
 
-Legend: B images, T tokens, P patches, D width, V vocabulary.
+Legend: B images, R texts of them (a multiple of B), T tokens, P patches, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class FilterLosses(nn.Module):
         self.contrast = ImageTextContrast()
 
     def forward(
-        self, features_BPD: Tensor, tokens_BT: Tensor, losses: Sequence[str] = ("itc", "itm")
+        self,
+        features_BPD: Tensor,
+        tokens_BT: Tensor,
+        losses: Sequence[str] = ("itc", "itm"),
+        false_tokens_BT: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses `itc` and `itm` of pairs, those of them that are asked for.
 
@@ -53,6 +57,8 @@ class FilterLosses(nn.Module):
             features_BPD: image features.
             tokens_BT: (B, T) texts that begin with [CLS] and end with [SEP], padded.
             losses: names of the losses; another's name is passed over.
+            false_tokens_BT: (B, T) texts known to be false of their image, in place of hard negative texts; a row
+                of padding alone where none is known.
         """
         if "itc" not in losses and "itm" not in losses:
             return {}
@@ -66,28 +72,29 @@ class FilterLosses(nn.Module):
             found["itc"] = itc_loss(similarity_BB, similarity_BB.T)
         if "itm" in losses:
             same_text = (tokens_BT[:, None] == tokens_BT[None]).all(dim=2)
-            encoder_tokens_BT = tokens_BT.clone()
-            encoder_tokens_BT[:, 0] = config.enc_token_id
             similarity_BB = similarity_BB.detach()
-            found["itm"] = self._itm(features_BPD, encoder_tokens_BT, mask_BT, similarity_BB, same_text)
+            negative_BT = tokens_BT[draw_hard_negatives(similarity_BB, same_text)]
+            if false_tokens_BT is not None:
+                is_known = (false_tokens_BT != config.pad_token_id).any(dim=1, keepdim=True)
+                negative_BT = torch.where(is_known, false_tokens_BT, negative_BT)
+            other_image = draw_hard_negatives(similarity_BB.T, same_text)
+            found["itm"] = self._itm(features_BPD, tokens_BT, negative_BT, other_image)
         return found
 
-    def _itm(
-        self, features_BPD: Tensor, tokens_BT: Tensor, mask_BT: Tensor, similarity_BB: Tensor, same_text: Tensor
-    ) -> Tensor:
-        """B matching pairs, B images with a hard negative text, B texts with a hard negative image."""
-        encoder = self.model.encoder
-        other_text = draw_hard_negatives(similarity_BB, same_text)
-        other_image = draw_hard_negatives(similarity_BB.T, same_text)
-        image = encoder.image_key_values(features_BPD)
-        both_texts = torch.stack([torch.arange(len(other_text)).to(other_text), other_text], dim=1).flatten()
-        by_image = self._match_logits(tokens_BT[both_texts], mask_BT[both_texts], image)
-        other = [(key[other_image], value[other_image]) for key, value in image]
-        by_text = self._match_logits(tokens_BT, mask_BT, other)
+    def _itm(self, features_BPD: Tensor, tokens_BT: Tensor, negative_BT: Tensor, other_image: Tensor) -> Tensor:
+        """B matching pairs, B images with a negative text, B texts with a negative image."""
+        image = self.model.encoder.image_key_values(features_BPD)
+        both_texts = torch.stack([tokens_BT, negative_BT], dim=1).flatten(0, 1)
+        by_image = self._match_logits(both_texts, image)
+        by_text = self._match_logits(tokens_BT, [(key[other_image], value[other_image]) for key, value in image])
         return itm_loss(by_image[0::2], torch.cat([by_image[1::2], by_text]))
 
-    def _match_logits(self, tokens_BT: Tensor, mask_BT: Tensor, image: list[KeyValue]) -> Tensor:
-        return self.model.itm_head(self.model.encoder(tokens_BT, mask_BT=mask_BT, image=image)[:, 0])
+    def _match_logits(self, tokens_RT: Tensor, image: list[KeyValue]) -> Tensor:
+        encoder = self.model.encoder
+        mask_RT = tokens_RT != encoder.config.pad_token_id
+        tokens_RT = tokens_RT.clone()
+        tokens_RT[:, 0] = encoder.config.enc_token_id
+        return self.model.itm_head(encoder(tokens_RT, mask_BT=mask_RT, image=image)[:, 0])
 
 
 class CaptionerLosses(nn.Module):
@@ -99,17 +106,20 @@ class CaptionerLosses(nn.Module):
         self.num_prompt_tokens = num_prompt_tokens
         self.label_smoothing = label_smoothing
 
-    def forward(self, features_BPD: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
-        """Loss `lm` of texts (B, T) that begin with any token (replaced by [DEC]) and the prompt, if any."""
+    def forward(self, features_BPD: Tensor, tokens_RT: Tensor) -> dict[str, Tensor]:
+        """Loss `lm` of texts (R, T) that begin with any token (replaced by [DEC]) and the prompt, if any.
+
+        R is B, or a multiple of it: several texts of each image, side by side.
+        """
         decoder = self.model.decoder
-        inputs_BT = tokens_BT[:, :-1].clone()
-        inputs_BT[:, 0] = decoder.config.dec_token_id
-        target_BT = tokens_BT[:, 1:]
-        counts = target_BT != decoder.config.pad_token_id
+        inputs_RT = tokens_RT[:, :-1].clone()
+        inputs_RT[:, 0] = decoder.config.dec_token_id
+        target_RT = tokens_RT[:, 1:]
+        counts = target_RT != decoder.config.pad_token_id
         counts[:, : self.num_prompt_tokens] = False
-        hidden_BTD = decoder(inputs_BT, image=decoder.image_key_values(features_BPD))
-        logits_NV = self.model.head(hidden_BTD[counts][None])[0]
-        return {"lm": lm_loss(logits_NV, target_BT[counts], label_smoothing=self.label_smoothing)}
+        hidden_RTD = decoder(inputs_RT, image=decoder.image_key_values(features_BPD))
+        logits_NV = self.model.head(hidden_RTD[counts][None])[0]
+        return {"lm": lm_loss(logits_NV, target_RT[counts], label_smoothing=self.label_smoothing)}
 
 
 class Blip(nn.Module):
@@ -127,11 +137,19 @@ class Blip(nn.Module):
         self.captioner_losses = CaptionerLosses(self.captioner, label_smoothing=label_smoothing)
 
     def forward(
-        self, images_BCHW: Tensor, tokens_BT: Tensor, losses: Sequence[str] = ("itc", "itm", "lm")
+        self,
+        images_BCHW: Tensor,
+        tokens_RT: Tensor,
+        losses: Sequence[str] = ("itc", "itm", "lm"),
+        false_tokens_BT: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The losses asked for of `itc`, `itm` and `lm`, and their sum `loss` (BLIP §3.2)."""
+        """The losses asked for of `itc`, `itm` and `lm`, and their sum `loss` (BLIP §3.2).
+
+        Where there are several texts of each image (R = B·N, side by side), LM takes all, the others the first.
+        """
         features_BPD = self.filter.vision(images_BCHW)
-        found = self.filter_losses(features_BPD, tokens_BT, losses)
+        first_BT = tokens_RT[:: len(tokens_RT) // len(images_BCHW)]
+        found = self.filter_losses(features_BPD, first_BT, losses, false_tokens_BT)
         if "lm" in losses:
-            found |= self.captioner_losses(features_BPD, tokens_BT)
+            found |= self.captioner_losses(features_BPD, tokens_RT)
         return found | {"loss": torch.stack(list(found.values())).sum()}

@@ -122,17 +122,19 @@ def initialise(module: nn.Module, width: int) -> None:
 
 
 def _sine_positions(config: ViTConfig) -> Tensor:
-    """Positions (1, 1 + P, D) to start from: sines and cosines of row and column (MAE's fixed code), halved.
+    """Positions (1, 1 + P, D) to start from: sines and cosines of row and column, about as large as the patches.
 
-    Deviation from BLIP, which starts from noise: neighbours look alike from the first step.
+    Deviation from BLIP, which starts from noise: neighbours look alike from the first step. The waves are as long
+    as twice the picture at most and two patches at least, so that all of them tell places apart on small grids
+    too (of the usual code's, down to 1 / 10,000, most are flat there, and what lies left of what is not learnt).
     """
     side, quarter = config.image_size_px // config.patch_size_px, config.width // 4
-    places = torch.arange(side, dtype=torch.float32)
-    frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
+    places = (torch.arange(side, dtype=torch.float32) + 0.5) / side
+    frequencies = math.pi * torch.logspace(0, math.log2(max(side / 2, 1)), quarter, base=2.0)
     waves_SD = torch.cat([(places[:, None] * frequencies).sin(), (places[:, None] * frequencies).cos()], dim=1)
     by_column = waves_SD[None].expand(side, -1, -1)
     by_row = waves_SD[:, None].expand(-1, side, -1)
     code_PD = torch.cat([by_column, by_row], dim=2).flatten(0, 1)
     filled = torch.zeros(1, 1 + config.num_patches, config.width)
-    filled[:, 1:, : code_PD.shape[1]] = 0.5 * code_PD
+    filled[:, 1:, : code_PD.shape[1]] = code_PD - code_PD.mean(dim=0)
     return filled

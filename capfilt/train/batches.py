@@ -210,6 +210,14 @@ def _views(dataset: PairDataset, settings: TrainSettings, plan: _Plan) -> list[V
     return [draw_view(seed, settings.random_crop, settings.random_flip) for seed in seeds]
 
 
+def draw_captions(captions: Sequence[str], number: int, seed: int) -> list[str]:
+    """`number` captions of an image, without repeating one before all were drawn."""
+    rng, drawn = random.Random(seed), list[str]()
+    while len(drawn) < number:
+        drawn += rng.sample(captions, min(len(captions), number - len(drawn)))
+    return drawn
+
+
 def draw(seed: int, epoch: int, key: str, what: str) -> int:
     """64 random bits that depend on nothing but the arguments."""
     digest = hashlib.blake2b(f"{what}:{seed}:{epoch}:{key}".encode(), digest_size=8)

@@ -7,6 +7,7 @@ layout that plain transformers opens; pre-training writes two, `captioner/` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from capfilt.models.med import Captioner, Filter, MEDConfig
 from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import BlipTrainSettings
-from capfilt.train.batches import Batch, iterate_batches
+from capfilt.train.batches import Batch, draw, draw_captions, iterate_batches
 from capfilt.train.blip_files import SavedBlip, load_blip, save_blip
 from capfilt.train.loop import TrainSummary, resolve_device, train
-from capfilt.train.pairs import read_pairs, runs_digest
+from capfilt.train.pairs import RunPairs, read_pairs, runs_digest
 from capfilt.train.pretrained import ImagePreparation, find_model_dir, load_tokenizer, weights_digest
 
 PARTS = ("captioner", "filter")
@@ -41,8 +42,8 @@ def train_blip(
     torch.manual_seed(settings.seed)
     model, start = _start_from_init(settings) if settings.init else _start_from_nothing(settings)
 
-    def losses(images_BCHW: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
-        return model(images_BCHW, tokens_BT, settings.losses)
+    def losses(images_BCHW: Tensor, tokens_RT: Tensor, false_tokens_BT: Tensor | None) -> dict[str, Tensor]:
+        return model(images_BCHW, tokens_RT, settings.losses, false_tokens_BT)
 
     def save(folder: Path) -> None:
         save_blip(folder / "captioner", "captioner", model.captioner, start)
@@ -63,8 +64,8 @@ def train_captioner(
         start.model, num_prompt_tokens=len(prompt_tokens), label_smoothing=settings.label_smoothing
     )
 
-    def losses(images_BCHW: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
-        parts = objective(objective.model.vision(images_BCHW), tokens_BT)
+    def losses(images_BCHW: Tensor, tokens_RT: Tensor, _false_tokens_BT: Tensor | None) -> dict[str, Tensor]:
+        parts = objective(objective.model.vision(images_BCHW), tokens_RT)
         return parts | {"loss": parts["lm"]}
 
     def save(folder: Path) -> None:
@@ -77,13 +78,14 @@ def train_filter(
     run_dirs: RunDirs, settings: BlipTrainSettings, output_dir: Path, progress: Progress | None = None
 ) -> TrainSummary:
     """Fine-tune a filter with ITC and ITM (BLIP §3.3)."""
+    settings = replace(settings, captions_per_image=1)  # those of LM
     torch.manual_seed(settings.seed)
     start = load_blip(_part_of(settings.init, "filter"), "filter")
     assert isinstance(start.model, Filter)
     objective = FilterLosses(start.model)
 
-    def losses(images_BCHW: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
-        parts = objective(objective.model.vision(images_BCHW), tokens_BT)
+    def losses(images_BCHW: Tensor, tokens_BT: Tensor, false_tokens_BT: Tensor | None) -> dict[str, Tensor]:
+        parts = objective(objective.model.vision(images_BCHW), tokens_BT, false_tokens_BT=false_tokens_BT)
         return parts | {"loss": parts["itc"] + parts["itm"]}
 
     def save(folder: Path) -> None:
@@ -98,7 +100,7 @@ def _train(
     output_dir: Path,
     progress: Progress | None,
     module: nn.Module,
-    losses: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    losses: Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]],
     start: SavedBlip,
     save: Callable[[Path], None],
     part: str,
@@ -108,13 +110,17 @@ def _train(
     device = resolve_device(settings.device)
     module.to(device).train()
     side = start.preparation.image_size_px
-    dataset = read_pairs(run_dirs, image_size_px=side, progress=progress)
+    dataset = read_pairs(run_dirs, image_size_px=side, progress=progress, known_false=settings.known_false)
     prompt = settings.prompt.strip() + " " if settings.prompt.strip() else ""
 
     def compute_losses(batch: Batch, _step: int) -> dict[str, Tensor]:
-        tokens_BT = encode_texts(start.tokenizer, [prompt + text for text in batch.texts], settings, device)
+        texts, false_texts = _captions_of(dataset, batch, settings), _false_captions_of(dataset, batch, settings)
+        encoded = encode_texts(start.tokenizer, [prompt + text for text in texts + false_texts], settings, device)
+        tokens_RT, false_tokens_BT = encoded[: len(texts)], encoded[len(texts) :] if false_texts else None
+        if false_tokens_BT is not None:
+            false_tokens_BT[torch.tensor([not text for text in false_texts])] = start.tokenizer.pad_token_id
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bfloat16"):
-            return losses(batch.images.to(device), tokens_BT)
+            return losses(batch.images.to(device), tokens_RT, false_tokens_BT)
 
     origin = _part_of(settings.init, part) if settings.init else find_model_dir(settings.tokenizer, "tokenizer")
     fields = {"input": runs_digest(run_dirs), "origin_sha256": weights_digest(origin)}
@@ -131,6 +137,28 @@ def _train(
         name=f"train {part}",
         fields=fields,
     )
+
+
+def _captions_of(dataset: RunPairs, batch: Batch, settings: BlipTrainSettings) -> list[str]:
+    """The texts of a batch, or several for each image, side by side."""
+    if settings.captions_per_image == 1 or batch.rows is None:
+        return batch.texts
+    texts: list[str] = []
+    for row, key in zip(batch.rows.tolist(), batch.keys, strict=True):
+        seed = draw(settings.seed, batch.cursor.epoch, key, "captions")
+        texts += draw_captions(dataset.captions_of(row), settings.captions_per_image, seed)
+    return texts
+
+
+def _false_captions_of(dataset: RunPairs, batch: Batch, settings: BlipTrainSettings) -> list[str]:
+    """A caption known to be false of each image, "" where none is; an empty list if they are not asked for."""
+    if not settings.known_false or batch.rows is None:
+        return []
+    texts: list[str] = []
+    for row, key in zip(batch.rows.tolist(), batch.keys, strict=True):
+        known = dataset.false_captions_of(row)
+        texts.append(known[draw(settings.seed, batch.cursor.epoch, key, "false") % len(known)] if known else "")
+    return texts
 
 
 def encode_texts(tokenizer: Any, texts: list[str], settings: BlipTrainSettings, device: torch.device) -> Tensor:

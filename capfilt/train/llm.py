@@ -10,12 +10,15 @@ preamble is put where they will stand, in the very forms that `capfilt.models.ll
     OPT   preamble </s> caption newline             preamble </s> Question: … Answer: answer newline
     T5    preamble prefix </s> -> rest </s>         preamble Question: … Short answer: </s> -> answer </s>
 
-The loss is on caption, rest and answer alone. A T5 caption is split as in stage 2: before its first word, or
-between the first word and the middle.
+Words of a preamble that are joined by "+" stand at one place: their embeddings are summed there, as a visual
+prompt says several things at once. The loss is on caption, rest and answer alone. A T5 caption is split as in
+stage 2: before its first word, or between the first word and the middle.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -26,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -54,6 +57,8 @@ HEAD_WIDTH = 32
 POOL_BATCHES = 16
 """Texts of so many batches are sorted by length before they are cut into batches, to pad less."""
 
+_SUMMED = re.compile(r"((?:^|\s)\S+\+\S+)")
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -67,9 +72,9 @@ class TextBatch(Batch):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A text in tokens: what is read, and what is to be written after it."""
+    """A text in tokens: what is read, each place with the ids that are summed there, and what is to be written."""
 
-    given: list[int]
+    given: list[list[int]]
     written: list[int]
 
 
@@ -168,40 +173,46 @@ class OptPretraining:
 
     @classmethod
     def build(cls, tokenizer: Any, settings: LlmTrainSettings) -> OptPretraining:
-        """An untrained model of the settings' sizes."""
+        """An untrained model of the settings' sizes; the weights start larger than OPT's where it is narrower."""
         config = OPTConfig(
             vocab_size=len(tokenizer), hidden_size=settings.width, word_embed_proj_dim=settings.width,
             num_hidden_layers=settings.depth, ffn_dim=settings.feed_forward,
             num_attention_heads=settings.width // HEAD_WIDTH, max_position_embeddings=settings.max_positions,
-            dropout=0.0, attention_dropout=0.0, pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            dropout=0.0, attention_dropout=0.0, init_std=0.02 * math.sqrt(768 / settings.width),
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         return cls(OPTForCausalLM(config), tokenizer)
 
     def encode(self, text: LlmText, _split: float = 0.0) -> Encoded:
         """Given: preamble, </s>, the question in its frame. Written: caption or answer, newline."""
         question = OPT.question_prompt.format(text.question) if text.question else ""
-        before, asked = _ids(self.tokenizer, text.preamble), _ids(self.tokenizer, question)
-        given = [*before, self.tokenizer.bos_token_id, *asked]
+        asked = [self.tokenizer.bos_token_id, *_ids(self.tokenizer, question)]
+        given = [*_places(self.tokenizer, text.preamble), *([token] for token in asked)]
         words = f" {text.text}" if text.question else text.text
         written = [*_ids(self.tokenizer, words), self.newline_id]
         return Encoded(given[-self.max_tokens + len(written) :], written)
 
     def loss(self, encoded: Sequence[Encoded], device: torch.device) -> Tensor:
         """Mean cross-entropy per written token."""
-        tokens, mask = _pad([e.given + e.written for e in encoded], self.tokenizer.pad_token_id, device)
+        given, mask = self._embed([[*e.given, *([token] for token in e.written)] for e in encoded], device)
         first = torch.tensor([len(e.given) for e in encoded], device=device)
-        places = torch.arange(tokens.shape[1], device=device)
+        places = torch.arange(mask.shape[1], device=device)
         target = mask.bool() & (places >= first[:, None])
-        hidden = self.model.model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = self.model.model(inputs_embeds=given, attention_mask=mask, use_cache=False).last_hidden_state
         logits = self.model.lm_head(hidden[:, :-1][target[:, 1:]])
-        return F.cross_entropy(logits, tokens[target])
+        return F.cross_entropy(logits, torch.tensor([token for e in encoded for token in e.written], device=device))
 
     def write(self, encoded: Sequence[Encoded], device: torch.device) -> list[list[int]]:
         """Greedy continuations of what is given."""
-        tokens, mask = _pad([e.given for e in encoded], self.tokenizer.pad_token_id, device, left=True)
-        found = self.model.generate(input_ids=tokens, attention_mask=mask, generation_config=self.generation)
-        return found[:, tokens.shape[1] :].tolist()
+        given, mask = self._embed([e.given for e in encoded], device, left=True)
+        found = self.model.generate(inputs_embeds=given, attention_mask=mask, generation_config=self.generation)
+        return found.tolist()
+
+    def _embed(
+        self, rows: Sequence[Sequence[Sequence[int]]], device: torch.device, *, left: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return _embed(self.model.get_input_embeddings(), rows, device, left=left)
 
 
 class T5Pretraining:
@@ -226,7 +237,10 @@ class T5Pretraining:
             "tie_word_embeddings": False, "dropout_rate": 0.0, "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": tokenizer.pad_token_id,
         }  # fmt: skip
-        return cls(T5ForConditionalGeneration(T5Config(**sizes)), tokenizer, settings.whole_caption_share)
+        model = T5ForConditionalGeneration(T5Config(**sizes))
+        with torch.no_grad():  # transformers draws it as large as the embeddings: the first losses are in the tens
+            model.lm_head.weight.mul_(settings.width**-0.5)
+        return cls(model, tokenizer, settings.whole_caption_share)
 
     def encode(self, text: LlmText, split: float = 0.0) -> Encoded:
         """`split` in [0, 1) draws where a caption is split; 0 asks for the whole caption."""
@@ -240,20 +254,21 @@ class T5Pretraining:
             place = 1 + int(share * max(1, len(words) // 2))
             asked, written = " ".join(words[:place]), " ".join(words[place:])
         end = self.tokenizer.eos_token_id
-        given = [*_ids(self.tokenizer, text.preamble), *_ids(self.tokenizer, asked), end]
+        after = [*_ids(self.tokenizer, asked), end]
+        given = [*_places(self.tokenizer, text.preamble), *([token] for token in after)]
         return Encoded(given, [*_ids(self.tokenizer, written), end])
 
     def loss(self, encoded: Sequence[Encoded], device: torch.device) -> Tensor:
         """Mean cross-entropy per written token."""
-        tokens, mask = _pad([e.given for e in encoded], self.tokenizer.pad_token_id, device)
-        target, target_mask = _pad([e.written for e in encoded], self.tokenizer.pad_token_id, device)
-        labels = target.masked_fill(target_mask == 0, -100)
-        return self.model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss
+        given, mask = _embed(self.model.get_input_embeddings(), [e.given for e in encoded], device)
+        written = [torch.tensor(e.written) for e in encoded]
+        labels = nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=-100).to(device)
+        return self.model(inputs_embeds=given, attention_mask=mask, labels=labels, use_cache=False).loss
 
     def write(self, encoded: Sequence[Encoded], device: torch.device) -> list[list[int]]:
         """Greedy continuations of what is given."""
-        tokens, mask = _pad([e.given for e in encoded], self.tokenizer.pad_token_id, device)
-        found = self.model.generate(input_ids=tokens, attention_mask=mask, generation_config=self.generation)
+        given, mask = _embed(self.model.get_input_embeddings(), [e.given for e in encoded], device)
+        found = self.model.generate(inputs_embeds=given, attention_mask=mask, generation_config=self.generation)
         return found[:, 1:].tolist()
 
 
@@ -325,18 +340,34 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids if text else []
 
 
+def _places(tokenizer: Any, preamble: str) -> list[list[int]]:
+    """The ids at each place of a preamble: one, or those of words that are joined by "+"."""
+    places: list[list[int]] = []
+    for piece in _SUMMED.split(preamble):
+        if _SUMMED.fullmatch(piece):
+            places.append([token for word in piece.split("+") for token in _ids(tokenizer, f" {word.strip()}")])
+        else:
+            places += [[token] for token in _ids(tokenizer, piece)]
+    return places
+
+
 def _end_ids(llm: Pretraining) -> list[int]:
     ends = llm.generation.eos_token_id
     return list(ends) if isinstance(ends, list) else [ends]
 
 
-def _pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Token ids (B, T) and the mask, 1 at tokens, as transformers expects it."""
+def _embed(
+    embedding: nn.Module, rows: Sequence[Sequence[Sequence[int]]], device: torch.device, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Embeddings (B, T, D), those of one place summed, and the mask (B, T), 1 where there is a place."""
     longest = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
+    most = max((len(place) for row in rows for place in row), default=1)
+    tokens = torch.zeros(len(rows), longest, most, dtype=torch.long)
+    is_token = torch.zeros(len(rows), longest, most)
     for number, row in enumerate(rows):
-        places = slice(longest - len(row), longest) if left else slice(0, len(row))
-        tokens[number, places] = torch.tensor(row)
-        mask[number, places] = 1
-    return tokens.to(device), mask.to(device)
+        first = longest - len(row) if left else 0
+        for place, ids in enumerate(row, first):
+            tokens[number, place, : len(ids)] = torch.tensor(ids)
+            is_token[number, place, : len(ids)] = 1
+    tokens, is_token = tokens.to(device), is_token.to(device)
+    return (embedding(tokens) * is_token[..., None]).sum(dim=2), is_token[..., 0].long()

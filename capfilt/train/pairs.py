@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from capfilt.data.images import ImageRefused, decode_image
 from capfilt.data.manifest import iterate_manifest
@@ -50,12 +51,15 @@ def read_pairs(
     image_size_px: int,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
     progress: Progress | None = None,
+    known_false: bool = False,
 ) -> RunPairs:
     """The images of `runs` that have a kept caption; an image without one is left out.
 
+    With `known_false` the captions that were dropped as such are read too.
+
     Raises UsageError for a run without a manifest or with nothing kept, CorruptionError for damaged shards.
     """
-    dataset = RunPairs(_read_index(runs), image_size_px)
+    dataset = RunPairs(_read_index(runs, known_false), image_size_px)
     if dataset.num_bytes_decoded <= memory_limit_bytes:
         dataset.decode_all(progress or NullProgress())
     return dataset
@@ -64,7 +68,9 @@ def read_pairs(
 def runs_digest(runs: Sequence[RunDir | str | Path]) -> str:
     """sha256 over the content of the runs' manifests: a training goes on only with the same pairs."""
     digest = hashlib.sha256()
-    for run, shard, table in iterate_manifest(runs, ["key", "text", "sha256"], kept_only=True):
+    columns = ["key", "text", "sha256"]
+    for run, shard, table in iterate_manifest(runs, [*columns, "kept", "drop_reason"]):
+        table = table.filter(pc.or_kleene(table["kept"], _is_known_false(table))).select(columns)
         digest.update(f"{run.path.name}\0{shard}\0".encode())
         for column in table.columns:
             digest.update("\0".join(str(value) for value in column.to_pylist()).encode())
@@ -88,6 +94,8 @@ class _Index:
     texts: pa.StringArray
     first_text: np.ndarray
     """int64 (rows + 1): captions of row r are texts[first_text[r] : first_text[r + 1]]."""
+    false_texts: dict[tuple[int, str], list[str]]
+    """Captions that are known to be false, by number of the shard and key."""
 
 
 class RunPairs:
@@ -114,6 +122,10 @@ class RunPairs:
     def captions_of(self, row: int) -> list[str]:
         first, end = self._index.first_text[row : row + 2]
         return self._index.texts[first:end].to_pylist()
+
+    def false_captions_of(self, row: int) -> list[str]:
+        """Captions of an image that are known to be false; none where they were not read."""
+        return self._index.false_texts.get((int(self._shard_of_row[row]), self.keys[row]), [])
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """In memory any order; streamed, groups of shards in random order, shuffled within a group."""
@@ -161,14 +173,22 @@ class RunPairs:
         return self._encoded[number][self.keys[row]]
 
 
-def _read_index(runs: Sequence[RunDir | str | Path]) -> _Index:
+def _is_known_false(table: pa.Table) -> pa.ChunkedArray:
+    return pc.fill_null(pc.equal(table["drop_reason"], "known_false"), False)
+
+
+def _read_index(runs: Sequence[RunDir | str | Path], known_false: bool) -> _Index:
     shards: list[_ShardRows] = []
     keys: list[str] = []
     texts: list[pa.Array] = []
     counts: list[np.ndarray] = []
-    for run, shard, table in iterate_manifest(runs, ["key", "text"], kept_only=True):
+    false_texts: dict[tuple[int, str], list[str]] = {}
+    for run, shard, rows in iterate_manifest(runs, ["key", "text", "kept", "drop_reason"]):
+        table = rows.filter(rows["kept"])
         if not table.num_rows:
             continue
+        for row in rows.filter(_is_known_false(rows)).to_pylist() if known_false else []:
+            false_texts.setdefault((len(shards), row["key"]), []).append(clean_caption(row["text"]))
         shard_keys, first, count = np.unique(
             table["key"].to_numpy(zero_copy_only=False), return_index=True, return_counts=True
         )
@@ -181,7 +201,7 @@ def _read_index(runs: Sequence[RunDir | str | Path]) -> _Index:
         names = ", ".join(str(run.path if isinstance(run, RunDir) else run) for run in runs)
         raise UsageError(f"No kept pair in {names}. Lower the threshold: `capfilt select RUN --threshold 0.3`.")
     first_text = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-    return _Index(shards, keys, pa.concat_arrays(texts), first_text)
+    return _Index(shards, keys, pa.concat_arrays(texts), first_text, false_texts)
 
 
 def _group_shards(shards: Sequence[_ShardRows]) -> Iterator[list[int]]:

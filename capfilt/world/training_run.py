@@ -1,7 +1,8 @@
 """Run directories of the miniature world to train on: scenes with true captions, as a curated run has them.
 
-In: seeds and a folder. Out: committed shards and manifests, like those that `capfilt run` leaves, whose pairs are
-all kept and whose source is "human". Shards that exists are not written again.
+In: seeds and a folder. Out: committed shards and manifests, like those that `capfilt run` leaves, whose pairs'
+source is "human": true captions that are kept and, where asked for, false ones that are dropped as `known_false`.
+Shards that exist are not written again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS, SUCCESS
 from capfilt.data.shards import write_tar
 from capfilt.progress import NullProgress, Progress
-from capfilt.world.language import caption, full_caption
+from capfilt.world.language import caption, change_one_fact, full_caption
 from capfilt.world.scenes import Scene, draw_scene, render
 
 SIDES_PX = (64, 72, 96, 128, 160)
@@ -43,8 +44,10 @@ class WorldRunSettings:
     """Fewest objects in a scene; more make kinds easier to learn."""
     num_groups: int = 0
     """Groups of objects in every scene: 2 for scenes with a relation only; 0 for any."""
-    captions_per_scene: int = 6
-    """True captions of each scene; every third states all facts."""
+    captions_per_scene: int = 8
+    """True captions of each scene; every other one states all facts."""
+    false_captions_per_scene: int = 0
+    """Captions of each scene that are false in one fact, dropped as `known_false`."""
     scenes_per_shard: int = 2000
     """Scenes in one shard."""
 
@@ -69,11 +72,9 @@ def _write_shard(task: tuple[Path, WorldRunSettings, int]) -> int:
     run = RunDir.open(path)
     shard = f"{start // settings.scenes_per_shard:05d}"
     size = min(settings.scenes_per_shard, settings.num_scenes - start)
-    fields = {"world": 1, "start": start, "size": size} | {
-        name: getattr(settings, name) for name in ("first_seed", "min_count", "captions_per_scene")
+    fields = {"world": 2, "start": start, "size": size} | {
+        name: getattr(settings, name) for name in ("first_seed", "min_count", "num_groups")
     }
-    if settings.num_groups:
-        fields["num_groups"] = settings.num_groups
     origin = "miniature world"
     if stage_state(run, "shards", shard, fields, origin) != "done":
         with run.new_staging() as staging:
@@ -81,7 +82,8 @@ def _write_shard(task: tuple[Path, WorldRunSettings, int]) -> int:
             rows = _write_pictures(tar, settings, start, size)
             table = pa.Table.from_pylist(rows, schema=SCHEMAS["shards"])
             commit_stage(run, "shards", shard, table, fields=fields, input_digest=origin, rows_in=size, tar=tar)
-    manifest_fields = {"world": 1, "captions_per_scene": settings.captions_per_scene}
+    names = ("captions_per_scene", "false_captions_per_scene")
+    manifest_fields = {"world": 2} | {name: getattr(settings, name) for name in names}
     digest = file_sha256(run.stage_file("shards", shard))
     if stage_state(run, "manifest", shard, manifest_fields, digest) != "done":
         facts = read_table(run.stage_file("shards", shard), columns=["key", "width", "height", "sha256"])
@@ -152,8 +154,13 @@ def _manifest_rows(
     rows = []
     for place, facts in enumerate(pictures, start):
         scene, rng = _scene(settings, place), np.random.default_rng([13, settings.first_seed + place])
-        pair = facts | {"shard": shard, "url": f"world:{scene.seed}", "source": "human", "kept": True}
+        pair = facts | {"shard": shard, "url": f"world:{scene.seed}", "source": "human"}
         for index in range(settings.captions_per_scene):
-            text = full_caption(scene, rng) if index % 3 == 0 else caption(scene, rng)
-            rows.append(pair | {"caption_index": index, "text": text})
+            text = full_caption(scene, rng) if index % 2 == 0 else caption(scene, rng)
+            rows.append(pair | {"caption_index": index, "text": text, "kept": True})
+        for index in range(settings.false_captions_per_scene):
+            text, _ = change_one_fact(scene, rng)
+            place = settings.captions_per_scene + index
+            dropped = {"caption_index": place, "text": text, "kept": False, "drop_reason": "known_false"}
+            rows.append(pair | dropped)
     return rows

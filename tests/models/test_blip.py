@@ -65,6 +65,15 @@ def test_lm_is_the_mean_over_next_tokens() -> None:
     assert model(images, tokens, ("lm",))["lm"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_lm_of_several_texts_of_an_image_is_that_of_pairs() -> None:
+    model, (images, tokens) = build(), draw_pairs()
+    twice = images[[0, 0, 1, 1]]
+    found = model(images[:2], tokens, ("lm",))["lm"]
+    assert found.item() == pytest.approx(model(twice, tokens, ("lm",))["lm"].item(), rel=1e-5)
+    first = model(images[:2], tokens, ("itc", "itm", "lm"))["itc"]
+    assert first.item() == pytest.approx(model(images[:2], tokens[::2], ("itc",))["itc"].item(), rel=1e-5)
+
+
 def test_prompt_carries_no_loss() -> None:
     model, (images, tokens) = build(), draw_pairs()
     features = model.captioner.vision(images)
@@ -98,6 +107,20 @@ def test_itm_pairs_against_single_forwards(monkeypatch: pytest.MonkeyPatch) -> N
     target = torch.tensor([1] * 4 + [0] * 8)
     expected = F.cross_entropy(torch.stack(positive + negative), target)
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_known_false_texts_take_the_place_of_drawn_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (images, tokens) = build(), draw_pairs()
+    drawn, known = torch.tensor([1, 2, 3, 0]), torch.tensor([2, 3, 0, 1])
+    features = model.filter.vision(images)
+    by_hand = torch.stack([known[0], drawn[1], known[2], drawn[3]])
+    draws = iter([by_hand, drawn, drawn, drawn])  # of a text and of an image, for each of the two calls
+    monkeypatch.setattr("capfilt.models.blip.draw_hard_negatives", lambda *_: next(draws))
+    expected = model.filter_losses(features, tokens, ("itm",))["itm"]
+    false_tokens = tokens[known].clone()
+    false_tokens[1::2] = PAD
+    found = model.filter_losses(features, tokens, ("itm",), false_tokens)["itm"]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_losses_can_be_switched_off() -> None:

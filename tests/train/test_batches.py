@@ -9,12 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from capfilt.data.rundir import RunDir
 from capfilt.errors import CorruptionError, UsageError
 from capfilt.settings import TrainSettings
 from capfilt.train import pairs
-from capfilt.train.batches import CLIP_MEAN, CLIP_STD, Batch, Cursor, draw_view, from_arrays, iterate_batches
+from capfilt.train.batches import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Batch,
+    Cursor,
+    draw_captions,
+    draw_view,
+    from_arrays,
+    iterate_batches,
+)
 from capfilt.train.pairs import clean_caption, read_pairs, runs_digest
 from tests.train import small_models
 
@@ -36,6 +47,17 @@ def arrays():
 
 def same(one: Batch, other: Batch) -> bool:
     return one.keys == other.keys and one.texts == other.texts and torch.equal(one.images, other.images)
+
+
+@given(st.integers(1, 6), st.integers(1, 15), st.integers(0, 2**64 - 1))
+def test_captions_of_an_image_are_drawn_evenly(num_captions: int, number: int, seed: int) -> None:
+    captions = [f"caption {n}" for n in range(num_captions)]
+    drawn = draw_captions(captions, number, seed)
+    assert drawn == draw_captions(captions, number, seed)
+    counts = Counter(drawn)
+    assert sum(counts.values()) == number
+    assert set(counts) <= set(captions)
+    assert max(counts.values()) - min(counts.get(caption, 0) for caption in captions) <= 1
 
 
 def test_images_are_normalised(arrays) -> None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import AutoProcessor, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
+from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.blip import train_blip, train_captioner, train_filter
 from capfilt.train.blip_files import load_blip
+from capfilt.train.pairs import read_pairs
 from capfilt.world.tokenizers import build_bert_tokenizer
 from capfilt.world.training_run import WorldRunSettings, write_world_run
 
@@ -88,6 +90,27 @@ def test_filter_learns_from_there(world_run: RunDir, pre_trained: Path, tmp_path
     summary = train_filter([world_run.path], settings, tmp_path / "out")
     assert set(summary.last_losses) >= {"itc", "itm", "loss"}
     assert summary.last_losses["loss"] < summary.first_losses["loss"]
+
+
+def test_known_false_captions_and_several_captions_change_the_losses(tokenizer_dir: Path, tmp_path: Path) -> None:
+    run = write_world_run(tmp_path / "run", WorldRunSettings(num_scenes=24, false_captions_per_scene=2))
+    settings = replace(TINY, tokenizer=str(tokenizer_dir), max_steps=2, log_every_steps=1)
+    plain = train_blip([run], settings, tmp_path / "plain").first_losses
+    known = train_blip([run], replace(settings, known_false=True), tmp_path / "known").first_losses
+    several = train_blip([run], replace(settings, captions_per_image=3), tmp_path / "several").first_losses
+    assert known["itm"] != plain["itm"]
+    assert (known["itc"], known["lm"]) == pytest.approx((plain["itc"], plain["lm"]), rel=1e-5)
+    assert several["lm"] != pytest.approx(plain["lm"], rel=1e-5)
+
+
+def test_known_false_captions_are_those_of_the_image(tmp_path: Path) -> None:
+    run = write_world_run(tmp_path / "run", WorldRunSettings(num_scenes=24, false_captions_per_scene=2))
+    rows = read_manifest([run], ["key", "text", "drop_reason"]).to_pylist()
+    dataset = read_pairs([run], image_size_px=32, known_false=True)
+    for row, key in enumerate(dataset.keys):
+        expected = [r["text"] for r in rows if r["key"] == key and r["drop_reason"] == "known_false"]
+        assert dataset.false_captions_of(row) == expected
+    assert read_pairs([run], image_size_px=32).false_captions_of(0) == []
 
 
 def test_pre_training_goes_on_from_its_own_output(world_run: RunDir, pre_trained: Path, tmp_path: Path) -> None:

@@ -42,6 +42,12 @@ FAMILIES = sorted(ARCHITECTURES)
 Trained = dict[str, Path]
 
 
+def flat(places: list[list[int]]) -> list[int]:
+    """The ids of places that hold one each."""
+    assert all(len(place) == 1 for place in places)
+    return [place[0] for place in places]
+
+
 def draw_texts() -> list[LlmText]:
     """Captions and questions that only their preambles can tell."""
     pairs = list(itertools.product(COLORS, KINDS))
@@ -90,6 +96,22 @@ def test_a_preamble_works_as_visual_prompts_do(trained: Trained, name: str) -> N
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_words_joined_in_a_preamble_are_summed_at_one_place(trained: Trained, name: str) -> None:
+    llm: Any = load_llm(str(trained[name]))
+    ours = ARCHITECTURES[name](llm.model, llm.tokenizer)
+    table = llm.model.get_input_embeddings()
+    ids = [llm.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in ("red", "ball", "box")]
+    assert [len(i) for i in ids] == [1, 1, 1]
+    places = [table(torch.tensor(ids[0] + ids[1])).sum(dim=0), table(torch.tensor(ids[2]))[0]]
+    if name == "t5":
+        llm.whole_caption_share = 1.0
+    expected = llm.caption_loss(torch.stack(places)[None], ["a red ball"])
+    encoded = ours.encode(LlmText("a red ball", " red+ball box"))
+    assert encoded.given[:2] == [ids[0] + ids[1], ids[2]]
+    assert ours.loss([encoded], torch.device("cpu")).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_loss_is_that_of_stage_2_for_the_same_vectors(trained: Trained, name: str) -> None:
     text = draw_texts()[3]
     llm: Any = load_llm(str(trained[name]))
@@ -124,13 +146,13 @@ def test_opt_reads_preamble_end_question_and_writes_up_to_the_newline(tokenizers
     tokenizer = load_tokenizer(tokenizers["opt"])
     opt: Any = ARCHITECTURES["opt"].build(tokenizer, SETTINGS)
     encoded = opt.encode(LlmText("red", "a red ball.", "what color is the ball?"))
-    assert tokenizer.decode(encoded.given) == "a red ball.</s>Question: what color is the ball? Answer:"
+    assert tokenizer.decode(flat(encoded.given)) == "a red ball.</s>Question: what color is the ball? Answer:"
     assert tokenizer.decode(encoded.written) == " red\n"
     plain = opt.encode(LlmText("a red ball"))
-    assert (tokenizer.decode(plain.given), tokenizer.decode(plain.written)) == ("</s>", "a red ball\n")
+    assert (tokenizer.decode(flat(plain.given)), tokenizer.decode(plain.written)) == ("</s>", "a red ball\n")
     cut = opt.encode(LlmText("a red ball", "box" + " box" * 499))
     assert len(cut.given) + len(cut.written) == SETTINGS.max_positions
-    assert tokenizer.decode(cut.given).endswith(" box</s>")
+    assert tokenizer.decode(flat(cut.given)).endswith(" box</s>")
 
 
 def test_t5_splits_a_caption_as_stage_2_does(tokenizers: dict[str, Path]) -> None:
@@ -140,14 +162,14 @@ def test_t5_splits_a_caption_as_stage_2_does(tokenizers: dict[str, Path]) -> Non
     text, seen = LlmText("one two three four five six", "a ball."), Counter()
     for split in np.linspace(0, 1, 401)[:-1]:
         encoded = t5.encode(text, float(split))
-        given, written = tokenizer.decode(encoded.given), tokenizer.decode(encoded.written)
+        given, written = tokenizer.decode(flat(encoded.given)), tokenizer.decode(encoded.written)
         rest = written.removesuffix("</s>").split()
         prefix = given.removesuffix("</s>").removeprefix("a ball.").split()
         assert prefix + rest == text.text.split()
         seen[len(prefix)] += 1
     assert seen == {0: 100, 1: 100, 2: 100, 3: 100}
     asked = t5.encode(LlmText("red", "a ball.", "what color?"), 0.9)
-    assert tokenizer.decode(asked.given) == "a ball. Question: what color? Short answer:</s>"
+    assert tokenizer.decode(flat(asked.given)) == "a ball. Question: what color? Short answer:</s>"
     assert tokenizer.decode(asked.written) == "red</s>"
 
 

@@ -7,16 +7,18 @@ import itertools
 import numpy as np
 
 from capfilt.world import lexicon
-from capfilt.world.language import judge, parse
+from capfilt.world.language import judge
 from capfilt.world.scenes import draw_scene
 from capfilt.world.texts_for_llms import (
+    MAX_PREAMBLE_PLACES,
     draw_llm_text,
     draw_llm_texts,
     draw_probes,
-    notes,
     preamble,
     share_of_right_answers,
 )
+
+PLAIN_RELATIONS = {name: phrases[0] for name, phrases in lexicon.RELATION_PHRASES.items()}
 
 
 def test_texts_are_the_same_every_time_and_do_not_depend_on_their_number() -> None:
@@ -40,32 +42,26 @@ def test_captions_are_true_and_questions_have_a_preamble() -> None:
     assert 100 <= num_questions <= 190
 
 
-def test_a_preamble_is_sentences_that_are_true_or_notes_that_name_every_fact() -> None:
-    for seed in range(200):
-        scene, rng = draw_scene(seed, "test"), np.random.default_rng(seed)
-        words = preamble(scene, rng)
-        assert words.endswith(".")
-        for part in words.removesuffix(".").split(". "):
-            if parse(part) is not None:
-                assert judge(part, scene).is_true, part
-
-
-def test_notes_name_kind_color_size_count_ground_and_relation() -> None:
-    for seed in range(200):
+def test_a_preamble_states_every_fact_of_an_object_at_one_place() -> None:
+    lengths = set()
+    for seed in range(300):
         scene = draw_scene(seed, "test")
-        clauses = notes(scene, np.random.default_rng(seed)).split(", ")
-        for group in scene.groups:
-            colors, sizes = lexicon.COLOR_WORDS[group.color], lexicon.SIZE_WORDS[group.size]
-            kinds = [noun for pair in lexicon.KIND_NOUNS[group.kind] for noun in pair]
-            assert any(
-                any(c in clause for c in colors) and any(s in clause for s in sizes) and any(k in clause for k in kinds)
-                for clause in clauses
-            )
-        grounds = [what for _, what in lexicon.BACKGROUND_PHRASES[scene.background]]
-        assert set(clauses) & set(grounds)
-        relations = [phrase for phrases in lexicon.RELATION_PHRASES.values() for phrase in phrases]
-        related = [clause for clause in clauses if any(f" {phrase} " in clause for phrase in relations)]
-        assert bool(related) == (scene.relation is not None)
+        places = preamble(scene, np.random.default_rng(seed)).split()
+        lengths.add(len(places))
+        stated = {place for place in places if "+" in place}
+        assert set(places) - stated - {"."} == {scene.background}
+        assert len(stated) == len(scene.groups)
+        for place in stated:
+            words = place.split("+")
+            assert judge(" ".join(words[:4]), scene).is_true
+            assert len(words) == (4 if scene.relation is None else 5)
+        if scene.relation is not None:
+            first, second = (place.split("+") for place in stated)
+            said = f"{' '.join(first[:4])} {PLAIN_RELATIONS[first[4]]} {' '.join(second[:4])}"
+            assert judge(said, scene).is_true
+            assert lexicon.CONVERSE[first[4]] == second[4]
+    assert min(lengths) < 8
+    assert max(lengths) == MAX_PREAMBLE_PLACES
 
 
 def test_probes_and_their_figure() -> None:

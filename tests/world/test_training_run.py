@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from capfilt.data.manifest import read_manifest
@@ -25,6 +26,17 @@ def test_run_holds_true_captions(tmp_path: Path) -> None:
     assert all(sum(group.count for group in scene.groups) >= 2 for scene in scenes.values())
     samples = [sample for shard in run.shard_names() for sample in read_samples(run, shard)]
     assert [sample.key for sample in samples] == list(dict.fromkeys(row["key"] for row in rows))
+
+
+def test_false_captions_are_dropped_as_known_false(tmp_path: Path) -> None:
+    run = write_world_run(tmp_path / "run", replace(SETTINGS, false_captions_per_scene=2))
+    rows = read_manifest([run]).to_pylist()
+    scenes = {row["url"]: draw_scene(int(row["url"].removeprefix("world:"))) for row in rows}
+    dropped = [row for row in rows if not row["kept"]]
+    assert len(dropped) == 30 * 2
+    assert {row["drop_reason"] for row in dropped} == {"known_false"}
+    assert all(judge(row["text"], scenes[row["url"]]).verdict == "false" for row in dropped)
+    assert len(read_manifest([run], kept_only=True)) == 30 * 3
 
 
 def test_finished_shards_are_not_written_again(tmp_path: Path) -> None:
