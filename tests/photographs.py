@@ -39,7 +39,8 @@ DEAD_SHARE = 0.1
 ODD_SHARE = 0.15
 """Share of photographs that are redirected, mislabelled, turned, or encoded in an odd way."""
 
-_DEAD = [name for name, (_, reason) in BEHAVIOURS.items() if reason is not None]
+# Servers that never answer are left out: only a long time-out tells them from others on a machine that is busy.
+_DEAD = [name for name, (_, reason) in BEHAVIOURS.items() if reason not in (None, "timeout")]
 _ODD = [name for name, (_, reason) in BEHAVIOURS.items() if reason is None and name != "duplicate"]
 _QUALITY = 90
 

@@ -60,7 +60,7 @@ def curate(folder: Path, num_photographs: int, **options: tuple[object, ...]) ->
     with PhotographSite(read_photographs(num_photographs)) as site:
         site.write_table(table)
         truth = list(site.rows())
-        fetch = ("download", table, run, "--num-shards", 4, "--timeout", 5, "--allow-private-addresses")
+        fetch = ("download", table, run, "--num-shards", 4, "--allow-private-addresses")
         said["download"] = succeed(*fetch)
         assert "Nothing to download" in capfilt(*fetch).out
     for command in ("caption", "rank", "filter"):
@@ -158,7 +158,7 @@ def check_models_see(curated: Curated) -> None:
         assert max(values) - min(values) > 0.01
 
 
-@pytest.mark.timeout(300 + NUM_PHOTOGRAPHS)
+@pytest.mark.timeout(600 + NUM_PHOTOGRAPHS)
 def test_photographs_through_the_embedded_models(tmp_path: Path) -> None:
     curated = curate(
         tmp_path,
