@@ -1,7 +1,8 @@
 """Small models with random weights in the published layouts, and random pictures, for tests to load.
 
 Made with transformers and open_clip alone: capfilt's readers are tested on files it did not write.
-Weights are scaled so that differences show: the image matters, and the next token is far from uniform.
+Weights are scaled so that differences show: the image matters, and the next token is far from uniform. The same
+holds for models of the released sizes, which `tests/full_size.py` makes of these.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ VOCABULARY = list(dict.fromkeys([*SPECIALS, *_WORDS.split(), *LETTERS, *(f"##{le
 """Of the small tokenizer; [DEC] and [ENC] follow it, as they do in the released models."""
 
 IMAGE_SIZE_PX = 32
+_SMALL_WIDTH = 32
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
@@ -45,7 +47,7 @@ def blip_config(
     *,
     vocabulary_size: int | None = None,
     depth: int = 2,
-    width: int = 32,
+    width: int = _SMALL_WIDTH,
     vision_width: int = 48,
     num_heads: int = 4,
 ) -> Any:
@@ -67,15 +69,15 @@ def blip_config(
     return BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=24, initializer_range=0.02)
 
 
-def build_captioner(*, seed: int = 0, config: Any = None) -> Any:
-    """A random BlipForConditionalGeneration in eval mode."""
+def build_captioner(*, seed: int = 0, config: Any = None, end_bias: float = 3.0) -> Any:
+    """A random BlipForConditionalGeneration in eval mode; the higher `end_bias`, the shorter its captions."""
     from transformers import BlipForConditionalGeneration
 
     torch.manual_seed(seed)
     model = BlipForConditionalGeneration(config or blip_config()).eval()
     _liven(model, head=model.text_decoder.get_input_embeddings().weight)
     with torch.no_grad():  # captions of different lengths: the end is likely, not certain
-        model.text_decoder.cls.predictions.bias[model.config.text_config.sep_token_id] += 3.0
+        model.text_decoder.cls.predictions.bias[model.config.text_config.sep_token_id] += end_bias
     return model
 
 
@@ -89,9 +91,9 @@ def build_filter(*, seed: int = 0, config: Any = None) -> Any:
     return model
 
 
-def save_captioner(folder: Path, *, seed: int = 0, config: Any = None) -> Any:
+def save_captioner(folder: Path, *, seed: int = 0, config: Any = None, end_bias: float = 3.0) -> Any:
     """A random captioner's folder (config, preprocessor, tokenizer, safetensors); gives the model."""
-    model = build_captioner(seed=seed, config=config)
+    model = build_captioner(seed=seed, config=config, end_bias=end_bias)
     _save_blip(folder, model)
     return model
 
@@ -189,13 +191,17 @@ def _save_blip(folder: Path, model: Any) -> None:
 
 @torch.no_grad()
 def _liven(model: Any, head: torch.Tensor | None) -> None:
-    """Larger weights than at initialisation, random biases and norms, a peaky language model head."""
+    """Larger weights than at initialisation, random biases and norms, a peaky language model head.
+
+    What a matrix does to a vector grows with the root of its width, so that wider models get smaller weights.
+    """
+    scale = (_SMALL_WIDTH / model.config.text_config.hidden_size) ** 0.5
     for name, parameter in model.named_parameters():
         if name.endswith("LayerNorm.weight") or "layer_norm" in name and name.endswith("weight"):
             parameter.add_(0.1 * torch.randn_like(parameter))
         elif parameter.ndim == 1:
             parameter.add_(0.05 * torch.randn_like(parameter))
         else:
-            parameter.mul_(8.0 if "crossattention" in name else 4.0)
+            parameter.mul_(scale * (8.0 if "crossattention" in name else 4.0))
     if head is not None:
         head.mul_(6.0)
