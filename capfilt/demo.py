@@ -50,7 +50,7 @@ def run_demo(run_path: Path, progress: Progress | None = None) -> Iterator[str]:
 
     Raises UsageError where the embedded models are not there, and what the parts raise.
     """
-    from capfilt.curate.checkpoints import EMBEDDED_FOLDERS, find_embedded
+    from capfilt.weights.find import EMBEDDED_FOLDERS, find_embedded
 
     for what in EMBEDDED_FOLDERS:
         find_embedded(what)  # said now, not after the download
@@ -204,12 +204,12 @@ def _measure_untrained(stage1_dir: Path) -> Figures:
     from capfilt.figures import measure_blip2
     from capfilt.models.llms import load_llm
     from capfilt.train.generate import Generator
-    from capfilt.train.loop import resolve_device
-    from capfilt.train.pretrained import find_model_dir
     from capfilt.train.saved import start_stage2
+    from capfilt.weights.devices import choose_device
+    from capfilt.weights.find import find_model_dir
 
     torch.manual_seed(STAGE2.seed)
-    device = resolve_device(STAGE2.device)
+    device = choose_device(STAGE2.device)
     llm = load_llm(str(find_model_dir(LLM, "language model")), device=device)
     model = start_stage2(stage1_dir, llm, 0.0, device)
     return measure_blip2(Generator(model.encoder, model.stage.eval(), device), _unseen())

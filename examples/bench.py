@@ -22,10 +22,10 @@ import transformers
 from PIL.Image import Image
 
 from capfilt.curate.captioner import BlipCaptioner
-from capfilt.curate.checkpoints import find_embedded
 from capfilt.curate.scorers import ClipScorer, ItmScorer, Scorer
 from capfilt.figures import picture
 from capfilt.settings import EMBEDDED, CaptionSettings, FilterSettings, RankSettings
+from capfilt.weights.find import find_embedded
 from capfilt.world.measure import unseen_scenes
 
 NUM_CAPTIONS = 10

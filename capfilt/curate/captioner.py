@@ -15,11 +15,13 @@ from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from capfilt.curate.checkpoints import Preparation, choose_device, choose_dtype, load_blip
 from capfilt.errors import UsageError
 from capfilt.models.decoding import write_captions
 from capfilt.models.med import Captioner
 from capfilt.settings import CaptionSettings
+from capfilt.weights.blip import load_blip
+from capfilt.weights.devices import choose_device, choose_dtype
+from capfilt.weights.model_files import ImagePreparation
 
 
 class BlipCaptioner:
@@ -80,7 +82,7 @@ def to_square(image: Image, side_px: int) -> Tensor:
     return resize(pixels, [side_px, side_px], interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
-def normalise(images: Sequence[Tensor], preparation: Preparation, like: Tensor) -> Tensor:
+def normalise(images: Sequence[Tensor], preparation: ImagePreparation, like: Tensor) -> Tensor:
     """Pictures of uint8 (3, S, S) as one normalised batch (B, 3, S, S), of the device and dtype of `like`."""
     batch = torch.stack(list(images)).to(like.device).float()
     mean = torch.tensor(preparation.mean, device=like.device).view(3, 1, 1)

@@ -16,19 +16,16 @@ from PIL.Image import Image
 from torch import Tensor
 
 from capfilt.curate.captioner import normalise, to_square
-from capfilt.curate.checkpoints import (
-    choose_device,
-    choose_dtype,
-    find_embedded,
-    is_offline,
-    load_blip,
-)
 from capfilt.data.captions import clean_caption
 from capfilt.data.commit import file_sha256, fingerprint
+from capfilt.data.texts import first_line
 from capfilt.errors import UsageError
 from capfilt.models.matching import match_probabilities
 from capfilt.models.med import Filter
 from capfilt.settings import EMBEDDED, FilterSettings, RankSettings
+from capfilt.weights.blip import load_blip
+from capfilt.weights.devices import choose_device, choose_dtype
+from capfilt.weights.find import find_embedded, is_offline
 
 ITM_MAX_TOKENS = 35
 """Longest text given to the filter, special tokens included (BLIP's released code: 35)."""
@@ -228,9 +225,8 @@ def _load_clip(source: _ClipSource, dtype: torch.dtype, device: torch.device) ->
             )  # fmt: skip
             tokenizer = open_clip.get_tokenizer(source.name)
     except Exception as error:  # open_clip and torch raise many kinds for files that do not fit
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"open_clip cannot load {source.name} {source.weights or ''} ({first}). Give --clip-model and "
+            f"open_clip cannot load {source.name} {source.weights or ''} ({first_line(error)}). Give --clip-model and "
             "--clip-weights that belong together."
         ) from error
     return model.eval().requires_grad_(False), transform, tokenizer

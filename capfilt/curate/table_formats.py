@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from capfilt.data.texts import first_line
 from capfilt.errors import UsageError
 
 BATCH_ROWS = 8192
@@ -193,8 +194,9 @@ def _once(schema: pa.Schema) -> dict[str, pa.DataType]:
 
 
 def _unreadable(name: str, format_name: str, error: Exception) -> UsageError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UsageError(f"{name} cannot be read as {format_name}: {reason}. Expected a table of URLs and captions.")
+    return UsageError(
+        f"{name} cannot be read as {format_name}: {first_line(error)}. Expected a table of URLs and captions."
+    )
 
 
 def _bad_rows(details: list[str]) -> pa.RecordBatch:

@@ -20,6 +20,12 @@ def _safe(char: str) -> str:
     return char
 
 
+def first_line(error: BaseException) -> str:
+    """Give the first line of an error's message, or its class's name where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def clean_for_terminal(text: str, max_chars: int = 200) -> str:
     """Give `text` on one line, with everything a terminal could act upon written out as an escape.
 

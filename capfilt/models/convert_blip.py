@@ -18,11 +18,10 @@ from torch import Tensor
 from transformers import BlipConfig
 
 from capfilt.errors import UsageError
-from capfilt.models.convert_blip2 import vision_names
+from capfilt.models.convert_blip2 import State, vision_names, vision_sizes
 from capfilt.models.med import MEDConfig
 from capfilt.models.vit import ViTConfig
 
-State = dict[str, Tensor]
 Kind = Literal["captioner", "filter"]
 
 ORIGINAL_LAYER_NORM_EPS = 1e-6
@@ -108,11 +107,6 @@ def sizes_from_config(config: Mapping[str, Any]) -> tuple[ViTConfig, MEDConfig, 
     for part in (vision, text):
         if part.hidden_act != "gelu":
             raise UsageError(f"{part.model_type} uses {part.hidden_act!r}; expected 'gelu', as BLIP's models have.")
-    vit = ViTConfig(
-        image_size_px=vision.image_size, patch_size_px=vision.patch_size, width=vision.hidden_size,
-        depth=vision.num_hidden_layers, num_heads=vision.num_attention_heads,
-        mlp_width=vision.intermediate_size, layer_norm_eps=vision.layer_norm_eps,
-    )  # fmt: skip
     med = MEDConfig(
         vocab_size=text.vocab_size, width=text.hidden_size, depth=text.num_hidden_layers,
         num_heads=text.num_attention_heads, mlp_width=text.intermediate_size,
@@ -121,7 +115,7 @@ def sizes_from_config(config: Mapping[str, Any]) -> tuple[ViTConfig, MEDConfig, 
         sep_token_id=text.sep_token_id, dec_token_id=text.bos_token_id,
         enc_token_id=getattr(text, "enc_token_id", text.bos_token_id + 1),
     )  # fmt: skip
-    return vit, med, parsed.image_text_hidden_size
+    return vision_sizes(vision), med, parsed.image_text_hidden_size
 
 
 def config_from_sizes(kind: Kind, vit: ViTConfig, med: MEDConfig, *, embed_dim: int = 256) -> dict[str, Any]:

@@ -176,6 +176,15 @@ def blip2_config(
     )  # fmt: skip
 
 
+def vision_sizes(config: Any) -> ViTConfig:
+    """The image encoder's sizes of a `vision_config` (the same in BLIP and BLIP-2)."""
+    return ViTConfig(
+        image_size_px=config.image_size, patch_size_px=config.patch_size, width=config.hidden_size,
+        depth=config.num_hidden_layers, num_heads=config.num_attention_heads,
+        mlp_width=config.intermediate_size, layer_norm_eps=config.layer_norm_eps,
+    )  # fmt: skip
+
+
 def sizes_from_config(config: Blip2Config) -> tuple[ViTConfig, QFormerConfig]:
     """Our sizes of a transformers configuration; UsageError for an activation that is not ours."""
     vision: Any = config.vision_config
@@ -184,11 +193,7 @@ def sizes_from_config(config: Blip2Config) -> tuple[ViTConfig, QFormerConfig]:
         if part.hidden_act != "gelu":
             raise UsageError(f"{part.model_type} uses {part.hidden_act!r}; expected 'gelu', as BLIP-2's models have.")
     return (
-        ViTConfig(
-            image_size_px=vision.image_size, patch_size_px=vision.patch_size, width=vision.hidden_size,
-            depth=vision.num_hidden_layers, num_heads=vision.num_attention_heads,
-            mlp_width=vision.intermediate_size, layer_norm_eps=vision.layer_norm_eps,
-        ),
+        vision_sizes(vision),
         QFormerConfig(
             num_queries=config.num_query_tokens, width=qformer.hidden_size, depth=qformer.num_hidden_layers,
             num_heads=qformer.num_attention_heads, mlp_width=qformer.intermediate_size,

@@ -25,9 +25,7 @@ from torch import Tensor
 
 from capfilt.errors import UsageError
 from capfilt.settings import TrainSettings
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from capfilt.weights.model_files import CLIP_MEAN, CLIP_STD
 
 NUM_DECODERS = 2
 """Threads that decode or crop; pictures are decoded one batch ahead of the step."""

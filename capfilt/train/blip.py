@@ -21,10 +21,12 @@ from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.batches import Batch, draw, draw_captions, iterate_batches
-from capfilt.train.blip_files import SavedBlip, load_blip, save_blip
-from capfilt.train.loop import TrainSummary, resolve_device, train
+from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import RunPairs, read_pairs, runs_digest
-from capfilt.train.pretrained import ImagePreparation, find_model_dir, load_tokenizer, weights_digest
+from capfilt.weights.blip import LoadedBlip, load_trainable_blip, save_blip
+from capfilt.weights.devices import choose_device
+from capfilt.weights.find import find_model_dir
+from capfilt.weights.model_files import ImagePreparation, load_tokenizer, weights_digest
 
 PARTS = ("captioner", "filter")
 
@@ -57,7 +59,7 @@ def train_captioner(
 ) -> TrainSummary:
     """Fine-tune a captioner with LM; the tokens of the prompt carry no loss (BLIP §3.3)."""
     torch.manual_seed(settings.seed)
-    start = load_blip(_part_of(settings.init, "captioner"), "captioner")
+    start = load_trainable_blip(_part_of(settings.init, "captioner"), "captioner")
     assert isinstance(start.model, Captioner)
     prompt_tokens = start.tokenizer(settings.prompt, add_special_tokens=False).input_ids
     objective = CaptionerLosses(
@@ -80,7 +82,7 @@ def train_filter(
     """Fine-tune a filter with ITC and ITM (BLIP §3.3)."""
     settings = replace(settings, captions_per_image=1)  # those of LM
     torch.manual_seed(settings.seed)
-    start = load_blip(_part_of(settings.init, "filter"), "filter")
+    start = load_trainable_blip(_part_of(settings.init, "filter"), "filter")
     assert isinstance(start.model, Filter)
     objective = FilterLosses(start.model)
 
@@ -101,13 +103,13 @@ def _train(
     progress: Progress | None,
     module: nn.Module,
     losses: Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]],
-    start: SavedBlip,
+    start: LoadedBlip,
     save: Callable[[Path], None],
     part: str,
 ) -> TrainSummary:
     """The shared part: data, device, tokens; then the loop."""
     progress = progress or NullProgress()
-    device = resolve_device(settings.device)
+    device = choose_device(settings.device)
     module.to(device).train()
     side = start.preparation.image_size_px
     dataset = read_pairs(run_dirs, image_size_px=side, progress=progress, known_false=settings.known_false)
@@ -174,9 +176,9 @@ def _part_of(init: str, part: str) -> Path:
     return folder / part if (folder / part / "config.json").exists() else folder
 
 
-def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, SavedBlip]:
+def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
     """Both parts of an earlier `train blip`; what they share must be equal."""
-    parts = {part: load_blip(_part_of(settings.init, part), part) for part in PARTS}
+    parts = {part: load_trainable_blip(_part_of(settings.init, part), part) for part in PARTS}
     captioner, filter_model = parts["captioner"].model, parts["filter"].model
     assert isinstance(captioner, Captioner)
     assert isinstance(filter_model, Filter)
@@ -197,7 +199,7 @@ def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, SavedBlip]:
     return model, parts["captioner"]
 
 
-def _start_from_nothing(settings: BlipTrainSettings) -> tuple[Blip, SavedBlip]:
+def _start_from_nothing(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
     if not settings.tokenizer:
         raise UsageError("Neither --init nor --tokenizer is given; name a BLIP model, or a tokenizer to start with.")
     tokenizer = load_tokenizer(find_model_dir(settings.tokenizer, "tokenizer"))
@@ -223,4 +225,4 @@ def _start_from_nothing(settings: BlipTrainSettings) -> tuple[Blip, SavedBlip]:
         label_smoothing=settings.label_smoothing,
     )
     preparation = ImagePreparation(settings.image_size_px)
-    return model, SavedBlip(model.captioner, tokenizer, preparation)
+    return model, LoadedBlip(model.captioner, tokenizer, preparation)

@@ -26,15 +26,16 @@ import torch
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from capfilt.errors import UsageError
 from capfilt.models.losses import itc_loss
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import ClipTrainSettings
-from capfilt.train.batches import CLIP_MEAN, CLIP_STD, Batch, PairDataset, iterate_batches, normalise
-from capfilt.train.loop import TrainSummary, resolve_device, train
+from capfilt.train.batches import Batch, PairDataset, iterate_batches, normalise
+from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
+from capfilt.weights.devices import choose_device
+from capfilt.weights.model_files import CLIP_MEAN, CLIP_STD, load_tokenizer
 
 HEAD_WIDTH = 32
 """Width of an attention head (CLIP: 64); there are too few channels here for wider ones."""
@@ -73,7 +74,7 @@ def train_clip_on(
     fields: Mapping[str, Any] | None = None,
 ) -> TrainSummary:
     """Trains on a dataset whose pictures have `image_size_px`; `fields` identify it."""
-    device = resolve_device(settings.device)
+    device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     tokenizer = load_clip_tokenizer(tokenizer_dir)
     model = build_clip(settings, len(tokenizer)).to(device).train()
@@ -115,10 +116,7 @@ def load_clip_tokenizer(folder: Path) -> Any:
 
     Raises UsageError where its end token is not the last: open_clip pools at the highest id.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"No tokenizer in {folder} ({error}). Give a folder with tokenizer.json.") from error
+    tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id != len(tokenizer) - 1:
         raise UsageError(
             f"The end token of {folder} has id {tokenizer.eos_token_id}; expected the highest, "

@@ -18,9 +18,10 @@ from torch import Tensor
 from capfilt.models.blip2 import Stage2
 from capfilt.settings import DTYPES
 from capfilt.train.batches import normalise, to_square
-from capfilt.train.loop import resolve_device
-from capfilt.train.pretrained import ImageEncoder, ImagePreparation
+from capfilt.train.pretrained import ImageEncoder
 from capfilt.train.saved import load_stage2
+from capfilt.weights.devices import choose_device
+from capfilt.weights.model_files import ImagePreparation
 
 BATCH_SIZE = 64
 """Images described at a time."""
@@ -85,6 +86,6 @@ def load_generator(model_dir: str | Path, device: str = "auto", dtype: str = "au
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    chosen = resolve_device(device)
+    chosen = choose_device(device)
     saved = load_stage2(model_dir, chosen, None if dtype == "auto" else getattr(torch, dtype))
     return Generator(saved.encoder, saved.stage.eval(), chosen)

@@ -49,7 +49,8 @@ from capfilt.models.llms import OPT, T5
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import LlmTrainSettings
 from capfilt.train.batches import Batch, Cursor, draw
-from capfilt.train.loop import TrainSummary, resolve_device, train
+from capfilt.train.loop import TrainSummary, train
+from capfilt.weights.devices import choose_device
 
 HEAD_WIDTH = 32
 """Width of an attention head (OPT: 64); there are too few channels here for wider ones."""
@@ -101,7 +102,7 @@ def train_llm_on(
     fields: Mapping[str, Any] | None = None,
 ) -> TrainSummary:
     """Trains on texts in memory; `fields` identify them."""
-    device = resolve_device(settings.device)
+    device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     tokenizer = load_tokenizer(tokenizer_dir)
     llm = ARCHITECTURES[settings.architecture].build(tokenizer, settings)

@@ -185,15 +185,6 @@ def _report(output_dir: Path, progress: Progress, step: int, rate: float, runnin
     progress.advance(0, **shown)
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def _binding_settings(settings: TrainSettings) -> dict[str, Any]:
     return {k: v for k, v in asdict(settings).items() if k not in UNBOUND_SETTINGS}
 

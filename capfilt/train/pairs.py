@@ -7,7 +7,6 @@ the pictures fit as uint8, else streamed from a few shards at a time.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from capfilt.data.captions import clean_caption
 from capfilt.data.images import ImageRefused, decode_image
 from capfilt.data.manifest import iterate_manifest
 from capfilt.data.rundir import RunDir
@@ -32,17 +32,6 @@ MEMORY_LIMIT_BYTES = 2 << 30
 SHUFFLED_SAMPLES = 4000
 """When streaming, samples are shuffled within as many shards as hold about this many; their encoded bytes are
 held in memory (0.4 GB at 100 kB a picture)."""
-
-MAX_PIXELS, MAX_ASPECT_RATIO = 50_000_000, 20.0
-
-_DROPPED_MARKS = re.compile(r"[.!\"()*#:;~]")
-_SPACES = re.compile(r"\s+")
-
-
-def clean_caption(text: str, max_words: int = 50) -> str:
-    """Lower case, without punctuation, at most `max_words` words (BLIP's preparation of a caption)."""
-    words = _SPACES.sub(" ", _DROPPED_MARKS.sub(" ", text.lower())).strip().split(" ")
-    return " ".join(words[:max_words])
 
 
 def read_pairs(
@@ -227,7 +216,7 @@ def _read_shard(rows: _ShardRows, keys: Sequence[str]) -> dict[str, bytes]:
 
 def _decode_one(key: str, encoded: bytes, size_px: int, view: View | None) -> np.ndarray:
     try:
-        image = decode_image(encoded, max_pixels=MAX_PIXELS, max_aspect_ratio=MAX_ASPECT_RATIO)
+        image = decode_image(encoded)
     except ImageRefused as refused:
         raise CorruptionError(f"The picture of {key!r} was committed but cannot be decoded: {refused}.") from refused
     return to_square(image, size_px, view)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from capfilt.models.blip2 import Texts
 from capfilt.train.generate import Picture, prepare_images
-from capfilt.train.loop import resolve_device
 from capfilt.train.saved import SavedStage1, encode_texts, load_stage1
+from capfilt.weights.devices import choose_device
 
 BATCH_SIZE = 128
 """Images, texts or pairs at a time."""
@@ -49,7 +49,7 @@ def retrieval_recall(
     best so many by ITC are ranked again by the ITM match logit + the ITC cosine (256 for COCO, 128 for
     Flickr30K in the released code); without, ITC alone ranks.
     """
-    saved = load_stage1(model_dir, resolve_device(device))
+    saved = load_stage1(model_dir, choose_device(device))
     owners = np.arange(len(texts)) if image_of_text is None else np.asarray(image_of_text)
     scores = score_pairs(saved, images, texts, num_candidates=num_candidates)
     matches = torch.from_numpy(owners)[None, :] == torch.arange(len(images))[:, None]

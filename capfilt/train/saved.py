@@ -19,6 +19,7 @@ from capfilt.errors import UsageError
 from capfilt.models.blip2 import Stage1, Stage2, Texts
 from capfilt.models.convert_blip2 import (
     EXTRA_STAGE1_KEYS,
+    State,
     blip2_config,
     refuse_unknown,
     sizes_from_config,
@@ -29,18 +30,15 @@ from capfilt.models.convert_blip2 import (
     vision_names,
 )
 from capfilt.models.llms import LLMS, LanguageModel, wrap_llm
-from capfilt.train.pretrained import (
-    ImageEncoder,
+from capfilt.train.pretrained import ImageEncoder, build_image_encoder
+from capfilt.weights.find import find_model_dir
+from capfilt.weights.model_files import (
     ImagePreparation,
-    build_image_encoder,
-    find_model_dir,
     load_tokenizer,
     read_config,
     read_preparation,
     read_weights,
 )
-
-State = dict[str, Tensor]
 
 IMAGE_TOKEN = "<image>"
 """Stands for a query output in the language model's input; transformers looks for it there."""

@@ -17,17 +17,13 @@ from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage1Settings
 from capfilt.train.batches import Batch, PairDataset
 from capfilt.train.features import FrozenFeatures
-from capfilt.train.loop import TrainSummary, resolve_device, train
+from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
-from capfilt.train.pretrained import (
-    copy_start,
-    find_model_dir,
-    load_image_encoder,
-    load_qformer_start,
-    read_preparation,
-    weights_digest,
-)
+from capfilt.train.pretrained import copy_start, load_image_encoder, load_qformer_start
 from capfilt.train.saved import encode_texts, save_stage1
+from capfilt.weights.devices import choose_device
+from capfilt.weights.find import find_model_dir
+from capfilt.weights.model_files import read_preparation, weights_digest
 
 
 def train_stage1(
@@ -53,7 +49,7 @@ def train_stage1_on(
 ) -> TrainSummary:
     """Trains on a dataset, whose pictures have the image encoder's size; `fields` identify it."""
     progress = progress or NullProgress()
-    device = resolve_device(settings.device)
+    device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     encoder = load_image_encoder(settings.image_encoder, device)
     start = load_qformer_start(settings, encoder.vision.config.width)

@@ -18,10 +18,12 @@ from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage2Settings
 from capfilt.train.batches import Batch, PairDataset
 from capfilt.train.features import FrozenFeatures
-from capfilt.train.loop import TrainSummary, resolve_device, train
+from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
-from capfilt.train.pretrained import find_model_dir, read_preparation, weights_digest
 from capfilt.train.saved import save_stage2, start_stage2
+from capfilt.weights.devices import choose_device, choose_dtype
+from capfilt.weights.find import find_model_dir
+from capfilt.weights.model_files import read_preparation, weights_digest
 
 
 def train_stage2(
@@ -52,10 +54,10 @@ def train_stage2_on(
 ) -> TrainSummary:
     """Trains on a dataset, whose pictures have the image encoder's size; `fields` identify it."""
     progress = progress or NullProgress()
-    device = resolve_device(settings.device)
+    device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     llm_dir = find_model_dir(llm, "language model")
-    language = load_llm(str(llm_dir), dtype=_llm_dtype(settings, device), device=device)
+    language = load_llm(str(llm_dir), dtype=choose_dtype(settings.llm_dtype, device), device=device)
     if isinstance(language, T5):
         language.whole_caption_share = settings.whole_caption_share
     model = start_stage2(init_dir, language, settings.dropout, device)
@@ -77,9 +79,3 @@ def train_stage2_on(
         name="stage2",
         fields={"init_sha256": init_digest, "llm_sha256": weights_digest(llm_dir), **(fields or {})},
     )
-
-
-def _llm_dtype(settings: Stage2Settings, device: torch.device) -> torch.dtype:
-    if settings.llm_dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return getattr(torch, settings.llm_dtype)

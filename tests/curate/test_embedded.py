@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipImageProcessor
 
 from capfilt.curate.captioner import BlipCaptioner
-from capfilt.curate.checkpoints import EMBEDDED_DIR, EMBEDDED_FOLDERS
 from capfilt.curate.scorers import ClipScorer, ItmScorer
 from capfilt.settings import EMBEDDED, CaptionSettings, FilterSettings, RankSettings
+from capfilt.weights.find import EMBEDDED_DIR, EMBEDDED_FOLDERS
 from capfilt.world.scenes import draw_scene, render
 
 FOLDERS = {what: EMBEDDED_DIR / folder for what, folder in EMBEDDED_FOLDERS.items()}

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BlipImageProcessor
 
-from capfilt.curate import checkpoints
 from capfilt.curate.scorers import SCORERS, ClipScorer, ItmScorer
 from capfilt.errors import UsageError
 from capfilt.settings import FilterSettings, RankSettings
+from capfilt.weights import find
 from tests import factories
 
 PICTURES = [factories.draw_picture(seed) for seed in range(7)]
@@ -122,7 +122,7 @@ def test_embedded_is_looked_up_in_the_package(
 ) -> None:
     (tmp_path / "clip").symlink_to(clip_folder)
     (tmp_path / "blip-filter").symlink_to(filter_folder)
-    monkeypatch.setattr(checkpoints, "EMBEDDED_DIR", tmp_path)
+    monkeypatch.setattr(find, "EMBEDDED_DIR", tmp_path)
     for scorer in (
         SCORERS["clip"](RankSettings(clip_model="embedded")),
         SCORERS["itm"](FilterSettings(filter_model="embedded")),

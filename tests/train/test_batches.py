@@ -26,7 +26,7 @@ from capfilt.train.batches import (
     from_arrays,
     iterate_batches,
 )
-from capfilt.train.pairs import clean_caption, read_pairs, runs_digest
+from capfilt.train.pairs import read_pairs, runs_digest
 from tests.train import small_models
 
 SETTINGS = TrainSettings(batch_size=8, seed=3)
@@ -174,8 +174,3 @@ def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
     tar.write_bytes(data)
     with pytest.raises(CorruptionError, match="00000"):
         read_pairs([run], image_size_px=16)
-
-
-def test_captions_are_cleaned_as_blip_does() -> None:
-    assert clean_caption('A  "Red" Ball; (on the) grass!') == "a red ball on the grass"
-    assert clean_caption("one two three", max_words=2) == "one two"

@@ -14,8 +14,8 @@ from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.blip import train_blip, train_captioner, train_filter
-from capfilt.train.blip_files import load_blip
 from capfilt.train.pairs import read_pairs
+from capfilt.weights.blip import load_trainable_blip
 from capfilt.world.tokenizers import build_bert_tokenizer
 from capfilt.world.training_run import WorldRunSettings, write_world_run
 
@@ -52,7 +52,7 @@ def test_both_parts_open_in_transformers_with_equal_outputs(pre_trained: Path) -
     theirs, info = BlipForConditionalGeneration.from_pretrained(pre_trained / "captioner", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    ours = load_blip(pre_trained / "captioner", "captioner")
+    ours = load_trainable_blip(pre_trained / "captioner", "captioner")
     tokens = ours.tokenizer(["a red ball", "two blue stars"], return_tensors="pt", padding=True).input_ids
     with torch.no_grad():
         features = theirs.vision_model(images)[0]
@@ -64,7 +64,7 @@ def test_both_parts_open_in_transformers_with_equal_outputs(pre_trained: Path) -
     theirs, info = BlipForImageTextRetrieval.from_pretrained(pre_trained / "filter", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    ours = load_blip(pre_trained / "filter", "filter")
+    ours = load_trainable_blip(pre_trained / "filter", "filter")
     mask = ends.long()
     with torch.no_grad():
         expected = theirs(input_ids=tokens, pixel_values=images, attention_mask=mask, use_itm_head=True)[0]
@@ -114,10 +114,10 @@ def test_known_false_captions_are_those_of_the_image(tmp_path: Path) -> None:
 
 
 def test_pre_training_goes_on_from_its_own_output(world_run: RunDir, pre_trained: Path, tmp_path: Path) -> None:
-    before = load_blip(pre_trained / "filter", "filter").model.state_dict()
+    before = load_trainable_blip(pre_trained / "filter", "filter").model.state_dict()
     settings = replace(TINY, init=str(pre_trained), max_steps=1, learning_rate=1e-9, weight_decay=0.0)
     train_blip([world_run.path], settings, tmp_path / "out")
-    after = load_blip(tmp_path / "out" / "filter", "filter").model.state_dict()
+    after = load_trainable_blip(tmp_path / "out" / "filter", "filter").model.state_dict()
     assert max((after[name] - before[name]).abs().max().item() for name in before) < 1e-6
 
 

@@ -13,16 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from capfilt.curate import checkpoints
-from capfilt.curate.checkpoints import choose_device, choose_dtype, load_blip
 from capfilt.errors import UsageError
 from capfilt.models.convert_blip import Kind
+from capfilt.weights.blip import LoadedBlip, load_blip, load_trainable_blip
 from tests import factories
 
 CPU = torch.device("cpu")
 
 
-def load(name: Path | str, kind: Kind = "captioner") -> checkpoints.LoadedBlip:
+def load(name: Path | str, kind: Kind = "captioner") -> LoadedBlip:
     return load_blip(str(name), kind, device=CPU, dtype=torch.float32)
 
 
@@ -85,6 +84,16 @@ def test_original_pth_loads_with_the_tokenizer_beside_it(kind: Kind, tmp_path: P
     factories.save_tokenizer(tmp_path)  # of another model
     with pytest.raises(UsageError, match=r"\[SEP\] 3; the model has 30524 and 102"):
         load(tmp_path / "model.pth", kind)
+
+
+@pytest.mark.parametrize("kind", ["captioner", "filter"])
+def test_what_is_trained_has_the_weights_of_what_is_run(folders: dict[str, Path], kind: Kind) -> None:
+    to_run, to_train = load(folders[kind], kind), load_trainable_blip(folders[kind], kind)
+    found = to_train.model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in to_run.model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in to_train.model.parameters())
+    assert to_train.preparation == to_run.preparation
+    assert not to_train.tokenizer.init_kwargs["local_files_only"]  # would be saved with what is trained
 
 
 def test_captioner_names_its_own_prompt(copy: Path) -> None:
@@ -153,8 +162,11 @@ SPOILT = {
 def test_spoilt_folder_is_refused_with_what_was_found(copy: Path, damage: str) -> None:
     spoil, message = SPOILT[damage]
     spoil(copy)
-    with pytest.raises(UsageError, match=message):
-        load(copy)
+    for loader in (load, load_trainable_blip):
+        if damage == "nearest-neighbour resizing" and loader is load_trainable_blip:
+            continue  # training asks the processor for mean and deviation only
+        with pytest.raises(UsageError, match=message):
+            loader(copy, "captioner")
 
 
 @pytest.mark.parametrize(
@@ -195,12 +207,6 @@ def test_hub_id_in_the_cache_loads_offline(
     assert load("someone/blip").digests == load(folders["captioner"]).digests
 
 
-def test_missing_embedded_model_is_not_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(checkpoints, "EMBEDDED_DIR", tmp_path)
-    with pytest.raises(UsageError, match="make assets"):
-        load("embedded")
-
-
 class Payload:
     """Unpickled, it makes a file."""
 
@@ -237,12 +243,3 @@ def test_remote_code_of_a_tokenizer_never_runs(copy: Path, tmp_path: Path) -> No
     except UsageError as error:
         assert "tokenizer" in str(error)  # noqa: PT017 - refusing is as good as ignoring
     assert not canary.exists()
-
-
-def test_device_and_dtype() -> None:
-    assert choose_dtype("auto", CPU) is torch.float32
-    assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16
-    assert choose_dtype("float16", CPU) is torch.float16
-    if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="no cuda device"):
-            choose_device("cuda:0")

@@ -1,0 +1,236 @@
+"""BLIP captioners and filters on disk: read from every published layout, written in transformers'.
+
+In: a folder in transformers' layout, a hub id, an original .pth, or `embedded`. Out: our module with its weights,
+tokenizer and image preparation; and back to a folder. No code of a checkpoint runs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from capfilt.data.commit import file_sha256
+from capfilt.errors import UsageError
+from capfilt.models.convert_blip import (
+    Kind,
+    State,
+    config_from_sizes,
+    from_transformers,
+    original_to_transformers,
+    sizes_from_config,
+    sizes_from_original,
+    to_transformers,
+)
+from capfilt.models.med import Captioner, Filter, MEDConfig
+from capfilt.models.vit import VisionTransformer, ViTConfig
+from capfilt.weights.find import download_snapshot, find_model_dir
+from capfilt.weights.model_files import (
+    ImagePreparation,
+    find_weights,
+    load_tokenizer,
+    read_config,
+    read_image_processor,
+    read_preparation,
+    read_torch_file,
+    read_weights,
+)
+
+BLIP_PROMPT = "a picture of "
+"""BLIP's prompt, where a captioner does not name its own (`capfilt_prompt` in config.json)."""
+BERT_TOKENIZER = "google-bert/bert-base-uncased"
+"""Hub id of the tokenizer of every released BLIP, for a .pth that has none beside it."""
+
+Sizes = tuple[ViTConfig, MEDConfig, int]
+"""Of image encoder and text model, and the width of ITC's embedding."""
+
+_BICUBIC = 3  # Pillow's number, as preprocessor_config.json has it
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.txt")
+_TOKENIZER_FILES = (*_VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_SIDE_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", *_TOKENIZER_FILES)
+
+
+@dataclass(frozen=True)
+class LoadedBlip:
+    """A captioner or filter, with what prepares its inputs."""
+
+    model: Captioner | Filter
+    tokenizer: Any
+    preparation: ImagePreparation
+    prompt: str = BLIP_PROMPT
+    """Text that captions continue; of no meaning for a filter."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """File name → sha256 of every file that was read, for the fingerprint of what is made with the model."""
+
+
+def load_blip(name: str, kind: Kind, *, device: torch.device, dtype: torch.dtype) -> LoadedBlip:
+    """Read a BLIP captioner or filter to run it, frozen.
+
+    Args:
+        name: a folder in transformers' layout, a hub id, an original .pth, or `embedded`.
+
+    Raises UsageError naming what is missing: the folder, a file, a weight, the network.
+    """
+    path = _find_blip(name, kind)
+    if path.is_file():
+        state, sizes = _read_original(path, kind)
+        config, weight_files, side_dir = {}, [path], _tokenizer_dir(path)
+        preparation = ImagePreparation(sizes[0].image_size_px)
+    else:
+        config, sizes = read_config(path), read_sizes(path)
+        state, weight_files, side_dir = read_weights(path), find_weights(path), path
+        preparation = read_preparation(path)
+        _refuse_other_resizing(path, preparation)
+    with torch.device("meta"):
+        model = _build(kind, sizes)
+    model.load_state_dict(_our_weights(state, kind, model, sizes), assign=True)
+    if isinstance(model, Captioner):
+        model.head.vocabulary.weight = model.decoder.word_embedding.weight
+    files = [*weight_files, *(side_dir / file for file in _SIDE_FILES if (side_dir / file).is_file())]
+    return LoadedBlip(
+        model=model.to(device=device, dtype=dtype).eval().requires_grad_(False),
+        tokenizer=_load_tokenizer(side_dir, sizes[1]),
+        preparation=preparation,
+        prompt=str(config.get("capfilt_prompt", BLIP_PROMPT)),
+        digests={file.name: file_sha256(file) for file in files},
+    )
+
+
+def load_trainable_blip(folder: Path, kind: Kind) -> LoadedBlip:
+    """Read a captioner or filter to train it, in float32, from a folder in transformers' layout.
+
+    Raises UsageError naming every missing and unknown weight, or the file that is lacking.
+    """
+    sizes = read_sizes(folder)
+    model = _build(kind, sizes)
+    model.load_state_dict(_our_weights(read_weights(folder), kind, model, sizes))
+    return LoadedBlip(model, _load_tokenizer(folder, sizes[1]), read_preparation(folder))
+
+
+def read_sizes(folder: Path) -> Sizes:
+    """The sizes in config.json. Raises UsageError where it is not a BLIP's."""
+    config = read_config(folder)
+    if config.get("model_type") != "blip":
+        raise UsageError(f"{folder} is a {config.get('model_type')!r} model; expected a 'blip' one.")
+    try:
+        return sizes_from_config(config)
+    except UsageError:
+        raise
+    except Exception as error:  # transformers' checks of a configuration raise errors without a common base
+        raise UsageError(f"{folder}/config.json is no BLIP configuration ({error}).") from error
+
+
+def save_blip(
+    folder: Path,
+    kind: Kind,
+    model: Captioner | Filter,
+    side: LoadedBlip,
+    *,
+    prompt: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a folder that plain transformers opens; `prompt` is what the captioner was trained to continue."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = model.decoder if isinstance(model, Captioner) else model.encoder
+    vit, med = model.vision.config, text.config
+    embed_dim = model.text_projection.out_features if isinstance(model, Filter) else 256
+    config = config_from_sizes(kind, vit, med, embed_dim=embed_dim) | {"dtype": str(dtype).removeprefix("torch.")}
+    if prompt is not None:
+        config["capfilt_prompt"] = prompt
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", _preprocessor(side.preparation))
+    side.tokenizer.save_pretrained(folder)
+    state = to_transformers(model.state_dict(), kind, vision_depth=vit.depth, text_depth=med.depth)
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _find_blip(name: str, kind: Kind) -> Path:
+    """The folder or .pth that `name` means."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix in (".pth", ".pt"):
+        return path
+    option = "--captioner" if kind == "captioner" else "--filter-model"
+    return find_model_dir(name, kind, embedded=kind, give=f"{option} a folder, a hub id (owner/name), an original .pth")
+
+
+def _read_original(path: Path, kind: Kind) -> tuple[State, Sizes]:
+    """The weights of an original .pth by transformers' names, and the sizes they tell."""
+    content = read_torch_file(path)
+    state = content.get("model", content)
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UsageError(f"{path} holds no weights under `model`. Give an original BLIP checkpoint.")
+    return original_to_transformers(state, kind), sizes_from_original(state, kind)
+
+
+def _build(kind: Kind, sizes: Sizes) -> Captioner | Filter:
+    vit, med, embed_dim = sizes
+    vision = VisionTransformer(vit)
+    return Captioner(vision, med) if kind == "captioner" else Filter(vision, med, embed_dim=embed_dim)
+
+
+def _our_weights(state: State, kind: Kind, model: Captioner | Filter, sizes: Sizes) -> State:
+    """A state dict of `model` from transformers'; refuses missing, unknown and odd weights."""
+    vit, med, _ = sizes
+    ours = from_transformers(state, kind, vision_depth=vit.depth, text_depth=med.depth)
+    expected = model.state_dict()
+    odd = [
+        f"{name} {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+        for name, tensor in ours.items()
+        if tensor.shape != expected[name].shape
+    ]
+    if odd:
+        raise UsageError(f"{len(odd)} weights do not have the sizes of the config: {'; '.join(odd[:5])}.")
+    return ours
+
+
+def _refuse_other_resizing(folder: Path, preparation: ImagePreparation) -> None:
+    """What the folder says of resizing must be what is done."""
+    processor, side = read_image_processor(folder), preparation.image_size_px
+    if "size" not in processor:
+        return
+    size, resample = processor["size"], processor.get("resample", _BICUBIC)
+    sides = {size} if isinstance(size, int) else {size.get("height"), size.get("width")}
+    if sides != {side} or resample != _BICUBIC:
+        raise UsageError(
+            f"The image processor in {folder} asks for size {size} and resampling {resample}; expected "
+            f"{side} x {side} as in config.json, and bicubic ({_BICUBIC})."
+        )
+
+
+def _tokenizer_dir(path: Path) -> Path:
+    """Beside the .pth, else BERT's from the hub's cache or the network."""
+    if any((path.parent / name).is_file() for name in _VOCABULARY_FILES):
+        return path.parent
+    return download_snapshot(BERT_TOKENIZER, _TOKENIZER_FILES, f"and copy the files beside {path.name}")
+
+
+def _load_tokenizer(folder: Path, med: MEDConfig) -> Any:
+    if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
+        raise UsageError(f"{folder} has neither tokenizer.json nor vocab.txt. Copy them from the model's source.")
+    tokenizer = load_tokenizer(folder, is_bert=True)
+    if tokenizer.sep_token_id != med.sep_token_id or len(tokenizer) > med.vocab_size:
+        raise UsageError(
+            f"The tokenizer in {folder} has {len(tokenizer)} tokens and [SEP] {tokenizer.sep_token_id}; the "
+            f"model has {med.vocab_size} and {med.sep_token_id}. Give the folder the model's own tokenizer."
+        )
+    return tokenizer
+
+
+def _preprocessor(preparation: ImagePreparation) -> dict[str, Any]:
+    side = preparation.image_size_px
+    return {
+        "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor",
+        "do_convert_rgb": True, "do_resize": True, "size": {"height": side, "width": side}, "resample": 3,
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(preparation.mean), "image_std": list(preparation.std),
+    }  # fmt: skip
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,32 @@
+"""Where a model runs and in which precision. In: settings' words. Out: torch's device and dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from capfilt.errors import UsageError
+
+_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of a setting; `auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises UsageError for a device that this machine does not have.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    has_it = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)
+    if has_it is not None and not has_it():
+        raise UsageError(f"This machine has no {device.type} device that torch can use. Give --device cpu.")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a setting; `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return _TORCH_DTYPES[name]

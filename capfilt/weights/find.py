@@ -1,0 +1,87 @@
+"""The folder that a model's name means: an embedded model, a folder of the user's, or a snapshot from the hub.
+
+In: the name a user gave. Out: a path. HF_HUB_OFFLINE is honoured: a hub id is then looked up in the cache alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import capfilt
+from capfilt.errors import UsageError
+from capfilt.settings import EMBEDDED
+
+EMBEDDED_DIR = Path(capfilt.__file__).parent / "world" / "assets"
+"""The models shipped in the package."""
+EMBEDDED_FOLDERS = {"captioner": "blip-captioner", "filter": "blip-filter", "clip": "clip", "opt": "opt", "t5": "t5"}
+"""Embedded model → its folder there. `embedded-opt` names one; plain `embedded` means what fits the place."""
+
+SIDE_FILES = ("*.json", "*.txt", "*.model")
+"""What lies beside the weights: configuration, image processor, tokenizer."""
+
+
+def find_model_dir(
+    name: str, what: str, *, embedded: str = "captioner", give: str = "a folder, a hub id (owner/name)"
+) -> Path:
+    """The folder that `name` means.
+
+    Args:
+        name: `embedded` or `embedded-…`, a folder, or a hub id.
+        what: what is looked for, in messages ("image encoder").
+        embedded: the embedded model that plain `embedded` means.
+        give: what can be given, in messages.
+
+    Raises UsageError where there is no such folder, and where the hub cannot be reached.
+    """
+    give = f"Give {give}, or `{EMBEDDED}`."
+    if not name:
+        raise UsageError(f"No {what} is named. {give}")
+    names = {EMBEDDED: embedded} | {f"{EMBEDDED}-{which}": which for which in EMBEDDED_FOLDERS}
+    if name in names:
+        return find_embedded(names[name])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UsageError(f"The {what} {path} is no folder. {give}")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UsageError(f"There is no {what} {name}: it is no folder here, and no hub id. {give}")
+    return download_snapshot(name)
+
+
+def find_embedded(what: str) -> Path:
+    """The folder of an embedded model. Raises UsageError where the package came without it."""
+    folder = EMBEDDED_DIR / EMBEDDED_FOLDERS[what]
+    if not folder.is_dir():
+        raise UsageError(f"This installation has no embedded {what} ({folder}). Build it: `make assets`.")
+    return folder
+
+
+def download_snapshot(
+    name: str, patterns: Iterable[str] | None = None, remedy: str = "copy the folder and give its path"
+) -> Path:
+    """The hub's files of `name`, from the cache or the network: safetensors, else .bin, or those of `patterns`.
+
+    Raises UsageError when they cannot be had; `remedy` says what to do with them once they are downloaded.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(patterns or (*SIDE_FILES, "*.safetensors"))))
+        if patterns is None and not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*SIDE_FILES, "pytorch_model*.bin"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = "HF_HUB_OFFLINE is set and it is not in the cache" if is_offline() else f"{error}"
+        raise UsageError(
+            f"{name} is no folder here, and could not be had from the hub ({reason}). With a network, run "
+            f"`huggingface-cli download {name}`, {remedy}."
+        ) from error
+    return folder
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

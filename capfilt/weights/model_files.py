@@ -1,0 +1,137 @@
+"""A model's folder in transformers' layout: configuration, weights, tokenizer, and how it wants its images.
+
+In: a folder. Out: its parts; UsageError names what is missing or cannot be read. Nothing is unpickled
+(weights_only), and no code of a folder runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from capfilt.data.commit import file_sha256
+from capfilt.data.texts import first_line
+from capfilt.errors import UsageError
+from capfilt.models.convert_blip2 import State
+from capfilt.weights.find import SIDE_FILES
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImagePreparation:
+    """How an image encoder wants its images: resized to a square of this side, then normalised."""
+
+    image_size_px: int
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json holds."""
+    return _read_json(folder / "config.json")
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The files of the weights: safetensors (sharded or not), else .bin."""
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise UsageError(f"{folder} has no model.safetensors. Give a model in transformers' layout.")
+
+
+def read_weights(folder: Path) -> State:
+    """All tensors of a folder, by transformers' names."""
+    state: State = {}
+    for file in find_weights(folder):
+        state |= _read_safetensors(file) if file.suffix == ".safetensors" else read_torch_file(file)
+    return state
+
+
+def _read_safetensors(path: Path) -> State:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"The weights in {path} cannot be read ({error}). Fetch them again.") from error
+
+
+def read_torch_file(path: Path) -> dict[str, Any]:
+    """The dictionary in a .bin or .pth. Raises UsageError where it holds anything but plain tensors."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds of errors for files that are not what they should be
+        raise UsageError(
+            f"{path} is not a file of plain tensors ({first_line(error)}). Nothing in it was run. Give safetensors, "
+            "or a checkpoint that torch loads with weights_only."
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}; expected a dictionary of weights.")
+    return content
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over config, tokenizer and weights of a folder: a training goes on only with the same."""
+    digest = hashlib.sha256()
+    patterns = (*SIDE_FILES, "*.safetensors", "pytorch_model*.bin")
+    names = {path.name for pattern in patterns for path in folder.glob(pattern)}
+    for name in sorted(names - {"training.json"}):
+        digest.update(f"{name}\0".encode())
+        digest.update(bytes.fromhex(file_sha256(folder / name)))
+    return digest.hexdigest()
+
+
+def load_tokenizer(folder: Path, *, is_bert: bool = False) -> Any:
+    """The tokenizer of a folder; `is_bert` says which class it has where tokenizer_config.json does not."""
+    from transformers import AutoTokenizer, BertTokenizer
+
+    try:
+        if is_bert and not (folder / "tokenizer_config.json").is_file():
+            tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the tokenizers' errors have no common base
+        raise UsageError(f"{folder} has no readable tokenizer ({first_line(error)}). Add tokenizer.json.") from error
+    tokenizer.init_kwargs["local_files_only"] = False  # saving keeps it; where it was read is no property of it
+    return tokenizer
+
+
+def read_preparation(folder: Path) -> ImagePreparation:
+    """Image size of config.json; mean and deviation from the image processor, CLIP's where not given.
+
+    The processor's own size is not asked: some published folders state one that the encoder cannot take.
+    """
+    processor = read_image_processor(folder)
+    side = read_config(folder).get("vision_config", {}).get("image_size", 384)
+    mean, std = processor.get("image_mean", CLIP_MEAN), processor.get("image_std", CLIP_STD)
+    return ImagePreparation(int(side), tuple(mean), tuple(std))
+
+
+def read_image_processor(folder: Path) -> dict[str, Any]:
+    """What preprocessor_config.json and processor_config.json say of images; where both do, the latter's word."""
+    processor: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            found = _read_json(folder / name)
+            processor |= found.get("image_processor", found)
+    return processor
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    advice = "Give a model in transformers' layout."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path.parent} cannot be read as a model: it has no readable {path.name} ({error}). {advice}"
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no JSON object. {advice}")
+    return content

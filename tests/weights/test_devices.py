@@ -1,0 +1,22 @@
+"""Devices and dtypes of settings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from capfilt.errors import UsageError
+from capfilt.weights.devices import choose_device, choose_dtype
+
+CPU = torch.device("cpu")
+
+
+def test_device_and_dtype() -> None:
+    assert choose_dtype("auto", CPU) is torch.float32
+    assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert choose_dtype("float16", CPU) is torch.float16
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="no cuda device"):
+            choose_device("cuda:0")
