@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import html
 import re
 
-_DROPPED_MARKS = re.compile(r"[.!\"()*#:;~]")
+_TAGS = re.compile(r"<!--.*?-->|</?[a-zA-Z][^<>]*>", re.DOTALL)
+_DROPPED_MARKS = re.compile(r"[.!\"()*#:;~<>]")
 _SPACES = re.compile(r"\s+")
 
 
 def clean_caption(text: str, max_words: int = 50) -> str:
-    """Give `text` in lower case, without punctuation, at most `max_words` words (BLIP's released code)."""
-    words = _SPACES.sub(" ", _DROPPED_MARKS.sub(" ", text.lower())).strip().split(" ")
+    """Give `text` in lower case, without markup and punctuation, at most `max_words` words.
+
+    As BLIP's released code, but for HTML, which alt-text from the web holds now and then: tags and comments go,
+    entities become what they stand for.
+    """
+    shown = html.unescape(_TAGS.sub(" ", text)).lower()
+    words = _SPACES.sub(" ", _DROPPED_MARKS.sub(" ", shown)).strip().split(" ")
     return " ".join(words[:max_words])
