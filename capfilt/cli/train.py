@@ -135,6 +135,9 @@ def stage1(
         str,
         typer.Option(metavar="PATH|ID", help="BERT or BLIP the Q-Former starts from; unset: the image encoder's."),
     ] = Stage1Settings.qformer_init,
+    init_cross_attention: Annotated[
+        bool, typer.Option("--init-cross-attention", help="Start from BLIP's cross-attention too.")
+    ] = Stage1Settings.init_cross_attention,
     num_queries: Annotated[int, typer.Option(min=1, help="Query tokens.")] = Stage1Settings.num_queries,
     max_steps: MaxSteps = Stage1Settings.max_steps,
     batch_size: TrainBatchSize = Stage1Settings.batch_size,
