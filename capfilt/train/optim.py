@@ -1,4 +1,4 @@
-"""AdamW with decay on matrices only, and the learning rate of a step: linear warm-up, then a cosine.
+"""AdamW or Muon with decay on matrices only, and the learning rate of a step: linear warm-up, then a cosine.
 
 In: named parameters and `TrainSettings`. Out: an optimizer; a rate for any step (a pure function, so resuming
 needs no scheduler state).
@@ -7,7 +7,8 @@ needs no scheduler state).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,12 +30,83 @@ def parameter_groups(named_parameters: NamedParameters, weight_decay: float) -> 
     ]
 
 
-def build_optimizer(named_parameters: NamedParameters, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW (0.9, beta2); fused, because small models spend their step on Python otherwise."""
-    groups = [g for g in parameter_groups(named_parameters, settings.weight_decay) if g["params"]]
-    if not groups:
+def build_optimizer(named_parameters: NamedParameters, settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW (0.9, beta2), fused, because small models spend their step on Python otherwise; or `MuonAndAdamW`."""
+    named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    if not named:
         raise ValueError("No parameter to train: all of them are frozen.")
+    if settings.optimizer == "muon":
+        return MuonAndAdamW(named, settings)
+    return _adamw(named, settings)
+
+
+def _adamw(named_parameters: NamedParameters, settings: TrainSettings) -> torch.optim.Optimizer:
+    groups = [g for g in parameter_groups(named_parameters, settings.weight_decay) if g["params"]]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for the matrices inside the model; AdamW for embeddings, the vocabulary, convolutions and vectors.
+
+    Muon (Jordan et al. 2024) makes every singular value of an update equal. Its updates are scaled to AdamW's
+    size (Liu et al. 2025), so that both go by one learning rate.
+    """
+
+    def __init__(self, named_parameters: NamedParameters, settings: TrainSettings) -> None:
+        matrices: dict[int, nn.Parameter] = {}
+        others: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, p in named_parameters:
+            is_table = "embedding" in name or "vocabulary" in name
+            if id(p) in others or p.ndim != 2 or is_table:
+                matrices.pop(id(p), None)
+                others.setdefault(id(p), (name, p))
+            else:
+                matrices[id(p)] = p
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self._parts.append(
+                torch.optim.Muon(
+                    matrices.values(),
+                    lr=settings.learning_rate,
+                    weight_decay=settings.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        if others:
+            self._parts.append(_adamw(others.values(), settings))
+        super().__init__([p for part in self._parts for g in part.param_groups for p in g["params"]], {})
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for part in self._parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts' states under one numbering; the groups are not kept, they follow from the settings."""
+        state: dict[int, Any] = {}
+        for part, first in self._numbered():
+            state |= {first + index: value for index, value in part.state_dict()["state"].items()}
+        return {"state": state, "param_groups": []}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        for part, first in self._numbered():
+            own = range(first, first + _num_parameters(part))
+            state = {index - first: value for index, value in state_dict["state"].items() if index in own}
+            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+
+    def _numbered(self) -> Iterator[tuple[torch.optim.Optimizer, int]]:
+        """Each part with the number of its first parameter."""
+        first = 0
+        for part in self._parts:
+            yield part, first
+            first += _num_parameters(part)
+
+
+def _num_parameters(optimizer: torch.optim.Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def learning_rate_at(step: int, settings: TrainSettings) -> float:

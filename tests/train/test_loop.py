@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from capfilt.errors import CapfiltError, FingerprintMismatchError
 from capfilt.settings import TrainSettings
 from capfilt.train.batches import Batch, from_arrays, iterate_batches
 from capfilt.train.loop import TrainSummary, train
-from capfilt.train.optim import learning_rate_at, parameter_groups
+from capfilt.train.optim import build_optimizer, learning_rate_at, parameter_groups
 
 SETTINGS = TrainSettings(
     max_steps=20, batch_size=8, warmup_steps=3, save_every_steps=5, log_every_steps=4, random_flip=True,
@@ -170,6 +171,40 @@ def test_the_rate_warms_up_and_follows_a_cosine() -> None:
     assert rates[60] == pytest.approx(0.6)
     assert rates[110] == pytest.approx(0.2)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_muon_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, optimizer="muon")
+    run_training(tmp_path / "whole", settings=settings)
+
+    def stop(step: int, loss: Tensor) -> Tensor:
+        return loss * math.nan if step == 12 else loss
+
+    with pytest.raises(CapfiltError, match="not finite"):
+        run_training(tmp_path / "parts", stop, settings)
+    run_training(tmp_path / "parts", settings=settings)
+    whole, parts = (torch.load(tmp_path / part / "model.bin") for part in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_muon_takes_the_matrices_inside_and_adamw_the_rest() -> None:
+    model = nn.ModuleDict({"word_embedding": nn.Embedding(6, 4), "inside": nn.Linear(4, 3), "norm": nn.LayerNorm(3)})
+    model["head"] = nn.ModuleDict({"vocabulary": nn.Linear(4, 6)})
+    model["head"]["vocabulary"].weight = model["word_embedding"].weight
+    before = model["inside"].weight.detach().clone()
+    optimizer = build_optimizer(model.named_parameters(), replace(SETTINGS, optimizer="muon", weight_decay=0.0))
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [sorted(names[id(p)] for p in group["params"]) for group in optimizer.param_groups]
+    assert groups == [
+        ["inside.weight"],
+        ["word_embedding.weight"],
+        ["head.vocabulary.bias", "inside.bias", "norm.bias", "norm.weight"],
+    ]
+    hidden = model["inside"](model["word_embedding"](torch.tensor([0, 3, 5])))
+    (model["norm"](hidden) * torch.tensor([1.0, 2.0, 4.0])).sum().backward()
+    optimizer.step()
+    update = torch.linalg.svdvals(before - model["inside"].weight.detach())
+    assert update[0] < 2 * update[1], "singular values of an update are about equal"
 
 
 def test_vectors_and_frozen_weights_have_no_decay_and_no_state() -> None:
