@@ -231,6 +231,9 @@ class TrainSettings:
         _require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "adamw or muon")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         _require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "more than 0, at most 1")
+        _require(self.save_every_steps >= 1, "save_every_steps", self.save_every_steps, "at least 1")
+        _require(self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "at least 1")
+        _require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
 
 
 @dataclass(frozen=True, kw_only=True)

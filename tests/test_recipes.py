@@ -101,6 +101,9 @@ def test_sections_are_fields_of_a_recipe() -> None:
         ("dropout = 0", "dropout = 2", 28, "dropout is 2.0; expected 0 or more"),
         ("llm =", "lm =", 27, "Did you mean llm?"),
         ('"runs/x"', "7", 2, "expected a text in quotes"),
+        ("dropout = 0", "log_every_steps = 0", 28, "log_every_steps is 0; expected at least 1"),
+        ("dropout = 0", "save_every_steps = 0", 28, "save_every_steps is 0; expected at least 1"),
+        ("dropout = 0", 'device = "gpu"', 28, "device is 'gpu'; expected one of auto, cpu, cuda, mps"),
     ],
 )
 def test_a_mistake_is_refused_with_its_line(tmp_path: Path, old: str, new: str, line: int, said: str) -> None:
