@@ -228,6 +228,8 @@ class TrainSettings:
         _require(self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2 (contrast needs another pair)")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        lowest = self.min_learning_rate
+        _require(0 <= lowest <= self.learning_rate, "min_learning_rate", lowest, "0 to learning_rate")
         _require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "adamw or muon")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         _require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "more than 0, at most 1")
@@ -352,9 +354,8 @@ class Stage2Settings(TrainSettings):
         super().__post_init__()
         _require(self.llm_dtype in DTYPES, "llm_dtype", self.llm_dtype, f"one of {', '.join(DTYPES)}")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
-        share, lowest = self.whole_caption_share, self.min_learning_rate
+        share = self.whole_caption_share
         _require(0 <= share <= 1, "whole_caption_share", share, "0 to 1")
-        _require(0 <= lowest <= self.learning_rate, "min_learning_rate", lowest, "0 to learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)

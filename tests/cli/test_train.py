@@ -58,6 +58,18 @@ def test_fine_tuning(folder: Path, part: str) -> None:
     assert (folder / f"tuned-{part}" / "config.json").exists()
 
 
+@pytest.mark.parametrize("training", ["blip", "captioner", "filter", "stage1", "stage2", "clip", "llm"])
+def test_every_training_takes_the_lowest_rate(training: str) -> None:
+    assert "--min-learning-rate" in capfilt("train", training, "--help").out
+
+
+def test_a_rate_below_the_lowest_is_refused_and_a_lower_lowest_helps(folder: Path) -> None:
+    command = ("train", "stage2", folder / "run", "--init", folder / "none", "--llm", folder / "opt")
+    command += ("--output", folder / "x", "--learning-rate", "2e-5")
+    assert "min_learning_rate is 5e-05; expected 0 to learning_rate" in capfilt(*command).err
+    assert "none: it is no folder" in capfilt(*command, "--min-learning-rate", "1e-5").err  # past the settings
+
+
 def test_wrong_usage(folder: Path) -> None:
     for arguments, said in (
         (("generate", folder / "blip", folder / "red.png"), "Blip2ForConditionalGeneration"),
