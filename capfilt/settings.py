@@ -31,6 +31,7 @@ class DownloadSettings:
 
     fingerprint_fields: ClassVar[tuple[str, ...]] = (
         "url_column", "caption_column", "samples_per_shard", "num_shards", "image_size_px", "jpeg_quality",
+        "max_body_bytes", "max_pixels", "max_aspect_ratio", "max_caption_bytes",
     )  # fmt: skip
 
     url_column: str = "url"
