@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -45,6 +46,22 @@ def test_both_stages_and_what_they_write(folder: Path) -> None:
     assert [entry["text"] for entry in two] == [one.out.rstrip("\n")] * 2
     asked = capfilt("generate", stage2, folder / "red.png", "--prompt", "what color is the square", "--answer")
     assert asked.code == 0, asked.err
+
+
+@pytest.mark.parametrize("method", ["generate", "answer"])
+def test_generate_passes_on_what_is_given(folder: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    asked: list[dict[str, int]] = []
+
+    def write(_pictures: object, _prompts: object, **options: int) -> list[str]:
+        asked.append(options)
+        return ["red"]
+
+    monkeypatch.setattr("capfilt.train.generate.load_generator", lambda *_: SimpleNamespace(**{method: write}))
+    command = ("generate", "model", folder / "red.png", "--prompt", "which?")
+    command += ("--answer",) if method == "answer" else ()
+    for extra in ((), ("--num-beams", 2, "--max-new-tokens", 3)):
+        assert capfilt(*command, *extra).out == "red\n"
+    assert asked == [{}, {"num_beams": 2, "max_new_tokens": 3}]
 
 
 @pytest.mark.parametrize("part", ["captioner", "filter"])
