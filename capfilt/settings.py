@@ -302,8 +302,8 @@ class Stage1Settings(TrainSettings):
     image_encoder: str = ""
     """Folder or hub id of a BLIP model whose image encoder is taken, frozen, or `embedded`."""
     qformer_init: str = ""
-    """Folder or hub id of BERT (BLIP-2 §3.1: bert-base-uncased) or of a BLIP model, whose text encoder and
-    tokenizer the Q-Former starts from; empty takes those of image_encoder."""
+    """Folder or hub id of BERT (BLIP-2 §3.1: google-bert/bert-base-uncased) or of a BLIP model, whose text encoder
+    and tokenizer the Q-Former starts from; empty takes those of image_encoder."""
     init_weights: bool = True
     """Start from qformer_init's weights; otherwise take its sizes and tokenizer only, weights at random."""
     init_cross_attention: bool = False

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+import open_clip
 import pytest
 
 from capfilt.errors import UsageError
 from capfilt.recipes import Recipe, bundled_recipes, find_recipe, read_recipe
-from capfilt.settings import Stage2Settings
+from capfilt.settings import EMBEDDED, Stage2Settings
+from capfilt.weights import find
 
 FULL = """\
 description = "all of it"
@@ -57,6 +59,26 @@ def test_bundled_recipes_read(name: str) -> None:
     assert recipe.caption is not None
     assert set(bundled_recipes()) >= {name}
     assert find_recipe(f"{name}.toml") == find_recipe(name)
+
+
+@pytest.mark.parametrize("name", sorted(bundled_recipes()))
+def test_models_of_bundled_recipes_have_names_that_mean_something(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hub ids, folders or embedded models for the folders; for CLIP a name and a tag of open_clip's."""
+    monkeypatch.setattr(find, "download_snapshot", lambda _name: tmp_path)
+    recipe = read_recipe(name)
+    for section, settings_of in (
+        (recipe.caption, ("captioner",)),
+        (recipe.filter, ("filter_model",)),
+        (recipe.stage1, ("image_encoder", "qformer_init")),
+        (recipe.stage2, ("llm",)),
+    ):
+        for setting in settings_of if section else ():
+            if setting != "qformer_init" or getattr(section, setting):
+                assert find.find_model_dir(getattr(section, setting), setting).is_dir()
+    if recipe.rank and recipe.rank.clip_model != EMBEDDED:
+        assert recipe.rank.clip_weights in open_clip.list_pretrained_tags_by_model(recipe.rank.clip_model)
 
 
 def test_every_setting_arrives_typed(tmp_path: Path) -> None:
