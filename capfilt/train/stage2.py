@@ -20,10 +20,10 @@ from capfilt.train.batches import Batch, PairDataset
 from capfilt.train.features import FrozenFeatures
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
-from capfilt.train.saved import save_stage2, start_stage2
+from capfilt.train.saved import read_stage1_image_size_px, save_stage2, start_stage2
 from capfilt.weights.devices import choose_device, choose_dtype
 from capfilt.weights.find import find_model_dir
-from capfilt.weights.model_files import read_preparation, weights_digest
+from capfilt.weights.model_files import weights_digest
 
 
 def train_stage2(
@@ -36,7 +36,7 @@ def train_stage2(
 ) -> TrainSummary:
     """Trains on the kept pairs of `run_dirs`; errors are those of `read_pairs`, the loaders and `train`."""
     progress = progress or NullProgress()
-    side = read_preparation(find_model_dir(str(init_dir), "stage-1 model")).image_size_px
+    side = read_stage1_image_size_px(init_dir)
     dataset = read_pairs(run_dirs, image_size_px=side, progress=progress)
     fields = {"input": runs_digest(run_dirs)}
     return train_stage2_on(dataset, init_dir, llm, settings, output_dir, progress=progress, fields=fields)

@@ -113,15 +113,14 @@ def load_tokenizer(folder: Path, *, is_bert: bool = False) -> Any:
     return tokenizer
 
 
-def read_preparation(folder: Path) -> ImagePreparation:
-    """Image size of config.json; mean and deviation from the image processor, CLIP's where not given.
+def read_preparation(folder: Path, image_size_px: int) -> ImagePreparation:
+    """The image encoder's size; mean and deviation from the folder's image processor, CLIP's where not given.
 
     The processor's own size is not asked: some published folders state one that the encoder cannot take.
     """
     processor = read_image_processor(folder)
-    side = read_config(folder).get("vision_config", {}).get("image_size", 384)
     mean, std = processor.get("image_mean", CLIP_MEAN), processor.get("image_std", CLIP_STD)
-    return ImagePreparation(int(side), tuple(mean), tuple(std))
+    return ImagePreparation(image_size_px, tuple(mean), tuple(std))
 
 
 def read_image_processor(folder: Path) -> dict[str, Any]:
