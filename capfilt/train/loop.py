@@ -210,7 +210,7 @@ def _non_finite_message(what: str, step: int, batch: Batch) -> str:
     return (
         f"Step {step + 1}: the {what} is not finite; the weights were left as they were. "
         f"Keys of the batch: {', '.join(batch.keys)}. The last checkpoint is kept: look at those samples "
-        f"with `capfilt show`, or train with a lower --learning-rate into another --output."
+        f"in the run's shards (KEY.jpg, KEY.txt), or train with a lower --learning-rate into another --output."
     )
 
 

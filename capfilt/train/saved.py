@@ -196,7 +196,7 @@ def _read_blip2(name: str | Path, architecture: str, command: str) -> tuple[Path
 def _read_blip2_config(name: str | Path, architecture: str, command: str) -> tuple[Path, Any]:
     from transformers import Blip2Config
 
-    folder = find_model_dir(str(name), "BLIP-2 model")
+    folder = find_model_dir(str(name), "BLIP-2 model", embedded=None)
     raw = read_config(folder)
     if architecture not in (raw.get("architectures") or []):
         raise UsageError(

@@ -25,6 +25,9 @@ from capfilt.weights.devices import choose_device, choose_dtype
 from capfilt.weights.find import find_model_dir
 from capfilt.weights.model_files import weights_digest
 
+GIVE_LLM = "a folder, a hub id (owner/name), `embedded-opt` or `embedded-t5`"
+"""What can be given as a language model, in messages."""
+
 
 def train_stage2(
     run_dirs: Sequence[str | Path],
@@ -56,7 +59,7 @@ def train_stage2_on(
     progress = progress or NullProgress()
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
-    llm_dir = find_model_dir(llm, "language model")
+    llm_dir = find_model_dir(llm, "language model", embedded=None, give=GIVE_LLM)
     language = load_llm(str(llm_dir), dtype=choose_dtype(settings.llm_dtype, device), device=device)
     if isinstance(language, T5):
         language.whole_caption_share = settings.whole_caption_share
@@ -67,7 +70,7 @@ def train_stage2_on(
     def compute_losses(batch: Batch, _step: int) -> dict[str, Tensor]:
         return stage(features(batch), batch.texts)
 
-    init_digest = weights_digest(find_model_dir(str(init_dir), "stage-1 model"))
+    init_digest = weights_digest(find_model_dir(str(init_dir), "stage-1 model", embedded=None))
     return train(
         compute_losses,
         named_parameters=stage.named_parameters(),
