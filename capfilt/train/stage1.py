@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capfilt.data.rundir import RunDir
 from capfilt.models.blip2 import Stage1
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage1Settings
@@ -28,7 +29,7 @@ from capfilt.weights.model_files import weights_digest
 
 
 def train_stage1(
-    run_dirs: Sequence[str | Path],
+    run_dirs: Sequence[RunDir | str | Path],
     settings: Stage1Settings,
     output_dir: Path,
     progress: Progress | None = None,

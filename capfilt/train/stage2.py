@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capfilt.data.rundir import RunDir
 from capfilt.models.llms import T5, load_llm
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage2Settings
@@ -30,7 +31,7 @@ GIVE_LLM = "a folder, a hub id (owner/name), `embedded-opt` or `embedded-t5`"
 
 
 def train_stage2(
-    run_dirs: Sequence[str | Path],
+    run_dirs: Sequence[RunDir | str | Path],
     init_dir: str | Path,
     llm: str,
     settings: Stage2Settings,
