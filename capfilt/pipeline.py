@@ -66,7 +66,7 @@ def run_recipe(
             )
         if recipe.caption is not None:
             yield StepResult("annotate", _annotate(recipe, run, progress))
-    yield from _train(recipe, run_path, progress)
+    yield from _train(recipe, run, progress)
 
 
 def _annotate(recipe: Recipe, run: Any, progress: Progress) -> Any:
@@ -86,16 +86,22 @@ def stages_of(recipe: Recipe) -> list[str]:
     return [stage for stage, settings in stages.items() if settings is not None]
 
 
-def _train(recipe: Recipe, run_path: Path, progress: Progress) -> Iterator[StepResult]:
+def training_dir(run_path: Path, name: str, generation: str | None) -> Path:
+    """Where a recipe's training of that name saves its model: RUN/stage1, or RUN/stage1@NAME in a generation."""
+    return run_path / (name if generation is None else f"{name}@{generation}")
+
+
+def _train(recipe: Recipe, run: Any, progress: Progress) -> Iterator[StepResult]:
+    stage1_dir, stage2_dir = (training_dir(run.path, name, run.generation) for name in ("stage1", "stage2"))
     if recipe.stage1 is not None:
         from capfilt.train.stage1 import train_stage1
 
-        yield StepResult("stage1", train_stage1([run_path], recipe.stage1, run_path / "stage1", progress))
+        yield StepResult("stage1", train_stage1([run], recipe.stage1, stage1_dir, progress))
     if recipe.stage2 is not None:
         from capfilt.train.stage2 import train_stage2
 
-        section, start, output = recipe.stage2, run_path / "stage1", run_path / "stage2"
-        yield StepResult("stage2", train_stage2([run_path], start, section.llm, section.settings(), output, progress))
+        llm, settings = recipe.stage2.llm, recipe.stage2.settings()
+        yield StepResult("stage2", train_stage2([run], stage1_dir, llm, settings, stage2_dir, progress))
 
 
 # --- sources ------------------------------------------------------------------------------------------------
@@ -201,7 +207,7 @@ def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -
         plans.append(StepPlan("manifest", f"threshold {recipe.filter.threshold:g}", _done(run, "manifest", shards)))
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         if stage is not None:
-            done = (run_path / name / "training.json").exists()
+            done = (training_dir(run_path, name, generation) / "training.json").exists()
             what = f"{stage.max_steps:,} steps of {stage.batch_size} images"
             plans.append(StepPlan(name, what, "done" if done else "to do"))
     return plans

@@ -31,6 +31,7 @@ class DownloadSettings:
 
     fingerprint_fields: ClassVar[tuple[str, ...]] = (
         "url_column", "caption_column", "samples_per_shard", "num_shards", "image_size_px", "jpeg_quality",
+        "max_body_bytes", "max_pixels", "max_aspect_ratio", "max_caption_bytes",
     )  # fmt: skip
 
     url_column: str = "url"
@@ -228,9 +229,14 @@ class TrainSettings:
         _require(self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2 (contrast needs another pair)")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        lowest = self.min_learning_rate
+        _require(0 <= lowest <= self.learning_rate, "min_learning_rate", lowest, "0 to learning_rate")
         _require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "adamw or muon")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         _require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "more than 0, at most 1")
+        _require(self.save_every_steps >= 1, "save_every_steps", self.save_every_steps, "at least 1")
+        _require(self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "at least 1")
+        _require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,8 +302,8 @@ class Stage1Settings(TrainSettings):
     image_encoder: str = ""
     """Folder or hub id of a BLIP model whose image encoder is taken, frozen, or `embedded`."""
     qformer_init: str = ""
-    """Folder or hub id of BERT (BLIP-2 §3.1: bert-base-uncased) or of a BLIP model, whose text encoder and
-    tokenizer the Q-Former starts from; empty takes those of image_encoder."""
+    """Folder or hub id of BERT (BLIP-2 §3.1: google-bert/bert-base-uncased) or of a BLIP model, whose text encoder
+    and tokenizer the Q-Former starts from; empty takes those of image_encoder."""
     init_weights: bool = True
     """Start from qformer_init's weights; otherwise take its sizes and tokenizer only, weights at random."""
     init_cross_attention: bool = False
@@ -349,9 +355,8 @@ class Stage2Settings(TrainSettings):
         super().__post_init__()
         _require(self.llm_dtype in DTYPES, "llm_dtype", self.llm_dtype, f"one of {', '.join(DTYPES)}")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
-        share, lowest = self.whole_caption_share, self.min_learning_rate
+        share = self.whole_caption_share
         _require(0 <= share <= 1, "whole_caption_share", share, "0 to 1")
-        _require(0 <= lowest <= self.learning_rate, "min_learning_rate", lowest, "0 to learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
+import typer
 
+from capfilt.cli.main import app
 from capfilt.recipes import bundled_recipes
 from tests.cli.conftest import capfilt
 
@@ -44,6 +47,25 @@ def test_readme_lists_every_command_and_recipe() -> None:
     assert [name for name in bundled_recipes() if f"| `{name}` |" not in README] == []
     trainings = re.findall(r"^  (\w+)  ", capfilt("train", "--help").out.partition("Commands:")[2], re.MULTILINE)
     assert [name for name in trainings if f"`{name}`" not in README] == []
+
+
+def _strings_of(path: Path) -> list[str]:
+    """Every text in a Python file, docstrings and the parts of f-strings included."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_commands_that_messages_name_exist() -> None:
+    group = typer.main.get_command(app)
+    commands = {(name,) for name in group.commands} | {("train", name) for name in group.commands["train"].commands}
+    named = {
+        (str(path.relative_to(ROOT)), words if words[0] == "train" and words[1] else words[:1])
+        for path in (ROOT / "capfilt").rglob("*.py")
+        for text in _strings_of(path)
+        for words in re.findall(r"(?:^|`|Next: )capfilt ([a-z]\w*)(?: ([a-z]\w*))?", text)
+    }
+    assert len(named) > 20
+    assert sorted(entry for entry in named if entry[1] not in commands) == []
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "check", "bench", "assets", "help"])

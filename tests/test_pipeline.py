@@ -100,6 +100,14 @@ def test_whole_recipe_then_again(models: Path, tmp_path: Path) -> None:
     changed = recipe_with(tmp_path, models, old="num_captions = 2", new="num_captions = 3")
     with pytest.raises(FingerprintMismatchError, match="num_captions"):
         list(run_recipe(changed, run))
+    before = (run / "stage2" / "training.json").read_bytes()
+    summaries = {step.name: step.summary for step in run_recipe(changed, run, generation="three")}
+    assert not summaries["stage1"].already_done
+    fields = [json.loads((run / name / "training.json").read_text())["fields"] for name in ("stage2", "stage2@three")]
+    assert fields[0]["input"] != fields[1]["input"], "trained on the generation's own pairs"
+    assert fields[0]["init_sha256"] != fields[1]["init_sha256"]
+    assert (run / "stage2" / "training.json").read_bytes() == before
+    assert {plan.state for plan in plan_recipe(changed, run, "three")[-2:]} == {"done"}
     with pytest.raises(UsageError, match="Name another run"):
         list(run_recipe(recipe_with(tmp_path, models, seed=4), run))
 

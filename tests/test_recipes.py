@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+import open_clip
 import pytest
 
 from capfilt.errors import UsageError
 from capfilt.recipes import Recipe, bundled_recipes, find_recipe, read_recipe
-from capfilt.settings import Stage2Settings
+from capfilt.settings import EMBEDDED, Stage2Settings
+from capfilt.weights import find
 
 FULL = """\
 description = "all of it"
@@ -59,6 +61,26 @@ def test_bundled_recipes_read(name: str) -> None:
     assert find_recipe(f"{name}.toml") == find_recipe(name)
 
 
+@pytest.mark.parametrize("name", sorted(bundled_recipes()))
+def test_models_of_bundled_recipes_have_names_that_mean_something(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hub ids, folders or embedded models for the folders; for CLIP a name and a tag of open_clip's."""
+    monkeypatch.setattr(find, "download_snapshot", lambda _name: tmp_path)
+    recipe = read_recipe(name)
+    for section, settings_of in (
+        (recipe.caption, ("captioner",)),
+        (recipe.filter, ("filter_model",)),
+        (recipe.stage1, ("image_encoder", "qformer_init")),
+        (recipe.stage2, ("llm",)),
+    ):
+        for setting in settings_of if section else ():
+            if setting != "qformer_init" or getattr(section, setting):
+                assert find.find_model_dir(getattr(section, setting), setting).is_dir()
+    if recipe.rank and recipe.rank.clip_model != EMBEDDED:
+        assert recipe.rank.clip_weights in open_clip.list_pretrained_tags_by_model(recipe.rank.clip_model)
+
+
 def test_every_setting_arrives_typed(tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path, FULL))
     assert recipe.source is not None
@@ -101,6 +123,9 @@ def test_sections_are_fields_of_a_recipe() -> None:
         ("dropout = 0", "dropout = 2", 28, "dropout is 2.0; expected 0 or more"),
         ("llm =", "lm =", 27, "Did you mean llm?"),
         ('"runs/x"', "7", 2, "expected a text in quotes"),
+        ("dropout = 0", "log_every_steps = 0", 28, "log_every_steps is 0; expected at least 1"),
+        ("dropout = 0", "save_every_steps = 0", 28, "save_every_steps is 0; expected at least 1"),
+        ("dropout = 0", 'device = "gpu"', 28, "device is 'gpu'; expected one of auto, cpu, cuda, mps"),
     ],
 )
 def test_a_mistake_is_refused_with_its_line(tmp_path: Path, old: str, new: str, line: int, said: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capfilt.cli.console import open_progress, say_result
+from capfilt.cli.console import following, open_progress, say_result
 from capfilt.cli.options import (
     AsJson,
     BatchSize,
@@ -139,8 +139,3 @@ def _annotate(
     chosen = {"caption": None, "rank": None, "filter": None, **settings}
     summary = annotate(RunDir.open(run, generation), stages, **chosen, progress=open_progress())
     say_result(summary, summary.line(), following(next_command, generation), as_json=as_json)
-
-
-def following(command: str, generation: str | None) -> str:
-    """The command to try next, in the same generation."""
-    return f"{command} --generation {generation}" if generation else command

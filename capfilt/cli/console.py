@@ -45,6 +45,11 @@ def end(summary: str, next_command: str | None = None) -> None:
         note(f"Next: {next_command}")
 
 
+def following(command: str, generation: str | None) -> str:
+    """The command to try next, in the same generation."""
+    return f"{command} --generation {generation}" if generation else command
+
+
 def say_json(value: object) -> None:
     """`value` (a dataclass, mapping, list, …) as one JSON document on standard output."""
     say(json.dumps(to_plain(value), ensure_ascii=True, indent=2, allow_nan=False))

@@ -25,8 +25,13 @@ def generate(
     answer: Annotated[
         bool, typer.Option("--answer", help="Answer the --prompt as a question, in the model's frame.")
     ] = False,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest text in tokens.")] = 30,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="Beams; unset: 1, or 5 with --answer.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest text in tokens; unset: 30, or 10 with --answer.", show_default=False),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
@@ -41,10 +46,10 @@ def generate(
 
     generator = load_generator(model, device, dtype)
     prompts = [prompt or ""] * len(pictures)
-    if answer:
-        texts = generator.answer(pictures, prompts)
-    else:
-        texts = generator.generate(pictures, prompts, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    given = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+    options = {name: value for name, value in given.items() if value is not None}
+    write = generator.answer if answer else generator.generate
+    texts = write(pictures, prompts, **options)
     if as_json:
         say_json([{"image": path, "text": text} for path, text in zip(images, texts, strict=True)])
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from capfilt.cli.console import clean, note, open_progress, say, say_json
+from capfilt.cli.console import clean, following, note, open_progress, say, say_json
 from capfilt.cli.options import AsJson, Generation, Run
 
 MAX_FINDINGS_SHOWN = 50
@@ -27,9 +27,10 @@ def stats(run: Run, generation: Generation = None, as_json: AsJson = False) -> N
     for line in stats_lines(found, plain=not speaks_unicode(sys.stdout)):
         say(line)
     if found.pairs:
-        note(f"Next: capfilt select {run} --threshold T --keep K   (another choice, from the stored scores)")
+        next_command = following(f"capfilt select {run} --threshold T --keep K", generation)
+        note(f"Next: {next_command}   (another choice, from the stored scores)")
     else:
-        note(f"Next: capfilt run capfilt {run}")
+        note(f"Next: {following(f'capfilt run capfilt {run}', generation)}")
 
 
 def verify(
@@ -54,5 +55,5 @@ def verify(
                 say(f"{what}  and {len(found) - MAX_FINDINGS_SHOWN:,} more; --json lists all")
         say(f"{clean(run)}: {report.line()}")
         if report.exit_code == 0:
-            note(f"Next: capfilt stats {run}")
+            note(f"Next: {following(f'capfilt stats {run}', generation)}")
     raise typer.Exit(report.exit_code)

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from capfilt.cli.console import clean, note, open_progress, say, say_json
+from capfilt.cli.console import clean, following, note, open_progress, say, say_json
 from capfilt.cli.options import AsJson, Generation
 from capfilt.cli.train import training_line
-from capfilt.pipeline import StepResult, plan_recipe, run_dir_of, run_recipe
+from capfilt.pipeline import StepResult, plan_recipe, run_dir_of, run_recipe, training_dir
 from capfilt.recipes import Recipe, read_recipe
 
 
@@ -38,11 +38,11 @@ def run(
     for step in run_recipe(chosen, path, generation=generation, progress=progress):
         results[step.name] = step.summary
         if not as_json:
-            say(summary_line(step, path))
+            say(summary_line(step, path, generation))
     if as_json:
         say_json(results)
     else:
-        note(f"Next: capfilt stats {path}")
+        note(f"Next: {following(f'capfilt stats {path}', generation)}")
 
 
 def _show_plan(recipe: Recipe, path: Path, generation: str | None, as_json: bool) -> None:
@@ -54,11 +54,12 @@ def _show_plan(recipe: Recipe, path: Path, generation: str | None, as_json: bool
     say(f"run directory: {clean(path)}")
     for plan in plans:
         say(f"  {plan.name:<9} {plan.state:<18} {clean(plan.what)}")
-    note(f"Nothing was changed. Next: capfilt run {recipe.name} {path}")
+    next_command = following(f"capfilt run {recipe.name} {path}", generation)
+    note(f"Nothing was changed. Next: {next_command}")
 
 
-def summary_line(step: StepResult, path: Path) -> str:
+def summary_line(step: StepResult, path: Path, generation: str | None) -> str:
     """One line about a step that has ended."""
     if step.name in ("stage1", "stage2"):
-        return training_line(step.name, step.summary, path / step.name)
+        return training_line(step.name, step.summary, training_dir(path, step.name, generation))
     return step.summary.line()

@@ -28,6 +28,7 @@ MaxTextTokens = Annotated[int, typer.Option(min=4, help="Longest text in tokens.
 MaxSteps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
 TrainBatchSize = Annotated[int, typer.Option("--batch-size", min=2, help="Images in a step.")]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate.")]
+MinLearningRate = Annotated[float, typer.Option(help="Learning rate at the end, at most --learning-rate.")]
 WarmupSteps = Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")]
 SaveEverySteps = Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")]
 Seed = Annotated[int, typer.Option(help="Fixes initialisation, order and draws.")]
@@ -64,6 +65,7 @@ def blip(
     max_steps: MaxSteps = BlipTrainSettings.max_steps,
     batch_size: TrainBatchSize = BlipTrainSettings.batch_size,
     learning_rate: LearningRate = BlipTrainSettings.learning_rate,
+    min_learning_rate: MinLearningRate = BlipTrainSettings.min_learning_rate,
     warmup_steps: WarmupSteps = BlipTrainSettings.warmup_steps,
     save_every_steps: SaveEverySteps = BlipTrainSettings.save_every_steps,
     seed: Seed = BlipTrainSettings.seed,
@@ -96,6 +98,7 @@ def _fine_tuning(part: str, run_with: str, help_text: str) -> Callable[..., None
         max_steps: MaxSteps = BlipTrainSettings.max_steps,
         batch_size: TrainBatchSize = BlipTrainSettings.batch_size,
         learning_rate: LearningRate = BlipTrainSettings.learning_rate,
+        min_learning_rate: MinLearningRate = BlipTrainSettings.min_learning_rate,
         warmup_steps: WarmupSteps = BlipTrainSettings.warmup_steps,
         save_every_steps: SaveEverySteps = BlipTrainSettings.save_every_steps,
         seed: Seed = BlipTrainSettings.seed,
@@ -142,6 +145,7 @@ def stage1(
     max_steps: MaxSteps = Stage1Settings.max_steps,
     batch_size: TrainBatchSize = Stage1Settings.batch_size,
     learning_rate: LearningRate = Stage1Settings.learning_rate,
+    min_learning_rate: MinLearningRate = Stage1Settings.min_learning_rate,
     warmup_steps: WarmupSteps = Stage1Settings.warmup_steps,
     save_every_steps: SaveEverySteps = Stage1Settings.save_every_steps,
     seed: Seed = Stage1Settings.seed,
@@ -174,6 +178,7 @@ def stage2(
     max_steps: MaxSteps = Stage2Settings.max_steps,
     batch_size: TrainBatchSize = Stage2Settings.batch_size,
     learning_rate: LearningRate = Stage2Settings.learning_rate,
+    min_learning_rate: MinLearningRate = Stage2Settings.min_learning_rate,
     warmup_steps: WarmupSteps = Stage2Settings.warmup_steps,
     save_every_steps: SaveEverySteps = Stage2Settings.save_every_steps,
     seed: Seed = Stage2Settings.seed,
@@ -208,6 +213,7 @@ def clip(
     max_steps: MaxSteps = ClipTrainSettings.max_steps,
     batch_size: TrainBatchSize = ClipTrainSettings.batch_size,
     learning_rate: LearningRate = ClipTrainSettings.learning_rate,
+    min_learning_rate: MinLearningRate = ClipTrainSettings.min_learning_rate,
     warmup_steps: WarmupSteps = ClipTrainSettings.warmup_steps,
     save_every_steps: SaveEverySteps = ClipTrainSettings.save_every_steps,
     seed: Seed = ClipTrainSettings.seed,
@@ -237,6 +243,7 @@ def llm(
     max_steps: MaxSteps = LlmTrainSettings.max_steps,
     batch_size: TrainBatchSize = LlmTrainSettings.batch_size,
     learning_rate: LearningRate = LlmTrainSettings.learning_rate,
+    min_learning_rate: MinLearningRate = LlmTrainSettings.min_learning_rate,
     warmup_steps: WarmupSteps = LlmTrainSettings.warmup_steps,
     save_every_steps: SaveEverySteps = LlmTrainSettings.save_every_steps,
     seed: Seed = LlmTrainSettings.seed,

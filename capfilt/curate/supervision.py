@@ -96,7 +96,10 @@ class Nursery:
 
     def _start(self) -> None:
         if self._num_nurseries == _MAX_NURSERIES:
-            raise CapfiltError(f"The download's processes do not live: {self.last_words()}. See `capfilt doctor`.")
+            raise CapfiltError(
+                f"The download's processes do not live: {self.last_words()}. Mend what that names, or install capfilt "
+                "anew, and repeat the command."
+            )
         self.stop()
         self._num_nurseries += 1
         self._buffer = b""

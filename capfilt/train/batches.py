@@ -11,6 +11,7 @@ they are decoded once; otherwise the encoded bytes of a few shards are held and 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -223,9 +224,14 @@ def draw(seed: int, epoch: int, key: str, what: str) -> int:
 
 
 def draw_view(seed: int, smallest_area: float, flip: bool) -> View:
-    """A random resized crop: area between `smallest_area` and all, aspect 3/4 to 4/3 of the image's own."""
+    """A random resized crop: area between `smallest_area` and all, aspect 3/4 to 4/3 of the image's own.
+
+    The aspect is drawn among those with which the area fits into the image; an area of 1 is the whole image.
+    """
     rng = random.Random(seed)
-    area, aspect = rng.uniform(smallest_area, 1.0), 2.0 ** rng.uniform(-0.415, 0.415)
+    area = rng.uniform(smallest_area, 1.0)
+    widest = min(0.415, -math.log2(area))
+    aspect = 2.0 ** rng.uniform(-widest, widest)
     width, height = min(1.0, (area * aspect) ** 0.5), min(1.0, (area / aspect) ** 0.5)
     left, top = rng.uniform(0.0, 1.0 - width), rng.uniform(0.0, 1.0 - height)
     return View(left, top, width, height, flip and rng.random() < 0.5)

@@ -120,8 +120,8 @@ def train(
     update. `save(folder)` writes the finished model's files.
 
     Raises FingerprintMismatchError where `output_dir` holds another training, RunLockedError where one is at
-    work, CapfiltError on a loss that is not finite. SIGINT and SIGTERM save a checkpoint first, then raise
-    KeyboardInterrupt (exit code 130) and SystemExit(143).
+    work, CapfiltError on a loss that is not finite. SIGINT and SIGTERM save a checkpoint (or the finished
+    model, where it is being written) first, then raise KeyboardInterrupt (exit code 130) and SystemExit(143).
     """
     parameters = {key: p for key, p in named_parameters if p.requires_grad}
     tensors = {**parameters, **(extra_tensors or {})}
@@ -210,7 +210,7 @@ def _non_finite_message(what: str, step: int, batch: Batch) -> str:
     return (
         f"Step {step + 1}: the {what} is not finite; the weights were left as they were. "
         f"Keys of the batch: {', '.join(batch.keys)}. The last checkpoint is kept: look at those samples "
-        f"with `capfilt show`, or train with a lower --learning-rate into another --output."
+        f"in the run's shards (KEY.jpg, KEY.txt), or train with a lower --learning-rate into another --output."
     )
 
 
@@ -296,7 +296,7 @@ def _finished(output_dir: Path, identity: Mapping[str, Any]) -> TrainSummary | N
 
 @contextmanager
 def _deferred_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that the step under way ends and is saved; main thread only."""
+    """Collects SIGINT and SIGTERM, so that what is under way ends and is saved, then raises; main thread only."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -313,6 +313,8 @@ def _deferred_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+    if caught:  # none of the steps after it raised it: it came while the finished model was written
+        _raise_signal(caught[0])
 
 
 def _raise_signal(number: int) -> None:

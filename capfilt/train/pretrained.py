@@ -52,7 +52,7 @@ def load_image_encoder(name: str, device: torch.device) -> ImageEncoder:
     """The image encoder of a BLIP model, frozen."""
     folder = find_model_dir(name, "image encoder")
     sizes, _, _ = read_sizes(folder)
-    return build_image_encoder(sizes, read_weights(folder), read_preparation(folder), device)
+    return build_image_encoder(sizes, read_weights(folder), read_preparation(folder, sizes.image_size_px), device)
 
 
 def build_image_encoder(

@@ -102,7 +102,7 @@ def load_stage1(name: str | Path, device: torch.device) -> SavedStage1:
     )
     ours["lm_head.vocabulary.weight"] = ours["qformer.word_embedding.weight"]
     stage.load_state_dict(ours)
-    encoder = build_image_encoder(vision, state, read_preparation(folder), device)
+    encoder = build_image_encoder(vision, state, read_preparation(folder, vision.image_size_px), device)
     return SavedStage1(encoder, stage.to(device), load_tokenizer(folder), config.image_text_hidden_size)
 
 
@@ -133,7 +133,8 @@ def load_stage2(name: str | Path, device: torch.device, llm_dtype: torch.dtype |
     own = to_ours(state, names)
     _, unexpected = stage.load_state_dict(own, strict=False)  # the language model's are in place already
     assert not unexpected, unexpected
-    return SavedStage2(build_image_encoder(vision, state, read_preparation(folder), device), stage.to(device))
+    encoder = build_image_encoder(vision, state, read_preparation(folder, vision.image_size_px), device)
+    return SavedStage2(encoder, stage.to(device))
 
 
 def start_stage2(name: str | Path, llm: LanguageModel, dropout: float, device: torch.device) -> SavedStage2:
@@ -181,17 +182,28 @@ def _save_processor(folder: Path, preparation: ImagePreparation, tokenizer: Any,
     Blip2Processor(images, tokenizer, num_query_tokens=num_query_tokens).save_pretrained(folder)
 
 
+def read_stage1_image_size_px(name: str | Path) -> int:
+    """Side of the images that a stage-1 folder's encoder takes; UsageError where it is something else."""
+    _, config = _read_blip2_config(name, "Blip2ForImageTextRetrieval", "stage1")
+    return config.vision_config.image_size
+
+
 def _read_blip2(name: str | Path, architecture: str, command: str) -> tuple[Path, Any, State]:
+    folder, config = _read_blip2_config(name, architecture, command)
+    return folder, config, read_weights(folder)
+
+
+def _read_blip2_config(name: str | Path, architecture: str, command: str) -> tuple[Path, Any]:
     from transformers import Blip2Config
 
-    folder = find_model_dir(str(name), "BLIP-2 model")
+    folder = find_model_dir(str(name), "BLIP-2 model", embedded=None)
     raw = read_config(folder)
     if architecture not in (raw.get("architectures") or []):
         raise UsageError(
             f"{folder} holds {raw.get('architectures')}; expected {architecture}. "
             f"Make one: `capfilt train {command} RUN --output DIR`."
         )
-    return folder, Blip2Config(**raw), read_weights(folder)
+    return folder, Blip2Config(**raw)
 
 
 def _add_image_token(tokenizer: Any) -> int:

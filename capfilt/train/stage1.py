@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capfilt.data.rundir import RunDir
 from capfilt.models.blip2 import Stage1
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage1Settings
@@ -21,21 +22,22 @@ from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.pretrained import copy_start, load_image_encoder, load_qformer_start
 from capfilt.train.saved import encode_texts, save_stage1
+from capfilt.weights.blip import read_sizes
 from capfilt.weights.devices import choose_device
 from capfilt.weights.find import find_model_dir
-from capfilt.weights.model_files import read_preparation, weights_digest
+from capfilt.weights.model_files import weights_digest
 
 
 def train_stage1(
-    run_dirs: Sequence[str | Path],
+    run_dirs: Sequence[RunDir | str | Path],
     settings: Stage1Settings,
     output_dir: Path,
     progress: Progress | None = None,
 ) -> TrainSummary:
     """Trains on the kept pairs of `run_dirs`; errors are those of `read_pairs`, the loaders and `train`."""
     progress = progress or NullProgress()
-    side = read_preparation(find_model_dir(settings.image_encoder, "image encoder")).image_size_px
-    dataset = read_pairs(run_dirs, image_size_px=side, progress=progress)
+    vision, _, _ = read_sizes(find_model_dir(settings.image_encoder, "image encoder"))
+    dataset = read_pairs(run_dirs, image_size_px=vision.image_size_px, progress=progress)
     return train_stage1_on(dataset, settings, output_dir, progress=progress, fields={"input": runs_digest(run_dirs)})
 
 

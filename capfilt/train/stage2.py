@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capfilt.data.rundir import RunDir
 from capfilt.models.llms import T5, load_llm
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage2Settings
@@ -20,14 +21,17 @@ from capfilt.train.batches import Batch, PairDataset
 from capfilt.train.features import FrozenFeatures
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
-from capfilt.train.saved import save_stage2, start_stage2
+from capfilt.train.saved import read_stage1_image_size_px, save_stage2, start_stage2
 from capfilt.weights.devices import choose_device, choose_dtype
 from capfilt.weights.find import find_model_dir
-from capfilt.weights.model_files import read_preparation, weights_digest
+from capfilt.weights.model_files import weights_digest
+
+GIVE_LLM = "a folder, a hub id (owner/name), `embedded-opt` or `embedded-t5`"
+"""What can be given as a language model, in messages."""
 
 
 def train_stage2(
-    run_dirs: Sequence[str | Path],
+    run_dirs: Sequence[RunDir | str | Path],
     init_dir: str | Path,
     llm: str,
     settings: Stage2Settings,
@@ -36,7 +40,7 @@ def train_stage2(
 ) -> TrainSummary:
     """Trains on the kept pairs of `run_dirs`; errors are those of `read_pairs`, the loaders and `train`."""
     progress = progress or NullProgress()
-    side = read_preparation(find_model_dir(str(init_dir), "stage-1 model")).image_size_px
+    side = read_stage1_image_size_px(init_dir)
     dataset = read_pairs(run_dirs, image_size_px=side, progress=progress)
     fields = {"input": runs_digest(run_dirs)}
     return train_stage2_on(dataset, init_dir, llm, settings, output_dir, progress=progress, fields=fields)
@@ -56,7 +60,7 @@ def train_stage2_on(
     progress = progress or NullProgress()
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
-    llm_dir = find_model_dir(llm, "language model")
+    llm_dir = find_model_dir(llm, "language model", embedded=None, give=GIVE_LLM)
     language = load_llm(str(llm_dir), dtype=choose_dtype(settings.llm_dtype, device), device=device)
     if isinstance(language, T5):
         language.whole_caption_share = settings.whole_caption_share
@@ -67,7 +71,7 @@ def train_stage2_on(
     def compute_losses(batch: Batch, _step: int) -> dict[str, Tensor]:
         return stage(features(batch), batch.texts)
 
-    init_digest = weights_digest(find_model_dir(str(init_dir), "stage-1 model"))
+    init_digest = weights_digest(find_model_dir(str(init_dir), "stage-1 model", embedded=None))
     return train(
         compute_losses,
         named_parameters=stage.named_parameters(),

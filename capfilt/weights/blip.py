@@ -84,7 +84,7 @@ def load_blip(name: str, kind: Kind, *, device: torch.device, dtype: torch.dtype
     else:
         config, sizes = read_config(path), read_sizes(path)
         state, weight_files, side_dir = read_weights(path), find_weights(path), path
-        preparation = read_preparation(path)
+        preparation = read_preparation(path, sizes[0].image_size_px)
         _refuse_other_resizing(path, preparation)
     with torch.device("meta"):
         model = _build(kind, sizes)
@@ -109,7 +109,8 @@ def load_trainable_blip(folder: Path, kind: Kind) -> LoadedBlip:
     sizes = read_sizes(folder)
     model = _build(kind, sizes)
     model.load_state_dict(_our_weights(read_weights(folder), kind, model, sizes))
-    return LoadedBlip(model, _load_tokenizer(folder, sizes[1]), read_preparation(folder))
+    preparation = read_preparation(folder, sizes[0].image_size_px)
+    return LoadedBlip(model, _load_tokenizer(folder, sizes[1]), preparation)
 
 
 def read_sizes(folder: Path) -> Sizes:

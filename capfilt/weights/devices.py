@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from capfilt.errors import UsageError
+from capfilt.settings import DEVICES
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -12,13 +13,17 @@ _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 def choose_device(name: str) -> torch.device:
     """The torch device of a setting; `auto` takes CUDA, then Apple's MPS, then the CPU.
 
-    Raises UsageError for a device that this machine does not have.
+    Raises UsageError for a name that torch does not know, and for a device that this machine does not have.
     """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        known = ", ".join(DEVICES)
+        raise UsageError(f"device is {name!r}; expected one of {known}, or one of several (cuda:1).") from None
     has_it = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)
     if has_it is not None and not has_it():
         raise UsageError(f"This machine has no {device.type} device that torch can use. Give --device cpu.")

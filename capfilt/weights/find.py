@@ -23,22 +23,24 @@ SIDE_FILES = ("*.json", "*.txt", "*.model")
 
 
 def find_model_dir(
-    name: str, what: str, *, embedded: str = "captioner", give: str = "a folder, a hub id (owner/name)"
+    name: str, what: str, *, embedded: str | None = "captioner", give: str = "a folder, a hub id (owner/name)"
 ) -> Path:
     """The folder that `name` means.
 
     Args:
         name: `embedded` or `embedded-…`, a folder, or a hub id.
         what: what is looked for, in messages ("image encoder").
-        embedded: the embedded model that plain `embedded` means.
+        embedded: the embedded model that plain `embedded` means; None where none fits the place.
         give: what can be given, in messages.
 
     Raises UsageError where there is no such folder, and where the hub cannot be reached.
     """
-    give = f"Give {give}, or `{EMBEDDED}`."
+    give = f"Give {give}." if embedded is None else f"Give {give}, or `{EMBEDDED}`."
     if not name:
         raise UsageError(f"No {what} is named. {give}")
-    names = {EMBEDDED: embedded} | {f"{EMBEDDED}-{which}": which for which in EMBEDDED_FOLDERS}
+    names = {f"{EMBEDDED}-{which}": which for which in EMBEDDED_FOLDERS}
+    if embedded is not None:
+        names[EMBEDDED] = embedded
     if name in names:
         return find_embedded(names[name])
     path = Path(name).expanduser()
@@ -77,7 +79,7 @@ def download_snapshot(
         reason = "HF_HUB_OFFLINE is set and it is not in the cache" if is_offline() else f"{error}"
         raise UsageError(
             f"{name} is no folder here, and could not be had from the hub ({reason}). With a network, run "
-            f"`huggingface-cli download {name}`, {remedy}."
+            f"`hf download {name}`, {remedy}."
         ) from error
     return folder
 

@@ -25,6 +25,9 @@ from capfilt.weights.find import SIDE_FILES
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""Endings of names as BERT was published with them → as transformers has them now."""
+
 
 @dataclass(frozen=True)
 class ImagePreparation:
@@ -49,11 +52,18 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> State:
-    """All tensors of a folder, by transformers' names."""
+    """All tensors of a folder, by transformers' names, those that BERT's published weights have older names for too."""
     state: State = {}
     for file in find_weights(folder):
         state |= _read_safetensors(file) if file.suffix == ".safetensors" else read_torch_file(file)
-    return state
+    return {_present_name(name): tensor for name, tensor in state.items()}
+
+
+def _present_name(name: str) -> str:
+    for old, new in _OLD_NAMES.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 def _read_safetensors(path: Path) -> State:
@@ -103,15 +113,14 @@ def load_tokenizer(folder: Path, *, is_bert: bool = False) -> Any:
     return tokenizer
 
 
-def read_preparation(folder: Path) -> ImagePreparation:
-    """Image size of config.json; mean and deviation from the image processor, CLIP's where not given.
+def read_preparation(folder: Path, image_size_px: int) -> ImagePreparation:
+    """The image encoder's size; mean and deviation from the folder's image processor, CLIP's where not given.
 
     The processor's own size is not asked: some published folders state one that the encoder cannot take.
     """
     processor = read_image_processor(folder)
-    side = read_config(folder).get("vision_config", {}).get("image_size", 384)
     mean, std = processor.get("image_mean", CLIP_MEAN), processor.get("image_std", CLIP_STD)
-    return ImagePreparation(int(side), tuple(mean), tuple(std))
+    return ImagePreparation(image_size_px, tuple(mean), tuple(std))
 
 
 def read_image_processor(folder: Path) -> dict[str, Any]:

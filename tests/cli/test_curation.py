@@ -69,6 +69,11 @@ def test_stage_commands_and_recipe_give_equal_rows(run: Path, downloaded: Path, 
     assert "Nothing to do" in again.out
     assert "3 of 3 shards" in capfilt("run", recipe, other, "--dry-run").out
 
+    for command in (("run", recipe, other), ("run", recipe, other, "--dry-run"), ("verify", other)):
+        named = capfilt(*command, "--generation", "again")
+        assert named.err.rstrip().endswith("--generation again"), (command, named)
+    assert "--keep K --generation again" in capfilt("stats", other, "--generation", "again").err
+
 
 def test_stats_select_verify(run: Path, models: Models) -> None:
     curate(run, models)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -47,6 +48,22 @@ def test_both_stages_and_what_they_write(folder: Path) -> None:
     assert asked.code == 0, asked.err
 
 
+@pytest.mark.parametrize("method", ["generate", "answer"])
+def test_generate_passes_on_what_is_given(folder: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    asked: list[dict[str, int]] = []
+
+    def write(_pictures: object, _prompts: object, **options: int) -> list[str]:
+        asked.append(options)
+        return ["red"]
+
+    monkeypatch.setattr("capfilt.train.generate.load_generator", lambda *_: SimpleNamespace(**{method: write}))
+    command = ("generate", "model", folder / "red.png", "--prompt", "which?")
+    command += ("--answer",) if method == "answer" else ()
+    for extra in ((), ("--num-beams", 2, "--max-new-tokens", 3)):
+        assert capfilt(*command, *extra).out == "red\n"
+    assert asked == [{}, {"num_beams": 2, "max_new_tokens": 3}]
+
+
 @pytest.mark.parametrize("part", ["captioner", "filter"])
 def test_fine_tuning(folder: Path, part: str) -> None:
     init = folder / ("captioner" if part == "captioner" else "blip")
@@ -56,6 +73,18 @@ def test_fine_tuning(folder: Path, part: str) -> None:
     assert done.code == 0, done.err
     assert done.json()["steps"] == 2
     assert (folder / f"tuned-{part}" / "config.json").exists()
+
+
+@pytest.mark.parametrize("training", ["blip", "captioner", "filter", "stage1", "stage2", "clip", "llm"])
+def test_every_training_takes_the_lowest_rate(training: str) -> None:
+    assert "--min-learning-rate" in capfilt("train", training, "--help").out
+
+
+def test_a_rate_below_the_lowest_is_refused_and_a_lower_lowest_helps(folder: Path) -> None:
+    command = ("train", "stage2", folder / "run", "--init", folder / "none", "--llm", folder / "opt")
+    command += ("--output", folder / "x", "--learning-rate", "2e-5")
+    assert "min_learning_rate is 5e-05; expected 0 to learning_rate" in capfilt(*command).err
+    assert "none: it is no folder" in capfilt(*command, "--min-learning-rate", "1e-5").err  # past the settings
 
 
 def test_wrong_usage(folder: Path) -> None:

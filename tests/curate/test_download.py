@@ -26,7 +26,7 @@ import pytest
 from PIL import Image
 
 from capfilt.curate import supervision
-from capfilt.curate.download import DownloadSummary, download
+from capfilt.curate.download import DownloadSummary, download, download_fields
 from capfilt.curate.supervision import Attempts
 from capfilt.data.commit import read_commit_record, read_quarantine, read_table
 from capfilt.data.rundir import RunDir
@@ -233,6 +233,12 @@ def test_other_table_or_settings_are_refused(done: _Done, tmp_path: Path) -> Non
     pq.write_table(pq.read_table(done.table).slice(1), other)
     with pytest.raises(FingerprintMismatchError, match="table_sha256"):
         download(str(other), done.run, SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["max_body_bytes", "max_pixels", "max_aspect_ratio", "max_caption_bytes"])
+def test_other_limits_are_another_download(name: str) -> None:
+    other = replace(SETTINGS, **{name: getattr(SETTINGS, name) + 1})
+    assert download_fields("0", other) != download_fields("0", SETTINGS)
 
 
 def test_usage_errors_come_before_any_work(done: _Done, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from capfilt.train.batches import (
     CLIP_STD,
     Batch,
     Cursor,
+    View,
     draw_captions,
     draw_view,
     from_arrays,
@@ -105,11 +106,17 @@ def test_crops_and_flips_are_pure_and_within_the_image(arrays) -> None:
     one, other = take(arrays, 2, settings=settings), take(arrays, 2, settings=settings)
     assert all(same(a, b) for a, b in zip(one, other, strict=True))
     assert not torch.equal(one[0].images, take(arrays, 1, settings=TrainSettings(batch_size=8))[0].images)
-    for seed in range(300):
-        view = draw_view(seed, 0.5, True)
+    for seed, smallest_area in itertools.product(range(300), (0.5, 0.9)):
+        view = draw_view(seed, smallest_area, True)
         assert view.left >= 0 <= view.top
         assert view.left + view.width <= 1.000001 >= view.top + view.height
-        assert 0.4 < view.width * view.height <= 1
+        assert smallest_area - 1e-9 < view.width * view.height <= 1
+        assert 3 / 4 - 0.001 < view.width / view.height < 4 / 3 + 0.001
+
+
+def test_flips_without_a_crop_keep_the_whole_image() -> None:
+    views = {draw_view(seed, 1.0, True) for seed in range(50)}
+    assert views == {View(), View(mirrored=True)}
 
 
 def test_too_few_images_for_a_batch(arrays) -> None:

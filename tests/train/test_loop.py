@@ -27,7 +27,12 @@ SETTINGS = TrainSettings(
 Hook = Callable[[int, Tensor], Tensor]
 
 
-def run_training(folder: Path, hook: Hook = lambda _, loss: loss, settings: TrainSettings = SETTINGS) -> TrainSummary:
+def run_training(
+    folder: Path,
+    hook: Hook = lambda _, loss: loss,
+    settings: TrainSettings = SETTINGS,
+    while_saving: Callable[[], None] = lambda: None,
+) -> TrainSummary:
     """A small network with dropout on 50 random images; `hook` may change the loss of a step."""
     images = np.random.default_rng(0).integers(0, 255, (50, 8, 8, 3), dtype=np.uint8)
     dataset = from_arrays(images, [[f"a {i}", f"here is {i}", "c"] for i in range(50)])
@@ -40,6 +45,7 @@ def run_training(folder: Path, hook: Hook = lambda _, loss: loss, settings: Trai
         return {"loss": hook(step, loss), "mse": loss}
 
     def save(target: Path) -> None:
+        while_saving()
         torch.save(model.state_dict(), target / "model.bin")
 
     return train(
@@ -110,6 +116,14 @@ def test_a_signal_saves_and_the_next_command_goes_on(
     assert (tmp_path / "checkpoints" / "step-00000007").is_dir()
     run_training(tmp_path, stop_at(6))  # step 6 is not taken again
     assert read_metrics(tmp_path) == read_metrics(undisturbed[0])
+
+
+def test_a_signal_while_the_model_is_written_is_raised_after_it(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, max_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tmp_path, settings=settings, while_saving=lambda: signal.raise_signal(signal.SIGINT))
+    assert (tmp_path / "model.bin").exists()
+    assert run_training(tmp_path, settings=settings).already_done
 
 
 def test_the_same_command_again_does_nothing(tmp_path: Path) -> None:

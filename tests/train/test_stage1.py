@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, BertForMaskedLM, Blip2ForImageTextRetrieval
 
 from capfilt.data.rundir import RunDir
@@ -138,6 +138,23 @@ def test_bert_starts_the_qformer_and_gets_a_row_for_dec(models_dir: Path, blip_d
     assert torch.equal(start.head_weights["vocabulary.bias"], theirs["cls.predictions.bias"])
     assert not [name for name in start.weights if "cross" in name]
     train_stage1_on(from_arrays(*small_models.draw_pairs(20)), replace(settings, max_steps=1), tmp_path)
+
+
+def test_bert_as_published_names_its_norms_gamma_and_beta(models_dir: Path, blip_dir: Path) -> None:
+    bert_dir = small_models.save_bert(models_dir / "published-bert")
+    settings = settings_for(blip_dir, qformer_init=str(bert_dir))
+    expected = load_qformer_start(settings, vision_width=48)
+    state = load_file(bert_dir / "model.safetensors")
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for name in [name for name in state if name.endswith(tuple(old))]:
+        ending = name[name.index("LayerNorm.") :]
+        state[name.removesuffix(ending) + old[ending]] = state.pop(name)
+    assert sum(name.endswith("gamma") for name in state) == 6
+    save_file(state, bert_dir / "model.safetensors", metadata={"format": "pt"})
+    start = load_qformer_start(settings, vision_width=48)
+    for found, wanted in ((start.weights, expected.weights), (start.head_weights, expected.head_weights)):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_blip_may_start_cross_attention_too_and_nothing_at_all(blip_dir: Path) -> None:

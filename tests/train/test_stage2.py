@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import AutoProcessor, Blip2ForConditionalGeneration
+from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2VisionConfig
 
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.models.llms import OPT, T5, LanguageModel, load_llm
+from capfilt.models.vit import VisionTransformer
 from capfilt.settings import Stage1Settings, Stage2Settings
 from capfilt.train.batches import from_arrays
 from capfilt.train.generate import load_generator, prepare_images
-from capfilt.train.saved import load_stage2
+from capfilt.train.pretrained import ImageEncoder
+from capfilt.train.saved import load_stage1, load_stage2, read_stage1_image_size_px, save_stage1
 from capfilt.train.stage1 import train_stage1_on
 from capfilt.train.stage2 import train_stage2, train_stage2_on
+from capfilt.weights.model_files import ImagePreparation
 from tests.train import small_models
 
 CPU = torch.device("cpu")
@@ -28,6 +33,7 @@ SETTINGS = Stage2Settings(
     dropout=0.0, max_steps=5, batch_size=16, warmup_steps=1, learning_rate=2e-3,
     log_every_steps=1, device="cpu",
 )  # fmt: skip
+DEFAULT_PX = Blip2VisionConfig().image_size
 TEXTS = ["a red square on the left", "here is a blue square", "a", "white"]
 
 
@@ -50,6 +56,19 @@ def stage1_dir(blip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     )  # fmt: skip
     train_stage1_on(from_arrays(*small_models.draw_pairs(200, seed=3)), settings, folder)
     return folder
+
+
+def test_a_config_without_an_image_size_means_the_default_of_blip2(stage1_dir: Path, tmp_path: Path) -> None:
+    saved = load_stage1(stage1_dir, CPU)
+    vision = VisionTransformer(replace(saved.encoder.vision.config, image_size_px=DEFAULT_PX))
+    vision.norm = nn.Identity()
+    encoder = ImageEncoder(vision, {}, ImagePreparation(DEFAULT_PX))
+    save_stage1(tmp_path, encoder, saved.stage, saved.tokenizer, saved.embed_dim)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["vision_config"].pop("image_size") == DEFAULT_PX  # as published configurations leave it out
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_stage1(tmp_path, CPU).encoder.preparation.image_size_px == DEFAULT_PX
+    assert read_stage1_image_size_px(tmp_path) == DEFAULT_PX
 
 
 @pytest.fixture(scope="module")

@@ -188,7 +188,7 @@ def test_hub_id_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UsageError, match="huggingface-cli download nobody/nothing-at-all"):
+    with pytest.raises(UsageError, match="`hf download nobody/nothing-at-all"):
         load("nobody/nothing-at-all")
 
 

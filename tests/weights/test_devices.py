@@ -11,6 +11,12 @@ from capfilt.weights.devices import choose_device, choose_dtype
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("name", ["gpu", "cuda:first", "auto:1", ""])
+def test_a_name_that_torch_does_not_know_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"device is '{name}'; expected one of auto, cpu, cuda, mps"):
+        choose_device(name)
+
+
 def test_device_and_dtype() -> None:
     assert choose_dtype("auto", CPU) is torch.float32
     assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16

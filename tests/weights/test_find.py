@@ -33,6 +33,14 @@ def test_a_folder_is_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert find_model_dir("~", "model") == tmp_path
 
 
+def test_embedded_is_offered_only_where_one_fits() -> None:
+    with pytest.raises(UsageError, match=r"Give a folder, a hub id \(owner/name\), or `embedded`\.$"):
+        find_model_dir("", "model")
+    for name in ("", "embedded"):
+        with pytest.raises(UsageError, match=r"Give a folder, a hub id \(owner/name\)\.$"):
+            find_model_dir(name, "model", embedded=None)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -13,7 +13,7 @@ from capfilt.weights.model_files import CLIP_MEAN, CLIP_STD, ImagePreparation, r
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"image_size": 64}}))
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     return tmp_path
 
@@ -30,12 +30,12 @@ def test_digest_is_of_the_model_and_not_of_its_making(folder: Path) -> None:
 
 
 def test_preparation_has_the_encoder_s_size_and_the_processor_s_mean(folder: Path) -> None:
-    assert read_preparation(folder) == ImagePreparation(64, CLIP_MEAN, CLIP_STD)
+    assert read_preparation(folder, 64) == ImagePreparation(64, CLIP_MEAN, CLIP_STD)
     processor = {"size": {"height": 224, "width": 224}, "image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    assert read_preparation(folder) == ImagePreparation(64, (0.5, 0.5, 0.5), (1, 1, 1))
+    assert read_preparation(folder, 64) == ImagePreparation(64, (0.5, 0.5, 0.5), (1, 1, 1))
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": [0, 0, 0]}}))
-    assert read_preparation(folder) == ImagePreparation(64, (0, 0, 0), (1, 1, 1))
+    assert read_preparation(folder, 64) == ImagePreparation(64, (0, 0, 0), (1, 1, 1))
     (folder / "processor_config.json").write_text("{")
     with pytest.raises(UsageError, match=r"no readable processor_config\.json"):
-        read_preparation(folder)
+        read_preparation(folder, 64)
