@@ -41,6 +41,7 @@ def train_blip(
     Errors are those of `read_pairs`, the model loaders and `train`; UsageError where neither `init` nor
     `tokenizer` is given.
     """
+    settings = replace(settings, prompt="")  # that of the captioner's fine-tuning
     torch.manual_seed(settings.seed)
     model, start = _start_from_init(settings) if settings.init else _start_from_nothing(settings)
 
@@ -58,6 +59,7 @@ def train_captioner(
     run_dirs: RunDirs, settings: BlipTrainSettings, output_dir: Path, progress: Progress | None = None
 ) -> TrainSummary:
     """Fine-tune a captioner with LM; the tokens of the prompt carry no loss (BLIP §3.3)."""
+    settings = replace(settings, known_false=False)  # those of ITM
     torch.manual_seed(settings.seed)
     start = load_trainable_blip(_part_of(settings.init, "captioner"), "captioner")
     assert isinstance(start.model, Captioner)
@@ -80,7 +82,7 @@ def train_filter(
     run_dirs: RunDirs, settings: BlipTrainSettings, output_dir: Path, progress: Progress | None = None
 ) -> TrainSummary:
     """Fine-tune a filter with ITC and ITM (BLIP §3.3)."""
-    settings = replace(settings, captions_per_image=1)  # those of LM
+    settings = replace(settings, captions_per_image=1, prompt="")  # those of LM
     torch.manual_seed(settings.seed)
     start = load_trainable_blip(_part_of(settings.init, "filter"), "filter")
     assert isinstance(start.model, Filter)

@@ -92,6 +92,18 @@ def test_filter_learns_from_there(world_run: RunDir, pre_trained: Path, tmp_path
     assert summary.last_losses["loss"] < summary.first_losses["loss"]
 
 
+def test_the_prompt_is_the_captioners_alone(
+    world_run: RunDir, pre_trained: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    settings = replace(TINY, init=str(pre_trained), max_steps=1, log_every_steps=1)
+    trainings = {"captioner": train_captioner, "filter": train_filter, "blip": train_blip}
+    for part, training in trainings.items():
+        chosen = replace(settings, init="", tokenizer=str(tokenizer_dir)) if part == "blip" else settings
+        plain = training([world_run], chosen, tmp_path / part / "plain").first_losses
+        prompted = training([world_run], replace(chosen, prompt="a picture of "), tmp_path / part / "prompted")
+        assert (prompted.first_losses["loss"] == plain["loss"]) == (part != "captioner")
+
+
 def test_known_false_captions_and_several_captions_change_the_losses(tokenizer_dir: Path, tmp_path: Path) -> None:
     run = write_world_run(tmp_path / "run", WorldRunSettings(num_scenes=24, false_captions_per_scene=2))
     settings = replace(TINY, tokenizer=str(tokenizer_dir), max_steps=2, log_every_steps=1)
