@@ -186,13 +186,16 @@ class OptPretraining:
         return cls(OPTForCausalLM(config), tokenizer)
 
     def encode(self, text: LlmText, _split: float = 0.0) -> Encoded:
-        """Given: preamble, </s>, the question in its frame. Written: caption or answer, newline."""
+        """Given: preamble, </s>, the question in its frame. Written: caption or answer, newline.
+
+        What is too long for the position table is cut: what is given at its start, what is written at its end.
+        """
         question = OPT.question_prompt.format(text.question) if text.question else ""
         asked = [self.tokenizer.bos_token_id, *_ids(self.tokenizer, question)]
         given = [*_places(self.tokenizer, text.preamble), *([token] for token in asked)]
         words = f" {text.text}" if text.question else text.text
-        written = [*_ids(self.tokenizer, words), self.newline_id]
-        return Encoded(given[-self.max_tokens + len(written) :], written)
+        written = [*_ids(self.tokenizer, words), self.newline_id][: self.max_tokens - 1]
+        return Encoded(given[len(written) - self.max_tokens :], written)
 
     def loss(self, encoded: Sequence[Encoded], device: torch.device) -> Tensor:
         """Mean cross-entropy per written token."""

@@ -155,6 +155,15 @@ def test_opt_reads_preamble_end_question_and_writes_up_to_the_newline(tokenizers
     assert tokenizer.decode(flat(cut.given)).endswith(" box</s>")
 
 
+@pytest.mark.parametrize("num_words", [126, 127, 128, 129, 500])
+def test_opt_cuts_a_text_that_is_longer_than_its_position_table(tokenizers: dict[str, Path], num_words: int) -> None:
+    opt: Any = ARCHITECTURES["opt"].build(load_tokenizer(tokenizers["opt"]), SETTINGS)
+    encoded = opt.encode(LlmText("box" + " box" * (num_words - 1), "a red ball " * 9))
+    assert len(encoded.given) >= 1
+    assert len(encoded.given) + len(encoded.written) == SETTINGS.max_positions == 128
+    assert torch.isfinite(opt.loss([encoded], torch.device("cpu")))
+
+
 def test_t5_splits_a_caption_as_stage_2_does(tokenizers: dict[str, Path]) -> None:
     tokenizer = load_tokenizer(tokenizers["t5"])
     settings = replace(SETTINGS, architecture="t5", whole_caption_share=0.25)
