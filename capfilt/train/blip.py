@@ -49,7 +49,7 @@ def train_blip(
         return model(images_BCHW, tokens_RT, settings.losses, false_tokens_BT)
 
     def save(folder: Path) -> None:
-        save_blip(folder / "captioner", "captioner", model.captioner, start)
+        save_blip(folder / "captioner", "captioner", model.captioner, start, prompt="")
         save_blip(folder / "filter", "filter", model.filter, start)
 
     return _train(run_dirs, settings, output_dir, progress, model, losses, start, save, "blip")

@@ -15,7 +15,7 @@ from capfilt.errors import UsageError
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.blip import train_blip, train_captioner, train_filter
 from capfilt.train.pairs import read_pairs
-from capfilt.weights.blip import load_trainable_blip
+from capfilt.weights.blip import load_blip, load_trainable_blip
 from capfilt.world.tokenizers import build_bert_tokenizer
 from capfilt.world.training_run import WorldRunSettings, write_world_run
 
@@ -70,6 +70,11 @@ def test_both_parts_open_in_transformers_with_equal_outputs(pre_trained: Path) -
         expected = theirs(input_ids=tokens, pixel_values=images, attention_mask=mask, use_itm_head=True)[0]
         found = ours.model.itm_logits(ours.model.vision(images), tokens, ends)
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_the_captioner_of_pre_training_continues_no_prompt(pre_trained: Path) -> None:
+    device = torch.device("cpu")
+    assert load_blip(str(pre_trained / "captioner"), "captioner", device=device, dtype=torch.float32).prompt == ""
 
 
 def test_processor_opens_in_transformers(pre_trained: Path) -> None:
