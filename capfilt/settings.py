@@ -238,7 +238,8 @@ class BlipTrainSettings(TrainSettings):
     """BLIP pre-training (ITC + ITM + LM, BLIP §3.2) and fine-tuning of its captioner or filter (§3.3)."""
 
     init: str = ""
-    """What training starts from: a BLIP folder or hub id, or the output of `train blip`; empty for nothing."""
+    """What training starts from. Pre-training: the output of `train blip` only; empty for nothing. Fine-tuning: that, a
+    BLIP folder or hub id, or `embedded`."""
     tokenizer: str = ""
     """Folder or hub id of a BERT-style tokenizer with [DEC] and [ENC]; needed when init is empty."""
     prompt: str = ""

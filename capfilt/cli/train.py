@@ -44,7 +44,7 @@ def blip(
     output: Output,
     init: Annotated[
         str,
-        typer.Option(metavar="PATH|ID", help="BLIP to start from; unset: from nothing, with --tokenizer."),
+        typer.Option(metavar="DIR", help="What `train blip` saved; unset: from nothing, with --tokenizer."),
     ] = BlipTrainSettings.init,
     tokenizer: Annotated[
         str, typer.Option(metavar="PATH|ID", help="BERT-style tokenizer with [DEC] and [ENC].")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoProcessor, BlipForConditionalGeneration, BlipForIma
 
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
-from capfilt.errors import UsageError
+from capfilt.errors import FingerprintMismatchError, UsageError
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.blip import train_blip, train_captioner, train_filter
 from capfilt.train.pairs import read_pairs
@@ -145,6 +146,30 @@ def test_parts_that_do_not_belong_together_are_refused(world_run: RunDir, pre_tr
     (mixed / "filter").symlink_to(pre_trained / "filter")
     with pytest.raises(UsageError, match="different image encoders"):
         train_blip([world_run.path], replace(settings, init=str(mixed)), tmp_path / "out")
+
+
+def test_pre_training_goes_on_from_both_parts_alone(world_run: RunDir, pre_trained: Path, tmp_path: Path) -> None:
+    for init in (str(pre_trained / "captioner"), "embedded", str(tmp_path), "Salesforce/blip"):
+        with pytest.raises(UsageError, match="no output of `capfilt train blip`"):
+            train_blip([world_run.path], replace(TINY, init=init), tmp_path / "out")
+
+
+def test_both_parts_identify_what_pre_training_goes_on_from(
+    world_run: RunDir, pre_trained: Path, tmp_path: Path
+) -> None:
+    settings = replace(TINY, init=str(tmp_path / "init"), max_steps=1)
+    shutil.copytree(pre_trained, tmp_path / "init")
+    train_blip([world_run.path], settings, tmp_path / "out")
+    config = tmp_path / "init" / "filter" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(FingerprintMismatchError, match="origin_sha256"):
+        train_blip([world_run.path], settings, tmp_path / "out")
+
+
+def test_embedded_means_the_embedded_model_of_the_part(world_run: RunDir, tmp_path: Path) -> None:
+    settings = replace(TINY, init="embedded", max_steps=1)
+    assert train_filter([world_run.path], settings, tmp_path / "filter").steps == 1
+    assert train_captioner([world_run.path], settings, tmp_path / "captioner").steps == 1
 
 
 def test_starting_from_nothing_needs_a_tokenizer(world_run: RunDir, tmp_path: Path) -> None:
