@@ -196,7 +196,7 @@ class TrainSettings:
     max_steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 64
-    """Images in a step on one process."""
+    """Images in a step."""
     learning_rate: float = 1e-4
     """Peak rate (BLIP-2 §3.4: 1e-4)."""
     min_learning_rate: float = 0.0
