@@ -197,7 +197,7 @@ class TrainSettings:
     max_steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 64
-    """Images in a step on one process."""
+    """Images in a step."""
     learning_rate: float = 1e-4
     """Peak rate (BLIP-2 §3.4: 1e-4)."""
     min_learning_rate: float = 0.0
@@ -244,7 +244,8 @@ class BlipTrainSettings(TrainSettings):
     """BLIP pre-training (ITC + ITM + LM, BLIP §3.2) and fine-tuning of its captioner or filter (§3.3)."""
 
     init: str = ""
-    """What training starts from: a BLIP folder or hub id, or the output of `train blip`; empty for nothing."""
+    """What training starts from. Pre-training: the output of `train blip` only; empty for nothing. Fine-tuning: that, a
+    BLIP folder or hub id, or `embedded`."""
     tokenizer: str = ""
     """Folder or hub id of a BERT-style tokenizer with [DEC] and [ENC]; needed when init is empty."""
     prompt: str = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,7 +45,7 @@ def blip(
     output: Output,
     init: Annotated[
         str,
-        typer.Option(metavar="PATH|ID", help="BLIP to start from; unset: from nothing, with --tokenizer."),
+        typer.Option(metavar="DIR", help="What `train blip` saved; unset: from nothing, with --tokenizer."),
     ] = BlipTrainSettings.init,
     tokenizer: Annotated[
         str, typer.Option(metavar="PATH|ID", help="BERT-style tokenizer with [DEC] and [ENC].")
@@ -82,48 +81,66 @@ def blip(
     say_result(summary, training_line("blip", summary, output), following, as_json=as_json)
 
 
-def _fine_tuning(part: str, run_with: str, help_text: str) -> Callable[..., None]:
-    """The command that fine-tunes one part of a BLIP; captioner and filter take the same options."""
-
-    def fine_tune(
-        runs: Runs,
-        init: Annotated[str, typer.Option(metavar="PATH|ID", help="BLIP to start from, or what `train blip` saved.")],
-        output: Output,
-        prompt: Annotated[
-            str, typer.Option(metavar="TEXT", help="Text before every caption, without loss.")
-        ] = BlipTrainSettings.prompt,
-        captions_per_image: CaptionsPerImage = BlipTrainSettings.captions_per_image,
-        known_false: KnownFalse = BlipTrainSettings.known_false,
-        max_text_tokens: MaxTextTokens = BlipTrainSettings.max_text_tokens,
-        max_steps: MaxSteps = BlipTrainSettings.max_steps,
-        batch_size: TrainBatchSize = BlipTrainSettings.batch_size,
-        learning_rate: LearningRate = BlipTrainSettings.learning_rate,
-        min_learning_rate: MinLearningRate = BlipTrainSettings.min_learning_rate,
-        warmup_steps: WarmupSteps = BlipTrainSettings.warmup_steps,
-        save_every_steps: SaveEverySteps = BlipTrainSettings.save_every_steps,
-        seed: Seed = BlipTrainSettings.seed,
-        device: Device = BlipTrainSettings.device,
-        autocast: Precision = BlipTrainSettings.autocast,
-        as_json: AsJson = False,
-    ) -> None:
-        settings = settings_from(BlipTrainSettings, locals())
-        from capfilt.train import blip as trainings
-
-        train = trainings.train_captioner if part == "captioner" else trainings.train_filter
-        summary = train(runs, settings, output, open_progress())
-        following = f"capfilt {run_with.format(output=output)}"
-        say_result(summary, training_line(part, summary, output), following, as_json=as_json)
-
-    fine_tune.__doc__ = help_text
-    return fine_tune
+FineTuningInit = Annotated[
+    str, typer.Option("--init", metavar="PATH|ID", help="BLIP to start from, or what `train blip` saved.")
+]
 
 
-app.command("captioner")(
-    _fine_tuning("captioner", "caption RUN --captioner {output}", "Fine-tune a BLIP captioner (LM).")
-)
-app.command("filter")(
-    _fine_tuning("filter", "filter RUN --filter-model {output}", "Fine-tune a BLIP filter (ITC, ITM).")
-)
+@app.command("captioner")
+def captioner(
+    runs: Runs,
+    init: FineTuningInit,
+    output: Output,
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="Text before every caption, without loss.")
+    ] = BlipTrainSettings.prompt,
+    captions_per_image: CaptionsPerImage = BlipTrainSettings.captions_per_image,
+    max_text_tokens: MaxTextTokens = BlipTrainSettings.max_text_tokens,
+    max_steps: MaxSteps = BlipTrainSettings.max_steps,
+    batch_size: TrainBatchSize = BlipTrainSettings.batch_size,
+    learning_rate: LearningRate = BlipTrainSettings.learning_rate,
+    min_learning_rate: MinLearningRate = BlipTrainSettings.min_learning_rate,
+    warmup_steps: WarmupSteps = BlipTrainSettings.warmup_steps,
+    save_every_steps: SaveEverySteps = BlipTrainSettings.save_every_steps,
+    seed: Seed = BlipTrainSettings.seed,
+    device: Device = BlipTrainSettings.device,
+    autocast: Precision = BlipTrainSettings.autocast,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a BLIP captioner (LM)."""
+    settings = settings_from(BlipTrainSettings, locals())
+    from capfilt.train.blip import train_captioner
+
+    summary = train_captioner(runs, settings, output, open_progress())
+    following = f"capfilt caption RUN --captioner {output}"
+    say_result(summary, training_line("captioner", summary, output), following, as_json=as_json)
+
+
+@app.command("filter")
+def filter_(
+    runs: Runs,
+    init: FineTuningInit,
+    output: Output,
+    known_false: KnownFalse = BlipTrainSettings.known_false,
+    max_text_tokens: MaxTextTokens = BlipTrainSettings.max_text_tokens,
+    max_steps: MaxSteps = BlipTrainSettings.max_steps,
+    batch_size: TrainBatchSize = BlipTrainSettings.batch_size,
+    learning_rate: LearningRate = BlipTrainSettings.learning_rate,
+    min_learning_rate: MinLearningRate = BlipTrainSettings.min_learning_rate,
+    warmup_steps: WarmupSteps = BlipTrainSettings.warmup_steps,
+    save_every_steps: SaveEverySteps = BlipTrainSettings.save_every_steps,
+    seed: Seed = BlipTrainSettings.seed,
+    device: Device = BlipTrainSettings.device,
+    autocast: Precision = BlipTrainSettings.autocast,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a BLIP filter (ITC, ITM)."""
+    settings = settings_from(BlipTrainSettings, locals())
+    from capfilt.train.blip import train_filter
+
+    summary = train_filter(runs, settings, output, open_progress())
+    following = f"capfilt filter RUN --filter-model {output}"
+    say_result(summary, training_line("filter", summary, output), following, as_json=as_json)
 
 
 @app.command("stage1")

@@ -1,4 +1,4 @@
-"""Columns of every stage's Parquet files, and reading the manifest across shards and runs.
+"""Reading the manifest across shards and runs.
 
 In: runs. Out: Arrow tables. `caption_index` is -1 for the web caption and 0…n-1 for synthetic captions; rows
 stand in the order of the keys in their shard, then by caption_index.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capfilt.models.llms import LanguageModel
+from capfilt.models.losses import draw_hard_negatives, itc_loss
 from capfilt.models.med import LanguageModelHead, MEDConfig
 from capfilt.models.qformer import ImageKeyValues, KeyValue, QFormer, QFormerConfig, select_images
 
@@ -107,7 +108,10 @@ class Stage1(nn.Module):
         similarity = self._similarities(queries, texts, gather)
         found: dict[str, Tensor] = {}
         if "itc" in losses:
-            found["itc"] = itc_loss(*similarity, self._temperature(), first_target=rank * len(queries))
+            image_to_text, text_to_image = (cosines / self._temperature() for cosines in similarity)
+            found["itc"] = itc_loss(
+                image_to_text, text_to_image, offset=rank * len(queries), label_smoothing=LABEL_SMOOTHING
+            )
         if "itm" in losses:
             found["itm"] = self._itm_loss(image, texts, similarity, gather, rank)
         if "itg" in losses:
@@ -139,8 +143,9 @@ class Stage1(nn.Module):
         all_tokens, all_mask = gather(texts.tokens), gather(texts.mask)
         same = (texts.tokens[:, None] == all_tokens[None]).all(dim=2)
         temperature = self._temperature().detach()
-        texts_for_image = draw_negatives(similarity[0].detach() / temperature, same, rank * num_own)
-        images_for_text = draw_negatives(similarity[1].detach() / temperature, same, rank * num_own)
+        texts_for_image, images_for_text = (
+            draw_hard_negatives(cosines.detach() / temperature, same, offset=rank * num_own) for cosines in similarity
+        )
         own = torch.arange(num_own, device=texts.tokens.device)
         all_images = [None if kv is None else (gather(kv[0]), gather(kv[1])) for kv in image]
         own = own + rank * num_own
@@ -159,36 +164,6 @@ class Stage1(nn.Module):
         predicted = texts.mask[:, 1:].bool()
         logits = self.lm_head(hidden[predicted])
         return F.cross_entropy(logits, tokens[:, 1:][predicted], label_smoothing=LABEL_SMOOTHING)
-
-
-def itc_loss(
-    image_to_text_BA: Tensor, text_to_image_BA: Tensor, temperature: Tensor, *, first_target: int = 0
-) -> Tensor:
-    """Mean of both directions' smoothed cross-entropy; in-batch negatives only, no queue (BLIP-2 §3.2).
-
-    The target of row i is column `first_target` + i.
-    """
-    targets = torch.arange(len(image_to_text_BA), device=image_to_text_BA.device) + first_target
-    directions = (
-        F.cross_entropy(cosines / temperature, targets, label_smoothing=LABEL_SMOOTHING)
-        for cosines in (image_to_text_BA, text_to_image_BA)
-    )
-    return torch.stack(list(directions)).mean()
-
-
-def draw_negatives(logits_BA: Tensor, same_BA: Tensor, first_own: int = 0) -> Tensor:
-    """One column per row, drawn with probability softmax(logits), the row's own pair excluded → (B,) int64.
-
-    `same` marks columns with the very same text: they are no negatives, and are drawn only where nothing
-    else is left. The released code excludes the own pair alone.
-    """
-    rows = torch.arange(len(logits_BA), device=logits_BA.device)
-    excluded = same_BA.clone()
-    excluded[rows, rows + first_own] = True
-    everything = excluded.all(dim=1, keepdim=True)
-    own = F.one_hot(rows + first_own, logits_BA.shape[1]).bool()
-    weights = logits_BA.float().masked_fill(torch.where(everything, own, excluded), float("-inf")).softmax(dim=1)
-    return torch.multinomial(weights, 1).squeeze(1)
 
 
 class Stage2(nn.Module):

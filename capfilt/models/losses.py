@@ -34,22 +34,28 @@ def itc_loss(
 
 
 @torch.no_grad()
-def draw_hard_negatives(similarity_BA: Tensor, excluded_BA: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw for each row another column, with probability softmax(similarity) (ALBEF §3.2).
+def draw_hard_negatives(
+    similarity_BA: Tensor, excluded_BA: Tensor, generator: torch.Generator | None = None, *, offset: int = 0
+) -> Tensor:
+    """Draw for each row another column, with probability softmax(similarity) (ALBEF §3.2, BLIP-2 §3.2).
 
     Args:
         similarity_BA: (B, A) similarities over temperature.
-        excluded_BA: (B, A) boolean, True where a column is no negative: the pair itself, equal texts.
+        excluded_BA: (B, A) boolean, True where a column is no negative: equal texts. The released codes exclude the
+            pair itself alone, which is excluded here in any case.
         generator: source of the draws.
+        offset: column of this rank's first pair.
 
     Returns:
-        (B,) column indices. A row whose columns are all excluded gets any column but its largest excluded one;
-        that only happens when every text of the batch is the same.
+        (B,) column indices. A row whose columns are all excluded, as where every text of the batch is the same, gets
+        one of them, but never its own pair unless there is no other.
     """
-    weights = F.softmax(similarity_BA.float(), dim=1) + 1e-6
-    weights = weights.masked_fill(excluded_BA, 0.0)
-    none_left = weights.sum(dim=1, keepdim=True) == 0
-    weights = torch.where(none_left, torch.ones_like(weights), weights)
+    rows = torch.arange(len(similarity_BA), device=similarity_BA.device)
+    own_BA = F.one_hot(rows + offset, similarity_BA.shape[1]).bool()
+    excluded_BA = excluded_BA | own_BA
+    excluded_BA = torch.where(excluded_BA.all(dim=1, keepdim=True), own_BA, excluded_BA)
+    lowest = torch.finfo(torch.float32).min  # not -inf: a pair that is alone is drawn, not NaN
+    weights = similarity_BA.float().masked_fill(excluded_BA, lowest).softmax(dim=1)
     return torch.multinomial(weights, 1, generator=generator).squeeze(1)
 
 

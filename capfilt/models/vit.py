@@ -4,7 +4,7 @@ In: images, float, normalised. Out: one feature per patch, the [CLS] feature fir
 
 - a strided convolution cuts and embeds the patches; learned positions
 - pre-norm blocks: attention with one fused query-key-value matrix, then GELU feed-forward
-- a last layer norm; `output_layer` picks an earlier block's output instead (BLIP-2 §3.2)
+- a last layer norm
 
 Legend: B batch, C channels, P patches, D width.
 """
@@ -90,12 +90,11 @@ class VisionTransformer(nn.Module):
         initialise(self, config.width)
         nn.init.trunc_normal_(self.class_embedding, std=0.02)
 
-    def forward(self, images_BCHW: Tensor, *, output_layer: int = -1) -> Tensor:
+    def forward(self, images_BCHW: Tensor) -> Tensor:
         """Encode images.
 
         Args:
             images_BCHW: (B, 3, H, W) with H = W = image_size_px, normalised.
-            output_layer: block whose output is returned; -1 is the last, -2 the second-last (BLIP-2 §3.2).
 
         Returns:
             (B, 1 + P, D), layer-normed; index 0 is [CLS].
@@ -103,7 +102,7 @@ class VisionTransformer(nn.Module):
         patches_BPD = self.patch_embedding(images_BCHW).flatten(2).transpose(1, 2)
         class_B1D = self.class_embedding.expand(len(images_BCHW), -1, -1)
         features_BPD = torch.cat([class_B1D, patches_BPD], dim=1) + self.position_embedding
-        for block in self.blocks[: len(self.blocks) + 1 + output_layer]:
+        for block in self.blocks:
             features_BPD = block(features_BPD)
         return self.norm(features_BPD)
 

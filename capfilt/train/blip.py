@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from capfilt.errors import UsageError
 from capfilt.models.blip import Blip, CaptionerLosses, FilterLosses
+from capfilt.models.convert_blip import Kind
 from capfilt.models.med import Captioner, Filter, MEDConfig
 from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.progress import NullProgress, Progress
@@ -28,7 +29,7 @@ from capfilt.weights.devices import choose_device
 from capfilt.weights.find import find_model_dir
 from capfilt.weights.model_files import ImagePreparation, load_tokenizer, weights_digest
 
-PARTS = ("captioner", "filter")
+PARTS: tuple[Kind, ...] = ("captioner", "filter")
 
 RunDirs = Sequence[str | Path]
 
@@ -41,6 +42,7 @@ def train_blip(
     Errors are those of `read_pairs`, the model loaders and `train`; UsageError where neither `init` nor
     `tokenizer` is given.
     """
+    settings = replace(settings, prompt="")  # that of the captioner's fine-tuning
     torch.manual_seed(settings.seed)
     model, start = _start_from_init(settings) if settings.init else _start_from_nothing(settings)
 
@@ -48,7 +50,7 @@ def train_blip(
         return model(images_BCHW, tokens_RT, settings.losses, false_tokens_BT)
 
     def save(folder: Path) -> None:
-        save_blip(folder / "captioner", "captioner", model.captioner, start)
+        save_blip(folder / "captioner", "captioner", model.captioner, start, prompt="")
         save_blip(folder / "filter", "filter", model.filter, start)
 
     return _train(run_dirs, settings, output_dir, progress, model, losses, start, save, "blip")
@@ -58,6 +60,7 @@ def train_captioner(
     run_dirs: RunDirs, settings: BlipTrainSettings, output_dir: Path, progress: Progress | None = None
 ) -> TrainSummary:
     """Fine-tune a captioner with LM; the tokens of the prompt carry no loss (BLIP §3.3)."""
+    settings = replace(settings, known_false=False)  # those of ITM
     torch.manual_seed(settings.seed)
     start = load_trainable_blip(_part_of(settings.init, "captioner"), "captioner")
     assert isinstance(start.model, Captioner)
@@ -80,7 +83,7 @@ def train_filter(
     run_dirs: RunDirs, settings: BlipTrainSettings, output_dir: Path, progress: Progress | None = None
 ) -> TrainSummary:
     """Fine-tune a filter with ITC and ITM (BLIP §3.3)."""
-    settings = replace(settings, captions_per_image=1)  # those of LM
+    settings = replace(settings, captions_per_image=1, prompt="")  # those of LM
     torch.manual_seed(settings.seed)
     start = load_trainable_blip(_part_of(settings.init, "filter"), "filter")
     assert isinstance(start.model, Filter)
@@ -124,8 +127,8 @@ def _train(
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bfloat16"):
             return losses(batch.images.to(device), tokens_RT, false_tokens_BT)
 
-    origin = _part_of(settings.init, part) if settings.init else find_model_dir(settings.tokenizer, "tokenizer")
-    fields = {"input": runs_digest(run_dirs), "origin_sha256": weights_digest(origin)}
+    origin_sha256 = " ".join(weights_digest(folder) for folder in _origins(settings, part))
+    fields = {"input": runs_digest(run_dirs), "origin_sha256": origin_sha256}
     return train(
         compute_losses,
         named_parameters=module.named_parameters(),
@@ -169,16 +172,33 @@ def encode_texts(tokenizer: Any, texts: list[str], settings: BlipTrainSettings, 
     return encoded.input_ids.to(device)
 
 
+def _origins(settings: BlipTrainSettings, part: str) -> list[Path]:
+    """The folders that training starts from: of both parts, of one, or of the tokenizer alone."""
+    if not settings.init:
+        return [find_model_dir(settings.tokenizer, "tokenizer")]
+    return list(_both_parts(settings.init).values()) if part == "blip" else [_part_of(settings.init, part)]
+
+
 def _part_of(init: str, part: str) -> Path:
-    """The folder of a part in the output of `train blip` (its captioner for "blip"), or the model folder."""
-    part = "captioner" if part == "blip" else part
-    folder = find_model_dir(init, f"BLIP {part} to start from")
+    """The folder of a part in the output of `train blip`, or the model folder."""
+    folder = find_model_dir(init, f"BLIP {part} to start from", embedded=part)
     return folder / part if (folder / part / "config.json").exists() else folder
+
+
+def _both_parts(init: str) -> dict[str, Path]:
+    """The folders of captioner and filter in the output of `train blip`; UsageError for any other folder."""
+    folders = {part: Path(init).expanduser() / part for part in PARTS}
+    if not all((folder / "config.json").is_file() for folder in folders.values()):
+        raise UsageError(
+            f"{init} is no output of `capfilt train blip`, which has captioner/ and filter/ with shared weights; "
+            f"pre-training goes on from nothing else: give --init such a folder, or start with --tokenizer."
+        )
+    return folders
 
 
 def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
     """Both parts of an earlier `train blip`; what they share must be equal."""
-    parts = {part: load_trainable_blip(_part_of(settings.init, part), part) for part in PARTS}
+    parts = {part: load_trainable_blip(folder, part) for part, folder in _both_parts(settings.init).items()}
     captioner, filter_model = parts["captioner"].model, parts["filter"].model
     assert isinstance(captioner, Captioner)
     assert isinstance(filter_model, Filter)

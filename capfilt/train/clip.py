@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -34,6 +33,7 @@ from capfilt.settings import ClipTrainSettings
 from capfilt.train.batches import Batch, PairDataset, iterate_batches, normalise
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
+from capfilt.train.tokenizer_files import save_tokenizer
 from capfilt.weights.devices import choose_device
 from capfilt.weights.model_files import CLIP_MEAN, CLIP_STD, load_tokenizer
 
@@ -44,7 +44,6 @@ MAX_LOGIT_SCALE = math.log(100)
 """Highest logarithm of the inverse temperature (CLIP §2.5: logits are not scaled by more than 100)."""
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
 def train_clip(
@@ -95,7 +94,7 @@ def train_clip_on(
         open_batches=lambda cursor: iterate_batches(dataset, settings, cursor),
         settings=settings,
         output_dir=output_dir,
-        save=lambda folder: save_clip(folder, model, settings, tokenizer_dir),
+        save=lambda folder: save_clip(folder, model, settings, tokenizer),
         progress=progress,
         name="clip",
         extra_tensors=_saved_buffers(model),
@@ -125,7 +124,7 @@ def load_clip_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def save_clip(folder: Path, model: CLIP, settings: ClipTrainSettings, tokenizer_dir: Path) -> None:
+def save_clip(folder: Path, model: CLIP, settings: ClipTrainSettings, tokenizer: Any) -> None:
     """Writes open_clip's folder layout; weights in float16, counters as they are."""
     preprocess = {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "squash"}
     config = {"model_cfg": _model_config(settings, model.vocab_size), "preprocess_cfg": preprocess}
@@ -135,9 +134,7 @@ def save_clip(folder: Path, model: CLIP, settings: ClipTrainSettings, tokenizer_
         for name, t in model.state_dict().items()
     }
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    for name in TOKENIZER_FILES:
-        if (tokenizer_dir / name).is_file():
-            shutil.copyfile(tokenizer_dir / name, folder / name)
+    save_tokenizer(tokenizer, folder)
 
 
 def clip_similarity(folder: Path, images_NHWC: np.ndarray, texts: Sequence[str]) -> np.ndarray:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -33,7 +32,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     OPTConfig,
     OPTForCausalLM,
@@ -50,7 +48,9 @@ from capfilt.progress import NullProgress, Progress
 from capfilt.settings import LlmTrainSettings
 from capfilt.train.batches import Batch, Cursor, draw
 from capfilt.train.loop import TrainSummary, train
+from capfilt.train.tokenizer_files import save_tokenizer
 from capfilt.weights.devices import choose_device
+from capfilt.weights.model_files import load_tokenizer
 
 HEAD_WIDTH = 32
 """Width of an attention head (OPT: 64); there are too few channels here for wider ones."""
@@ -59,8 +59,6 @@ POOL_BATCHES = 16
 """Texts of so many batches are sorted by length before they are cut into batches, to pad less."""
 
 _SUMMED = re.compile(r"((?:^|\s)\S+\+\S+)")
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass
@@ -120,7 +118,7 @@ def train_llm_on(
         open_batches=lambda cursor: iterate_text_batches(texts, settings, cursor),
         settings=settings,
         output_dir=output_dir,
-        save=lambda folder: _save(folder, llm, tokenizer_dir),
+        save=lambda folder: _save(folder, llm),
         progress=progress or NullProgress(),
         name=settings.architecture,
         fields=fields,
@@ -151,14 +149,6 @@ def iterate_text_batches(texts: Sequence[LlmText], settings: LlmTrainSettings, c
         epoch, position = epoch + 1, 0
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, offline. UsageError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"No tokenizer in {folder} ({error}). Give a folder with tokenizer.json.") from error
-
-
 class OptPretraining:
     """A decoder that learns captions and answers after a preamble."""
 
@@ -186,13 +176,16 @@ class OptPretraining:
         return cls(OPTForCausalLM(config), tokenizer)
 
     def encode(self, text: LlmText, _split: float = 0.0) -> Encoded:
-        """Given: preamble, </s>, the question in its frame. Written: caption or answer, newline."""
+        """Given: preamble, </s>, the question in its frame. Written: caption or answer, newline.
+
+        What is too long for the position table is cut: what is given at its start, what is written at its end.
+        """
         question = OPT.question_prompt.format(text.question) if text.question else ""
         asked = [self.tokenizer.bos_token_id, *_ids(self.tokenizer, question)]
         given = [*_places(self.tokenizer, text.preamble), *([token] for token in asked)]
         words = f" {text.text}" if text.question else text.text
-        written = [*_ids(self.tokenizer, words), self.newline_id]
-        return Encoded(given[-self.max_tokens + len(written) :], written)
+        written = [*_ids(self.tokenizer, words), self.newline_id][: self.max_tokens - 1]
+        return Encoded(given[len(written) - self.max_tokens :], written)
 
     def loss(self, encoded: Sequence[Encoded], device: torch.device) -> Tensor:
         """Mean cross-entropy per written token."""
@@ -310,7 +303,7 @@ def _load(folder: Path) -> Pretraining:
     raise UsageError(f"{folder} holds a {config.model_type!r}; expected one of {known}.")
 
 
-def _save(folder: Path, llm: Pretraining, tokenizer_dir: Path) -> None:
+def _save(folder: Path, llm: Pretraining) -> None:
     """Writes transformers' folder layout: float16 on disk, float32 when opened without a dtype."""
     config = deepcopy(llm.model.config)
     config.architectures, config.dtype = [type(llm.model).__name__], "float32"
@@ -320,9 +313,7 @@ def _save(folder: Path, llm: Pretraining, tokenizer_dir: Path) -> None:
     state = llm.model.state_dict()
     halves = {name: state[name].half().cpu().contiguous() for name in first.values()}
     save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
-    for name in TOKENIZER_FILES:
-        if (tokenizer_dir / name).is_file():
-            shutil.copyfile(tokenizer_dir / name, folder / name)
+    save_tokenizer(llm.tokenizer, folder)
 
 
 def _batches_of_epoch(lengths: np.ndarray, size: int, seed: int, epoch: int) -> list[np.ndarray]:

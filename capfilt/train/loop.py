@@ -115,7 +115,7 @@ def train(
 
     `compute_losses(batch, step)` returns scalars, "loss" among them, the rest for the log.
     `open_batches(cursor)` opens the endless stream at a cursor. `extra_tensors` are checkpointed beside the
-    trainable parameters (momentum weights, queues). `fields` name what else fixes the result, such as the
+    trainable parameters (running statistics). `fields` name what else fixes the result, such as the
     input's digest; with the settings they must agree on resumption. `after_step(step)` runs after each
     update. `save(folder)` writes the finished model's files.
 

@@ -1,6 +1,9 @@
 """What training starts from: a frozen image encoder, and the Q-Former's sizes, tokenizer and first weights.
 
 In: names of models in transformers' layout, BLIP's or BERT's. Out: our modules and the weights for them.
+
+Deviation from the paper: the features are those of the image encoder's last block, as transformers' BLIP-2 takes
+them; BLIP-2 §3.2 takes the second-last, which its released encoders have as their last (the last one is cut off).
 """
 
 from __future__ import annotations

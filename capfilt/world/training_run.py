@@ -160,7 +160,7 @@ def _manifest_rows(
             rows.append(pair | {"caption_index": index, "text": text, "kept": True})
         for index in range(settings.false_captions_per_scene):
             text, _ = change_one_fact(scene, rng)
-            place = settings.captions_per_scene + index
-            dropped = {"caption_index": place, "text": text, "kept": False, "drop_reason": "known_false"}
+            number = settings.captions_per_scene + index
+            dropped = {"caption_index": number, "text": text, "kept": False, "drop_reason": "known_false"}
             rows.append(pair | dropped)
     return rows

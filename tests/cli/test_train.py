@@ -95,6 +95,9 @@ def test_wrong_usage(folder: Path) -> None:
         (("generate", folder / "blip", folder / "red.png", "--dtype", "int8"), "dtype"),
         (("train", "stage1", folder / "run", "--output", folder / "x"), "image encoder"),
         (("train", "blip", folder / "run", "--output", folder / "x"), "tokenizer"),
+        (("train", "captioner", folder / "run", "--init", "x", "--output", "x", "--known-false"), "--known-false"),
+        (("train", "filter", folder / "run", "--init", "x", "--output", "x", "--prompt", "a"), "--prompt"),
+        (("train", "filter", folder / "run", "--init", "x", "--output", "x", "--captions-per-image", 2), "--captions"),
     ):
         done = capfilt(*arguments)
         assert done.code == 2, (arguments, done)

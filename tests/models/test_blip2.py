@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Blip2ForImageTextRetrieval
 
 from capfilt.errors import UsageError
-from capfilt.models.blip2 import Stage1, Texts, draw_negatives, itc_loss
+from capfilt.models.blip2 import Stage1, Texts
 from capfilt.models.convert_blip2 import (
     EXTRA_STAGE1_KEYS,
     blip2_config,
@@ -21,6 +21,7 @@ from capfilt.models.convert_blip2 import (
     to_theirs,
     vision_names,
 )
+from capfilt.models.losses import draw_hard_negatives
 from capfilt.models.qformer import QFormerConfig, select_images
 from capfilt.models.vit import VisionTransformer, ViTConfig
 
@@ -138,8 +139,8 @@ def test_itm_has_one_match_and_two_hard_negatives_per_pair(models, batch) -> Non
     image = stage.image_key_values(features)
     queries = stage.embed_queries(stage.qformer.encode_queries(image)[0])
     logits = (queries @ stage.embed_texts(texts).T).amax(dim=1) / 0.07
-    other_texts = draw_negatives(logits, torch.eye(4, dtype=torch.bool))
-    other_images = draw_negatives(logits.T, torch.eye(4, dtype=torch.bool))
+    other_texts = draw_hard_negatives(logits, torch.eye(4, dtype=torch.bool))
+    other_images = draw_hard_negatives(logits.T, torch.eye(4, dtype=torch.bool))
     pairs = [(i, i, 1) for i in range(4)]
     pairs += [(int(other_images[i]), i, 0) for i in range(4)] + [(i, int(other_texts[i]), 0) for i in range(4)]
     total = 0.0
@@ -159,30 +160,3 @@ def test_loss_is_the_plain_sum_and_reaches_every_weight(models, batch) -> None:
     losses["loss"].backward()
     assert [name for name, p in stage.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
     stage.zero_grad(set_to_none=True)
-
-
-def test_negatives_follow_the_similarity_and_never_the_own_pair_nor_an_equal_text() -> None:
-    torch.manual_seed(0)
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    counts = torch.zeros(4, 4)
-    same = torch.zeros(4, 4, dtype=torch.bool)
-    same[:, 3] = True
-    for _ in range(3000):
-        counts[torch.arange(4), draw_negatives(logits.repeat(4, 1), same)] += 1
-    assert not counts.diagonal().any()
-    assert not counts[:, 3].any()
-    weights = logits[:3].exp()
-    torch.testing.assert_close(counts[3, :3] / 3000, weights / weights.sum(), atol=0.03, rtol=0)
-
-
-def test_negatives_of_a_batch_of_one_text_are_drawn_all_the_same() -> None:
-    drawn = draw_negatives(torch.zeros(5, 5), torch.ones(5, 5, dtype=torch.bool))
-    assert not (drawn == torch.arange(5)).any()
-
-
-def test_itc_targets_move_with_the_rank() -> None:
-    torch.manual_seed(0)
-    cosines, temperature = torch.randn(2, 6), torch.tensor(0.5)
-    expected = [smoothed((row / 0.5).tolist(), 2 + i) for i, row in enumerate(cosines)]
-    found = float(itc_loss(cosines, cosines, temperature, first_target=2))
-    assert found == pytest.approx(sum(expected) / 2, abs=1e-5)

@@ -26,6 +26,14 @@ def test_itc_counts_from_its_own_rows_among_all_ranks() -> None:
     assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), rel=1e-5)
 
 
+def test_itc_smooths_over_all_pairs() -> None:
+    similarity = torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
+    logs = similarity.log_softmax(dim=1)
+    rows = [-(0.9 * logs[i, 2 + i] + 0.1 * logs[i].mean()) for i in range(2)]
+    found = itc_loss(similarity, similarity, offset=2, label_smoothing=0.1)
+    assert found.item() == pytest.approx(float(sum(rows)) / 2, rel=1e-5)
+
+
 def test_hard_negatives_follow_softmax_and_leave_out_the_pair() -> None:
     similarity = torch.tensor([[9.0, 1.0, 0.0, 0.0], [2.0, 9.0, 0.0, 1.0]])
     excluded = torch.tensor([[True, False, False, True], [False, True, False, False]])
@@ -38,10 +46,22 @@ def test_hard_negatives_follow_softmax_and_leave_out_the_pair() -> None:
     assert shares[excluded].sum() == 0
 
 
-def test_equal_texts_everywhere_still_give_an_index() -> None:
-    drawn = draw_hard_negatives(torch.zeros(3, 3), torch.ones(3, 3, dtype=torch.bool))
-    assert drawn.shape == (3,)
-    assert ((drawn >= 0) & (drawn < 3)).all()
+@pytest.mark.parametrize("offset", [0, 2])
+def test_equal_texts_everywhere_give_another_pair(offset: int) -> None:
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = draw_hard_negatives(torch.zeros(3, 5), torch.ones(3, 5, dtype=torch.bool), generator, offset=offset)
+        assert ((drawn >= 0) & (drawn < 5)).all()
+        assert not (drawn == torch.arange(3) + offset).any()
+
+
+def test_the_own_pair_is_no_negative_even_where_nothing_is_excluded() -> None:
+    drawn = draw_hard_negatives(30 * torch.eye(6), torch.zeros(6, 6, dtype=torch.bool))
+    assert not (drawn == torch.arange(6)).any()
+
+
+def test_a_pair_that_is_alone_is_drawn_itself() -> None:
+    assert draw_hard_negatives(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)).tolist() == [0]
 
 
 def test_itm_is_two_class_cross_entropy() -> None:

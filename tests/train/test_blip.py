@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,11 @@ from transformers import AutoProcessor, BlipForConditionalGeneration, BlipForIma
 
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
-from capfilt.errors import UsageError
+from capfilt.errors import FingerprintMismatchError, UsageError
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.blip import train_blip, train_captioner, train_filter
 from capfilt.train.pairs import read_pairs
-from capfilt.weights.blip import load_trainable_blip
+from capfilt.weights.blip import load_blip, load_trainable_blip
 from capfilt.world.tokenizers import build_bert_tokenizer
 from capfilt.world.training_run import WorldRunSettings, write_world_run
 
@@ -72,6 +73,11 @@ def test_both_parts_open_in_transformers_with_equal_outputs(pre_trained: Path) -
     assert torch.allclose(found, expected, atol=1e-4)
 
 
+def test_the_captioner_of_pre_training_continues_no_prompt(pre_trained: Path) -> None:
+    device = torch.device("cpu")
+    assert load_blip(str(pre_trained / "captioner"), "captioner", device=device, dtype=torch.float32).prompt == ""
+
+
 def test_processor_opens_in_transformers(pre_trained: Path) -> None:
     processor = AutoProcessor.from_pretrained(pre_trained / "captioner")
     assert type(processor).__name__ == "BlipProcessor"
@@ -90,6 +96,18 @@ def test_filter_learns_from_there(world_run: RunDir, pre_trained: Path, tmp_path
     summary = train_filter([world_run.path], settings, tmp_path / "out")
     assert set(summary.last_losses) >= {"itc", "itm", "loss"}
     assert summary.last_losses["loss"] < summary.first_losses["loss"]
+
+
+def test_the_prompt_is_the_captioners_alone(
+    world_run: RunDir, pre_trained: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    settings = replace(TINY, init=str(pre_trained), max_steps=1, log_every_steps=1)
+    trainings = {"captioner": train_captioner, "filter": train_filter, "blip": train_blip}
+    for part, training in trainings.items():
+        chosen = replace(settings, init="", tokenizer=str(tokenizer_dir)) if part == "blip" else settings
+        plain = training([world_run], chosen, tmp_path / part / "plain").first_losses
+        prompted = training([world_run], replace(chosen, prompt="a picture of "), tmp_path / part / "prompted")
+        assert (prompted.first_losses["loss"] == plain["loss"]) == (part != "captioner")
 
 
 def test_known_false_captions_and_several_captions_change_the_losses(tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -128,6 +146,30 @@ def test_parts_that_do_not_belong_together_are_refused(world_run: RunDir, pre_tr
     (mixed / "filter").symlink_to(pre_trained / "filter")
     with pytest.raises(UsageError, match="different image encoders"):
         train_blip([world_run.path], replace(settings, init=str(mixed)), tmp_path / "out")
+
+
+def test_pre_training_goes_on_from_both_parts_alone(world_run: RunDir, pre_trained: Path, tmp_path: Path) -> None:
+    for init in (str(pre_trained / "captioner"), "embedded", str(tmp_path), "Salesforce/blip"):
+        with pytest.raises(UsageError, match="no output of `capfilt train blip`"):
+            train_blip([world_run.path], replace(TINY, init=init), tmp_path / "out")
+
+
+def test_both_parts_identify_what_pre_training_goes_on_from(
+    world_run: RunDir, pre_trained: Path, tmp_path: Path
+) -> None:
+    settings = replace(TINY, init=str(tmp_path / "init"), max_steps=1)
+    shutil.copytree(pre_trained, tmp_path / "init")
+    train_blip([world_run.path], settings, tmp_path / "out")
+    config = tmp_path / "init" / "filter" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(FingerprintMismatchError, match="origin_sha256"):
+        train_blip([world_run.path], settings, tmp_path / "out")
+
+
+def test_embedded_means_the_embedded_model_of_the_part(world_run: RunDir, tmp_path: Path) -> None:
+    settings = replace(TINY, init="embedded", max_steps=1)
+    assert train_filter([world_run.path], settings, tmp_path / "filter").steps == 1
+    assert train_captioner([world_run.path], settings, tmp_path / "captioner").steps == 1
 
 
 def test_starting_from_nothing_needs_a_tokenizer(world_run: RunDir, tmp_path: Path) -> None:

@@ -84,6 +84,12 @@ def test_plain_open_clip_opens_what_is_saved(run: RunDir, tokenizer_dir: Path, t
     assert np.abs(scores).max() <= 1 + 1e-5
 
 
+def test_the_tokenizer_is_saved_as_it_was(run: RunDir, tokenizer_dir: Path, tmp_path: Path) -> None:
+    train_clip([run.path], tokenizer_dir, replace(SETTINGS, max_steps=1), tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / file).read_bytes() == (tokenizer_dir / file).read_bytes()
+
+
 def test_a_tokenizer_whose_end_is_not_the_last_id_is_refused(tmp_path: Path) -> None:
     images, captions = draw_pairs(16)
     build_t5_tokenizer(tmp_path / "t5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from capfilt.data.llm_texts import LlmText, write_llm_texts
 from capfilt.errors import UsageError
@@ -24,10 +25,10 @@ from capfilt.train.llm import (
     ARCHITECTURES,
     continue_texts,
     iterate_text_batches,
-    load_tokenizer,
     train_llm,
     train_llm_on,
 )
+from capfilt.weights.model_files import load_tokenizer
 from capfilt.world.tokenizers import build_opt_tokenizer, build_t5_tokenizer
 
 COLORS = ("red", "green", "blue", "yellow", "pink", "white")
@@ -155,6 +156,15 @@ def test_opt_reads_preamble_end_question_and_writes_up_to_the_newline(tokenizers
     assert tokenizer.decode(flat(cut.given)).endswith(" box</s>")
 
 
+@pytest.mark.parametrize("num_words", [126, 127, 128, 129, 500])
+def test_opt_cuts_a_text_that_is_longer_than_its_position_table(tokenizers: dict[str, Path], num_words: int) -> None:
+    opt: Any = ARCHITECTURES["opt"].build(load_tokenizer(tokenizers["opt"]), SETTINGS)
+    encoded = opt.encode(LlmText("box" + " box" * (num_words - 1), "a red ball " * 9))
+    assert len(encoded.given) >= 1
+    assert len(encoded.given) + len(encoded.written) == SETTINGS.max_positions == 128
+    assert torch.isfinite(opt.loss([encoded], torch.device("cpu")))
+
+
 def test_t5_splits_a_caption_as_stage_2_does(tokenizers: dict[str, Path]) -> None:
     tokenizer = load_tokenizer(tokenizers["t5"])
     settings = replace(SETTINGS, architecture="t5", whole_caption_share=0.25)
@@ -200,6 +210,38 @@ def test_goes_on_exactly_where_it_stopped(tokenizers: dict[str, Path], name: str
     whole, parts = (load_file(tmp_path / part / "model.safetensors") for part in ("whole", "parts"))
     for key, tensor in whole.items():
         assert torch.equal(tensor, parts[key]), key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_tokenizer_is_saved_as_it_was(trained: Trained, tokenizers: dict[str, Path], name: str) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (trained[name] / file).read_bytes() == (tokenizers[name] / file).read_bytes()
+
+
+def test_a_tokenizer_in_other_files_is_saved_too(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    """OPT's published one has vocab.json and merges.txt, and no tokenizer.json."""
+    whole = json.loads((tokenizers["opt"] / "tokenizer.json").read_text())
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in whole["model"]["merges"]]
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
+    (tmp_path / "slow" / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges))
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (tmp_path / "slow" / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "</s>"}))
+    train_llm_on(draw_texts(), tmp_path / "slow", replace(SETTINGS, max_steps=1), tmp_path / "out")
+    expected = load_tokenizer(tokenizers["opt"])("a red ball", add_special_tokens=False).input_ids
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert found("a red ball", add_special_tokens=False).input_ids == expected
+    assert str(tmp_path) not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+
+
+def test_a_mistyped_tokenizer_is_no_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("httpx.Client.send", refuse)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no readable tokenizer"):
+        train_llm_on(draw_texts(), Path("facebook/opt-125n"), SETTINGS, tmp_path / "out")
 
 
 def test_what_cannot_be_trained_on_is_refused(tokenizers: dict[str, Path], tmp_path: Path) -> None:
