@@ -205,7 +205,7 @@ def _clip_tag(name: str, tag: str) -> _ClipSource:
         hub = str(entry.get("hf_hub", "")).rstrip("/")
         raise UsageError(
             f"The weights {tag!r} of {name} could not be had ({error}). Where there is a network, run "
-            f"`huggingface-cli download {hub}`; without one, give --clip-weights the file or folder."
+            f"`hf download {hub}`; without one, give --clip-weights the file or folder."
         ) from error
     # open_clip only warns when a tag was trained with QuickGELU and the model's name says otherwise, and then
     # scores wrongly; OpenAI's weights under the plain names are such.

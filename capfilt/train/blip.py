@@ -185,9 +185,9 @@ def _part_of(init: str, part: str) -> Path:
     return folder / part if (folder / part / "config.json").exists() else folder
 
 
-def _both_parts(init: str) -> dict[str, Path]:
+def _both_parts(init: str) -> dict[Kind, Path]:
     """The folders of captioner and filter in the output of `train blip`; UsageError for any other folder."""
-    folders = {part: Path(init).expanduser() / part for part in PARTS}
+    folders: dict[Kind, Path] = {part: Path(init).expanduser() / part for part in PARTS}
     if not all((folder / "config.json").is_file() for folder in folders.values()):
         raise UsageError(
             f"{init} is no output of `capfilt train blip`, which has captioner/ and filter/ with shared weights; "

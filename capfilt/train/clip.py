@@ -35,7 +35,7 @@ from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.tokenizer_files import save_tokenizer
 from capfilt.weights.devices import choose_device
-from capfilt.weights.model_files import CLIP_MEAN, CLIP_STD, load_tokenizer
+from capfilt.weights.model_files import CLIP_MEAN, CLIP_STD, load_tokenizer, weights_digest
 
 HEAD_WIDTH = 32
 """Width of an attention head (CLIP: 64); there are too few channels here for wider ones."""
@@ -59,7 +59,7 @@ def train_clip(
     """
     progress = progress or NullProgress()
     dataset = read_pairs(run_dirs, image_size_px=settings.image_size_px, progress=progress)
-    fields = {"input": runs_digest(run_dirs)}
+    fields = {"input": runs_digest(run_dirs), "tokenizer_sha256": weights_digest(tokenizer_dir)}
     return train_clip_on(dataset, tokenizer_dir, settings, output_dir, progress=progress, fields=fields)
 
 

@@ -50,7 +50,7 @@ from capfilt.train.batches import Batch, Cursor, draw
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.tokenizer_files import save_tokenizer
 from capfilt.weights.devices import choose_device
-from capfilt.weights.model_files import load_tokenizer
+from capfilt.weights.model_files import load_tokenizer, weights_digest
 
 HEAD_WIDTH = 32
 """Width of an attention head (OPT: 64); there are too few channels here for wider ones."""
@@ -86,7 +86,7 @@ def train_llm(
 ) -> TrainSummary:
     """Trains on a file of texts. Errors as those of `read_llm_texts`, `load_tokenizer` and `train`."""
     texts = read_llm_texts(texts_file)
-    fields = {"input": file_sha256(Path(texts_file))}
+    fields = {"input": file_sha256(Path(texts_file)), "tokenizer_sha256": weights_digest(tokenizer_dir)}
     return train_llm_on(texts, tokenizer_dir, settings, output_dir, progress=progress, fields=fields)
 
 

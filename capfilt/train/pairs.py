@@ -58,9 +58,9 @@ def runs_digest(runs: Sequence[RunDir | str | Path]) -> str:
     """sha256 over the content of the runs' manifests: a training goes on only with the same pairs."""
     digest = hashlib.sha256()
     columns = ["key", "text", "sha256"]
-    for run, shard, table in iterate_manifest(runs, [*columns, "kept", "drop_reason"]):
+    for _run, shard, table in iterate_manifest(runs, [*columns, "kept", "drop_reason"]):
         table = table.filter(pc.or_kleene(table["kept"], _is_known_false(table))).select(columns)
-        digest.update(f"{run.path.name}\0{shard}\0".encode())
+        digest.update(f"{shard}\0".encode())
         for column in table.columns:
             digest.update("\0".join(str(value) for value in column.to_pylist()).encode())
     return digest.hexdigest()

@@ -149,6 +149,7 @@ def save_blip(
     state = to_transformers(model.state_dict(), kind, vision_depth=vit.depth, text_depth=med.depth)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors keeps its files to their owner
 
 
 def _find_blip(name: str, kind: Kind) -> Path:
