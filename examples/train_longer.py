@@ -1,6 +1,7 @@
 """Both stages of BLIP-2 on a larger run of the miniature world, with OPT and with T5; at most an hour on two cores.
 
     python examples/train_longer.py [--run runs/longer] [--num-urls 10000] [--llms embedded-opt,embedded-t5]
+                                    [--stage1-steps 600] [--stage2-steps 3000]
 
 In: nothing but the package. Out: the run, its trained stages in RUN/stage1 and RUN/stage2-LLM, and a table: the share
 of true captions and of right answers on 500 scenes of the test split that neither the embedded models nor the stages
@@ -38,24 +39,26 @@ STAGE2 = Stage2Settings(
 )  # fmt: skip
 
 
-def train_longer(run: Path, num_urls: int, llms: list[str], progress: Progress) -> None:
+def train_longer(
+    run: Path, num_urls: int, llms: list[str], stage1: Stage1Settings, stage2: Stage2Settings, progress: Progress
+) -> None:
     """Curate, train stage 1 once and stage 2 with each language model, and print what they reach."""
     source = SourceSettings(world_urls=num_urls, world_seed=WORLD_SEED)
     for step in run_recipe(replace(read_recipe("quickstart"), source=source), run, progress=progress):
         print(step.summary.line())
     started = time.monotonic()
-    train_stage1([run], STAGE1, run / "stage1", progress)
-    print(f"stage 1: {STAGE1.max_steps:,} steps, {format_seconds(time.monotonic() - started)}")
+    train_stage1([run], stage1, run / "stage1", progress)
+    print(f"stage 1: {stage1.max_steps:,} steps, {format_seconds(time.monotonic() - started)}")
     scenes = unseen_scenes(NUM_UNSEEN, FIRST_UNSEEN_SEED)
     print(f"| language model | captions true of {NUM_UNSEEN} | answers right | stage 2 |\n|---|---|---|---|")
     for llm in llms:
         started = time.monotonic()
         output = run / f"stage2-{llm}"
-        train_stage2([run], run / "stage1", llm, STAGE2, output, progress)
+        train_stage2([run], run / "stage1", llm, stage2, output, progress)
         seconds = format_seconds(time.monotonic() - started)
         found = measure_blip2(load_generator(output), scenes, with_questions=True)
         shares = f"{found['captions_true']:.1%} | {found['answers_right']:.1%}"
-        print(f"| {llm} | {shares} | {STAGE2.max_steps:,} steps, {seconds} |", flush=True)
+        print(f"| {llm} | {shares} | {stage2.max_steps:,} steps, {seconds} |", flush=True)
 
 
 def main() -> None:
@@ -64,8 +67,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/longer"), help="the run directory")
     parser.add_argument("--num-urls", type=int, default=10_000, help="URLs of the world to curate")
     parser.add_argument("--llms", default="embedded-opt,embedded-t5", help="language models of stage 2, with commas")
+    parser.add_argument("--stage1-steps", type=int, default=STAGE1.max_steps, help="steps of stage 1")
+    parser.add_argument("--stage2-steps", type=int, default=STAGE2.max_steps, help="steps of stage 2")
     options = parser.parse_args()
-    train_longer(options.run, options.num_urls, options.llms.split(","), StreamProgress(sys.stderr))
+    stage1 = replace(STAGE1, max_steps=options.stage1_steps)
+    stage2 = replace(STAGE2, max_steps=options.stage2_steps)
+    train_longer(options.run, options.num_urls, options.llms.split(","), stage1, stage2, StreamProgress(sys.stderr))
 
 
 if __name__ == "__main__":
