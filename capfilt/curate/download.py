@@ -27,7 +27,7 @@ from capfilt.curate.parts import Part, plan_shards, write_parts
 from capfilt.curate.supervision import Attempts, Nursery, Worker
 from capfilt.curate.url_table import UrlTable, open_url_table
 from capfilt.data.commit import CommitRecord, commit_stage, read_commit_record, stage_state
-from capfilt.data.reasons import Quarantined
+from capfilt.data.reasons import Quarantined, shorten_counts
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
 from capfilt.errors import CapfiltError
@@ -66,7 +66,7 @@ class DownloadSummary:
         total = f"{self.num_succeeded:,} of {self.num_rows:,} URLs in {self.num_shards:,} shards"
         if not self.num_new_shards:
             return f"Nothing to download: {total} are there already."
-        worst = ", ".join(f"{reason} {count:,}" for reason, count in list(self.failures.items())[:4])
+        worst = shorten_counts(self.failures)
         failed = f"; failed: {worst}" if worst else ""
         return f"Downloaded {total} in {self.seconds:.1f} s ({self.num_new_shards:,} new shards{failed})."
 

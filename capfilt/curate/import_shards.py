@@ -36,7 +36,7 @@ from capfilt.data.commit import (
     stage_state,
 )
 from capfilt.data.foreign_tars import read_foreign_tar
-from capfilt.data.reasons import Quarantined
+from capfilt.data.reasons import Quarantined, shorten_counts
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS, SUCCESS
 from capfilt.data.tars import is_valid_key, write_tar
@@ -71,7 +71,7 @@ class ImportSummary:
         """One line for people."""
         if not self.num_new_tars:
             return f"Nothing to import: {self.num_tars:,} tars are there already."
-        worst = ", ".join(f"{reason} {count:,}" for reason, count in list(self.failures.items())[:4])
+        worst = shorten_counts(self.failures)
         failed = f"; in quarantine: {worst}" if worst else ""
         return (
             f"Imported {self.num_samples:,} samples from {self.num_new_tars:,} of {self.num_tars:,} tars "

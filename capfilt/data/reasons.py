@@ -6,6 +6,7 @@ and judged; it stays in the manifest with its drop reason.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 REASON_SENTENCES: dict[str, str] = {
@@ -88,3 +89,10 @@ class Quarantined:
     def __post_init__(self) -> None:
         if self.reason not in REASON_SENTENCES:
             raise ValueError(f"reason is {self.reason!r}; expected one of {', '.join(REASONS)}")
+
+
+def shorten_counts(counts: Mapping[str, int], most: int = 4) -> str:
+    """Name the first few of many counts, and how many are in the others: "not_found 4, gone 2 and 3 others"."""
+    named = ", ".join(f"{reason} {count:,}" for reason, count in list(counts.items())[:most])
+    rest = sum(list(counts.values())[most:])
+    return f"{named} and {rest:,} others" if rest else named
