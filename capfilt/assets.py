@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-import capfilt
 from capfilt.data.llm_texts import write_llm_texts
 from capfilt.figures import Figures, measure_captioner, measure_clip, measure_filter, measure_llm
 from capfilt.progress import Progress, StreamProgress
@@ -31,6 +30,7 @@ from capfilt.train.blip import train_blip, train_captioner, train_filter
 from capfilt.train.clip import train_clip
 from capfilt.train.llm import train_llm
 from capfilt.train.loop import TrainSummary
+from capfilt.weights.find import EMBEDDED_DIR
 from capfilt.world.texts_for_llms import draw_llm_texts
 from capfilt.world.tokenizers import (
     build_bert_tokenizer,
@@ -40,7 +40,6 @@ from capfilt.world.tokenizers import (
 )
 from capfilt.world.training_run import WorldRunSettings, write_world_run
 
-EMBEDDED_DIR = Path(capfilt.__file__).parent / "world" / "assets"
 NUM_UNSEEN_SCENES = 1000
 NUM_LLM_TEXTS = 120_000
 
