@@ -3,7 +3,8 @@
 In: a working folder. Out: capfilt/world/assets/{blip-captioner,blip-filter,clip,opt,t5}, each with a README that
 says how it was made and what it reaches; the figures are printed too.
 
-Every part is resumable: what is finished is not done again, a training goes on from its last checkpoint. All
+Parts are made side by side, a process and a core each. Every part is resumable: what is finished is not done
+again, a training goes on from its last checkpoint. All
 training scenes are of the train split, all figures are measured on scenes of the test split.
 """
 
@@ -11,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from capfilt.data.llm_texts import write_llm_texts
+from capfilt.errors import CapfiltError
 from capfilt.figures import Figures, measure_captioner, measure_clip, measure_filter, measure_llm
 from capfilt.progress import Progress, StreamProgress
 from capfilt.settings import BlipTrainSettings, ClipTrainSettings, LlmTrainSettings
@@ -43,39 +48,41 @@ from capfilt.world.training_run import WorldRunSettings, write_world_run
 NUM_UNSEEN_SCENES = 1000
 NUM_LLM_TEXTS = 120_000
 
+PRE_TRAINING = "blip-pretraining"
+LONGEST_FIRST = ("opt", "t5", "blip-filter", "blip-captioner", "clip")
+"""The models in the order in which they are begun, beside the pre-training that both BLIPs start from."""
+
 # --- what is trained, and how long --------------------------------------------------------------------------
 
 RUNS = {
     # Scenes of three objects and more teach the kinds of objects sooner: each is there several times.
     "groups": WorldRunSettings(num_scenes=16_000, min_count=3),
-    "scenes": WorldRunSettings(num_scenes=44_000, first_seed=1_000_000, false_captions_per_scene=4),
+    "scenes": WorldRunSettings(num_scenes=60_000, first_seed=1_000_000, false_captions_per_scene=4),
     # Relations are learnt last: half of all scenes have one.
-    "pairs": WorldRunSettings(num_scenes=16_000, first_seed=2_000_000, num_groups=2, false_captions_per_scene=4),
+    "pairs": WorldRunSettings(num_scenes=24_000, first_seed=2_000_000, num_groups=2, false_captions_per_scene=4),
 }
+FAST: dict[str, Any] = {"optimizer": "muon", "autocast": "bfloat16", "save_every_steps": 250, "log_every_steps": 25}
 TINY_BLIP: dict[str, Any] = {
     "image_size_px": 64, "patch_size_px": 8, "vision_width": 128, "vision_depth": 4, "text_width": 128,
     "text_depth": 3, "head_width": 32, "max_positions": 64, "embed_dim": 64,
 }  # fmt: skip
 FIRST_BLIP = BlipTrainSettings(
-    **TINY_BLIP, losses=("itc", "lm"), label_smoothing=0.0, max_steps=1500, warmup_steps=100,
-    learning_rate=1e-3, min_learning_rate=3e-4, save_every_steps=250, log_every_steps=25,
+    **TINY_BLIP, **FAST, losses=("itc", "lm"), label_smoothing=0.0, max_steps=1000, warmup_steps=100,
+    learning_rate=3e-3, min_learning_rate=2e-3,
 )  # fmt: skip
 # Two captions of one image may name its objects in either order: what differs between them is how they lie.
 SECOND_BLIP = BlipTrainSettings(
-    losses=("itc", "lm"), label_smoothing=0.0, captions_per_image=2, max_steps=3500, warmup_steps=50,
-    learning_rate=1e-3, min_learning_rate=1e-4, save_every_steps=500, log_every_steps=25, autocast="bfloat16",
+    **FAST, losses=("itc", "lm"), label_smoothing=0.0, captions_per_image=2, max_steps=6000, warmup_steps=50,
+    learning_rate=2e-3, min_learning_rate=2e-4,
 )  # fmt: skip
 CAPTIONER = BlipTrainSettings(
-    prompt="a picture of ", label_smoothing=0.0, captions_per_image=2, max_steps=3000, warmup_steps=50,
-    learning_rate=1e-3, save_every_steps=500, log_every_steps=25, autocast="bfloat16",
+    **FAST, prompt="a picture of ", label_smoothing=0.0, captions_per_image=2, max_steps=2500, warmup_steps=50,
+    learning_rate=1e-3,
 )  # fmt: skip
-FILTER = BlipTrainSettings(
-    known_false=True, max_steps=2000, warmup_steps=50, learning_rate=5e-4, save_every_steps=250,
-    log_every_steps=25, autocast="bfloat16",
-)  # fmt: skip
-CLIP = ClipTrainSettings(max_steps=700)
-OPT = LlmTrainSettings(architecture="opt", max_steps=2500)
-T5 = LlmTrainSettings(architecture="t5", max_steps=2000)
+FILTER = BlipTrainSettings(**FAST, known_false=True, max_steps=3000, warmup_steps=50, learning_rate=1e-3)
+CLIP = ClipTrainSettings(max_steps=1000)
+OPT = LlmTrainSettings(**FAST, architecture="opt", max_steps=4000, learning_rate=4e-3)
+T5 = LlmTrainSettings(**FAST, architecture="t5", max_steps=4000, learning_rate=4e-3)
 
 
 # --- the parts, in the order in which they are made ----------------------------------------------------------
@@ -144,8 +151,11 @@ def build_inputs(work_dir: Path, progress: Progress) -> None:
         "t5": build_t5_tokenizer,
     }.items():  # fmt: skip
         folder = work_dir / "tokenizers" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        build(folder)
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            partial.mkdir(parents=True, exist_ok=True)
+            build(partial)
+            partial.rename(folder)
     for name, settings in RUNS.items():
         write_world_run(work_dir / "runs" / name, settings, progress)
     texts = work_dir / "llm_texts.jsonl"
@@ -210,21 +220,43 @@ def _card(part: Part, folder: Path, figures: Figures, num_scenes: int) -> str:
     )
 
 
-def build_assets(work_dir: Path, target_dir: Path, progress: Progress, num_scenes: int, only: str = "") -> None:
-    """Make everything that is missing, then measure and ship each model."""
-    build_inputs(work_dir, progress)
+def make_part(part: Part, work_dir: Path, target_dir: Path, progress: Progress, num_scenes: int) -> None:
+    """Train a model, ship it, print what it reaches."""
+    trained_dir = work_dir / "models" / part.name
+    summary = part.train(trained_dir, progress)
+    figures = publish(part, trained_dir, target_dir / part.name, num_scenes)
+    shown = "".join(f"\n  {name}: {value:.3f}" for name, value in figures.items())
+    losses = ", ".join(f"{name} {value:.3f}" for name, value in summary.last_losses.items())
+    print(  # noqa: T201
+        f"{part.name}: {summary.steps:,} steps in {summary.seconds / 60:.0f} minutes, last losses {losses}{shown}",
+        flush=True,
+    )
+
+
+def make_all(work_dir: Path, target_dir: Path, num_scenes: int, workers: int) -> None:
+    """Every part in a process of its own, `workers` at a time, on one core each.
+
+    CapfiltError, when all others have ended, where one of them failed.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started = time.monotonic()
-    for part in list_parts(work_dir):
-        if only and part.name not in only.split(","):
-            continue
-        if part.name.startswith("blip"):
-            pre_train(work_dir, progress)
-        summary = part.train(work_dir / "models" / part.name, progress)
-        figures = publish(part, work_dir / "models" / part.name, target_dir / part.name, num_scenes)
-        shown = "".join(f"\n  {name}: {value:.3f}" for name, value in figures.items())
-        print(f"{part.name}: {summary.steps:,} steps, last losses {summary.last_losses}{shown}")  # noqa: T201
+
+    def make(name: str, needs: Future[None] | None) -> None:
+        if needs is not None:
+            needs.result()
+        options = ["--work-dir", work_dir, "--target-dir", target_dir, "--num-scenes", str(num_scenes)]
+        subprocess.run([sys.executable, "-m", "capfilt.assets", "--only", name, *options], env=environment, check=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        first = pool.submit(make, PRE_TRAINING, None)
+        jobs = [pool.submit(make, name, first if name.startswith("blip") else None) for name in LONGEST_FIRST]
+    failed = [name for name, job in zip([PRE_TRAINING, *LONGEST_FIRST], [first, *jobs], strict=True) if job.exception()]
+    if failed:
+        raise CapfiltError(
+            f"These parts failed, see above: {', '.join(failed)}. The same command goes on where they ended."
+        )
     minutes = (time.monotonic() - started) / 60
-    print(f"The embedded models are in {target_dir}; this took {minutes:.0f} minutes.")  # noqa: T201
+    print(f"The embedded models are in {target_dir}; their training took {minutes:.0f} minutes.")  # noqa: T201
 
 
 def main() -> None:
@@ -232,10 +264,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m capfilt.assets", description="Make the embedded models.")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/assets"), help="runs and trainings")
     parser.add_argument("--target-dir", type=Path, default=EMBEDDED_DIR, help="where the models are shipped")
-    parser.add_argument("--only", default="", help="names of models to make, with commas; all where not given")
+    parser.add_argument("--only", default="", choices=["", PRE_TRAINING, *LONGEST_FIRST], help="make one part alone")
     parser.add_argument("--num-scenes", type=int, default=NUM_UNSEEN_SCENES, help="unseen scenes to measure on")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="parts made at a time")
     options = parser.parse_args()
-    build_assets(options.work_dir, options.target_dir, StreamProgress(sys.stderr), options.num_scenes, options.only)
+    progress = StreamProgress(sys.stderr)
+    build_inputs(options.work_dir, progress)
+    if options.only == PRE_TRAINING:
+        pre_train(options.work_dir, progress)
+    elif options.only:
+        part = next(part for part in list_parts(options.work_dir) if part.name == options.only)
+        make_part(part, options.work_dir, options.target_dir, progress, options.num_scenes)
+    else:
+        make_all(options.work_dir, options.target_dir, options.num_scenes, options.workers)
 
 
 if __name__ == "__main__":

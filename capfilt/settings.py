@@ -212,6 +212,8 @@ class TrainSettings:
     """AdamW's second moment (BLIP-2: 0.98)."""
     clip_grad_norm: float = 1.0
     """Global norm at which gradients are clipped; 0 for none."""
+    autocast: str = "float32"
+    """Precision of matrix products: float32 or bfloat16; the weights stay float32."""
     random_crop: float = 1.0
     """Smallest share of the area a random resized crop keeps; 1 for no crop."""
     random_flip: bool = False
@@ -232,6 +234,7 @@ class TrainSettings:
         lowest = self.min_learning_rate
         _require(0 <= lowest <= self.learning_rate, "min_learning_rate", lowest, "0 to learning_rate")
         _require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "adamw or muon")
+        _require(self.autocast in ("float32", "bfloat16"), "autocast", self.autocast, "float32 or bfloat16")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         _require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "more than 0, at most 1")
         _require(self.save_every_steps >= 1, "save_every_steps", self.save_every_steps, "at least 1")
@@ -279,8 +282,6 @@ class BlipTrainSettings(TrainSettings):
     """From nothing: width of ITC's embeddings."""
     head_width: int = 64
     """From nothing: width of an attention head."""
-    autocast: str = "float32"
-    """Precision of matrix products: float32 or bfloat16."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -290,7 +291,6 @@ class BlipTrainSettings(TrainSettings):
         _require(not odd, "losses", self.losses, f"some of {', '.join(known)}")
         _require(self.captions_per_image >= 1, "captions_per_image", self.captions_per_image, "at least 1")
         _require(self.max_text_tokens >= 4, "max_text_tokens", self.max_text_tokens, "at least 4")
-        _require(self.autocast in ("float32", "bfloat16"), "autocast", self.autocast, "float32 or bfloat16")
         for name in ("vision_width", "text_width"):
             width = getattr(self, name)
             _require(width % self.head_width == 0, name, width, f"a multiple of head_width ({self.head_width})")

@@ -124,8 +124,7 @@ def _train(
         tokens_RT, false_tokens_BT = encoded[: len(texts)], encoded[len(texts) :] if false_texts else None
         if false_tokens_BT is not None:
             false_tokens_BT[torch.tensor([not text for text in false_texts])] = start.tokenizer.pad_token_id
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bfloat16"):
-            return losses(batch.images.to(device), tokens_RT, false_tokens_BT)
+        return losses(batch.images.to(device), tokens_RT, false_tokens_BT)
 
     origin_sha256 = " ".join(weights_digest(folder) for folder in _origins(settings, part))
     fields = {"input": runs_digest(run_dirs), "origin_sha256": origin_sha256}

@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -42,8 +42,9 @@ from capfilt.train.checkpoint import (
     refuse_other_settings,
     save_checkpoint,
 )
-from capfilt.train.cpu import fast_cpu
+from capfilt.train.cpu import fast_bfloat16_attention, fast_cpu
 from capfilt.train.optim import NamedParameters, build_optimizer, learning_rate_at, set_learning_rate
+from capfilt.weights.devices import choose_device
 
 ComputeLosses = Callable[[Batch, int], dict[str, Tensor]]
 OpenBatches = Callable[[Cursor], Iterator[Batch]]
@@ -166,13 +167,25 @@ def _take_step(
     batch: Batch,
 ) -> dict[str, float]:
     """One update; gives losses and gradient norm. Where it is refused the weights stay as they are."""
-    losses = compute_losses(batch, step)
+    with _precision(settings):
+        losses = compute_losses(batch, step)
     values = _finite_values(losses, step, batch)
     optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
     values["grad_norm"] = _clip(parameters, settings.clip_grad_norm, step, batch)
     optimizer.step()
     return values
+
+
+@contextmanager
+def _precision(settings: TrainSettings) -> Iterator[None]:
+    """Matrix products as `settings.autocast` says; losses and norms stay float32."""
+    if settings.autocast == "float32":
+        yield
+        return
+    kind = choose_device(settings.device).type
+    with torch.autocast(kind, torch.bfloat16), fast_bfloat16_attention() if kind == "cpu" else nullcontext():
+        yield
 
 
 def _report(output_dir: Path, progress: Progress, step: int, rate: float, running: _Running) -> None:
