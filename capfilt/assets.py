@@ -4,8 +4,8 @@ In: a working folder. Out: capfilt/world/assets/{blip-captioner,blip-filter,clip
 says how it was made and what it reaches; the figures are printed too.
 
 Parts are made side by side, a process and a core each. Every part is resumable: what is finished is not done
-again, a training goes on from its last checkpoint. All
-training scenes are of the train split, all figures are measured on scenes of the test split.
+again, a training goes on from its last checkpoint.
+All training scenes are of the train split, all figures are measured on scenes of the test split.
 """
 
 from __future__ import annotations
