@@ -11,6 +11,7 @@ All training scenes are of the train split, all figures are measured on scenes o
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -145,7 +146,14 @@ def list_parts(work_dir: Path) -> list[Part]:
 
 
 def build_inputs(work_dir: Path, progress: Progress) -> None:
-    """Tokenizers, runs of scenes, texts for the language models: what every training reads."""
+    """Tokenizers, runs of scenes, texts for the language models: what every training reads. One process at a time."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with open(work_dir / ".inputs.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build_inputs(work_dir, progress)
+
+
+def _build_inputs(work_dir: Path, progress: Progress) -> None:
     for name, build in {
         "bert": build_bert_tokenizer, "clip": build_clip_tokenizer, "opt": build_opt_tokenizer,
         "t5": build_t5_tokenizer,

@@ -24,15 +24,6 @@ WORLD_PORTS = range(20080, 22080)
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """One line of the plan: what would be done, and how much of it is there."""
-
-    name: str
-    what: str
-    state: str
-
-
-@dataclass(frozen=True)
 class StepResult:
     """One step that has ended, with the summary of what it did."""
 
@@ -176,56 +167,3 @@ def _read_site(path: Path) -> dict[str, int] | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} cannot be read ({error}). Remove the run and start anew.") from None
-
-
-# --- the plan -----------------------------------------------------------------------------------------------
-
-
-def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -> list[StepPlan]:
-    """What `run_recipe` would do, and what of it is there; changes nothing and loads no model.
-
-    Raises UsageError when the recipe has no [source] and the run no shards.
-    """
-    from capfilt.data.rundir import RunDir
-
-    run = RunDir.open(run_path, generation) if (run_path / "run.json").exists() else None
-    shards = run.shard_names() if run else []
-    if not shards and recipe.source is None:
-        raise UsageError(f"No shards in {run_path}/shards, and {recipe.path} has no [source].")
-    plans = [StepPlan("shards", _source_text(recipe.source), _count(len(shards)))]
-    if recipe.caption:
-        said = recipe.caption
-        what = f"{said.num_captions} captions an image ({said.decoding}) by {said.captioner or '(none named)'}"
-        plans.append(StepPlan("captions", what, _done(run, "captions", shards)))
-    if recipe.rank:
-        name = recipe.rank.clip_model + (f" / {recipe.rank.clip_weights}" if recipe.rank.clip_weights else "")
-        what = f"CLIP scores by {name}, best {recipe.rank.keep} kept"
-        plans.append(StepPlan("clip", what, _done(run, "clip", shards)))
-    if recipe.filter:
-        what = f"ITM scores by {recipe.filter.filter_model or '(none named)'}"
-        plans.append(StepPlan("itm", what, _done(run, "itm", shards)))
-        plans.append(StepPlan("manifest", f"threshold {recipe.filter.threshold:g}", _done(run, "manifest", shards)))
-    for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
-        if stage is not None:
-            done = (training_dir(run_path, name, generation) / "training.json").exists()
-            what = f"{stage.max_steps:,} steps of {stage.batch_size} images"
-            plans.append(StepPlan(name, what, "done" if done else "to do"))
-    return plans
-
-
-def _source_text(source: SourceSettings | None) -> str:
-    if source is None:
-        return "the shards that are there"
-    if source.world_urls:
-        return f"download {source.world_urls:,} URLs of the miniature world"
-    return f"download {source.table}" if source.table else f"import {', '.join(source.tars)}"
-
-
-def _done(run: Any, stage: str, shards: list[str]) -> str:
-    committed = set(run.committed(stage)) if run else set()
-    num_done = sum(shard in committed for shard in shards)
-    return "to do" if not num_done else f"{num_done:,} of {_count(len(shards))}"
-
-
-def _count(num_shards: int) -> str:
-    return f"{num_shards:,} shard{'' if num_shards == 1 else 's'}" if num_shards else "to do"

@@ -10,7 +10,8 @@ import pytest
 
 from capfilt.data.manifest import read_manifest
 from capfilt.errors import FingerprintMismatchError, UsageError
-from capfilt.pipeline import open_world, plan_recipe, run_dir_of, run_recipe
+from capfilt.pipeline import open_world, run_dir_of, run_recipe
+from capfilt.plan import plan_recipe
 from capfilt.recipes import Recipe, read_recipe
 from tests import factories
 from tests.train import small_models
@@ -100,6 +101,19 @@ def test_whole_recipe_then_again(models: Path, tmp_path: Path) -> None:
     changed = recipe_with(tmp_path, models, old="num_captions = 2", new="num_captions = 3")
     with pytest.raises(FingerprintMismatchError, match="num_captions"):
         list(run_recipe(changed, run))
+    refused = {plan.name: plan.differences for plan in plan_recipe(changed, run) if plan.state == "other settings"}
+    assert refused == {"captions": "num_captions 2 -> 3"}
+    in_generation = {plan.name: plan.state for plan in plan_recipe(changed, run, "three")}
+    assert in_generation["captions"] == in_generation["stage1"] == "to do"
+    other_model = recipe_with(tmp_path, models, old=f"{models}/clip", new=f"{models}/filter")
+    refused = {plan.name: plan.differences for plan in plan_recipe(other_model, run) if plan.state == "other settings"}
+    assert refused == {"clip": f"another model than {models}/filter"}
+    more_steps = recipe_with(tmp_path, models, old="max_steps = 2", new="max_steps = 3")
+    steps = {plan.name: plan for plan in plan_recipe(more_steps, run)}
+    assert (steps["captions"].state, steps["stage1"].state) == ("2 of 2 shards", "other settings")
+    assert "max_steps 2 -> 3" in steps["stage1"].differences
+    with pytest.raises(FingerprintMismatchError, match=r"max_steps 2 -> 3.*--generation"):
+        list(run_recipe(more_steps, run))
     before = (run / "stage2" / "training.json").read_bytes()
     summaries = {step.name: step.summary for step in run_recipe(changed, run, generation="three")}
     assert not summaries["stage1"].already_done

@@ -10,7 +10,7 @@ import typer
 from capfilt.cli.console import clean, following, note, open_progress, say, say_json
 from capfilt.cli.options import AsJson, Generation
 from capfilt.cli.train import training_line
-from capfilt.pipeline import StepResult, plan_recipe, run_dir_of, run_recipe, training_dir
+from capfilt.pipeline import StepResult, run_dir_of, run_recipe, training_dir
 from capfilt.recipes import Recipe, read_recipe
 
 
@@ -31,7 +31,7 @@ def run(
     chosen = read_recipe(recipe)
     path = run_dir_of(chosen, run)
     if dry_run:
-        _show_plan(chosen, path, generation, as_json)
+        _show_plan(chosen, recipe, path, generation, as_json)
         return
     progress = open_progress()
     results = {}
@@ -45,7 +45,9 @@ def run(
         note(f"Next: {following(f'capfilt stats {path}', generation)}")
 
 
-def _show_plan(recipe: Recipe, path: Path, generation: str | None, as_json: bool) -> None:
+def _show_plan(recipe: Recipe, named: str, path: Path, generation: str | None, as_json: bool) -> None:
+    from capfilt.plan import plan_recipe
+
     plans = plan_recipe(recipe, path, generation)
     if as_json:
         say_json({"recipe": recipe.path, "run": path, "steps": plans})
@@ -54,8 +56,13 @@ def _show_plan(recipe: Recipe, path: Path, generation: str | None, as_json: bool
     say(f"run directory: {clean(path)}")
     for plan in plans:
         say(f"  {plan.name:<9} {plan.state:<18} {clean(plan.what)}")
-    next_command = following(f"capfilt run {recipe.name} {path}", generation)
-    note(f"Nothing was changed. Next: {next_command}")
+        if plan.differences:
+            say(f"  {'':<9} {clean(plan.differences, 500)}")
+    command = f"capfilt run {named} {path}"
+    if any(plan.differences for plan in plans):
+        note(f"Nothing was changed. The run would refuse the other settings; beside them: {command} --generation NAME")
+    else:
+        note(f"Nothing was changed. Next: {following(command, generation)}")
 
 
 def summary_line(step: StepResult, path: Path, generation: str | None) -> str:

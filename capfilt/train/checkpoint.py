@@ -30,6 +30,12 @@ from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchErr
 
 FORMAT_VERSION = 1
 NUM_KEPT = 2
+_DIGESTS = {
+    "input": "input (other pairs or texts)", "tokenizer_sha256": "tokenizer",
+    "origin_sha256": "model to start from", "image_encoder_sha256": "image encoder",
+    "qformer_init_sha256": "start of the Q-Former", "init_sha256": "result of stage 1", "llm_sha256": "language model",
+}  # fmt: skip
+"""Field of a training that is a digest → what it is of."""
 _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 
 
@@ -99,14 +105,22 @@ def find_checkpoint(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def refuse_other_settings(state: Mapping[str, Any], fields: Mapping[str, Any], output_dir: Path) -> None:
     """FingerprintMismatchError naming each setting that differs from the training found in `output_dir`."""
-    old, new = state["fields"], json.loads(json.dumps(dict(fields)))
-    differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    if differing:
-        changes = ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in differing)
+    changes = setting_changes(state["fields"], fields)
+    if changes:
         raise FingerprintMismatchError(
-            f"{output_dir} holds a training with other settings ({changes}). "
-            f"Give another --output, or the settings it was started with."
+            f"{output_dir} holds a training with other settings ({changes}). Give the settings it was started "
+            f"with, move it away, or train beside it: --output of `capfilt train`, --generation of `capfilt run`."
         )
+
+
+def setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Each setting that differs, as `name old -> new`; of digests, only what they are of. Empty where none does."""
+    new = json.loads(json.dumps(dict(new)))
+    differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return ", ".join(
+        f"another {_DIGESTS[name]}" if name in _DIGESTS else f"{name} {old.get(name)!r} -> {new.get(name)!r}"
+        for name in differing
+    )
 
 
 def load_checkpoint(path: Path, *, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:

@@ -126,7 +126,7 @@ def train(
     """
     parameters = {key: p for key, p in named_parameters if p.requires_grad}
     tensors = {**parameters, **(extra_tensors or {})}
-    identity = {**_binding_settings(settings), **(fields or {})}
+    identity = {**binding_settings(settings), **(fields or {})}
     progress = progress or NullProgress()
     with lock_output(output_dir), fast_cpu(), _deferred_signals() as caught:
         done = _finished(output_dir, identity)
@@ -198,7 +198,8 @@ def _report(output_dir: Path, progress: Progress, step: int, rate: float, runnin
     progress.advance(0, **shown)
 
 
-def _binding_settings(settings: TrainSettings) -> dict[str, Any]:
+def binding_settings(settings: TrainSettings) -> dict[str, Any]:
+    """Those that a training must have in common with what it goes on from."""
     return {k: v for k, v in asdict(settings).items() if k not in UNBOUND_SETTINGS}
 
 

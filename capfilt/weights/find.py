@@ -38,19 +38,25 @@ def find_model_dir(
     give = f"Give {give}." if embedded is None else f"Give {give}, or `{EMBEDDED}`."
     if not name:
         raise UsageError(f"No {what} is named. {give}")
+    path = Path(name).expanduser()
+    if (folder := find_local_dir(name, embedded)) is not None:
+        return folder
+    if path.exists():
+        raise UsageError(f"The {what} {path} is no folder. {give}")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UsageError(f"There is no {what} {name}: it is no folder here, and no hub id. {give}")
+    return download_snapshot(name)
+
+
+def find_local_dir(name: str, embedded: str | None) -> Path | None:
+    """The folder that `name` means without a network; None where there is none. Errors as `find_embedded`."""
     names = {f"{EMBEDDED}-{which}": which for which in EMBEDDED_FOLDERS}
     if embedded is not None:
         names[EMBEDDED] = embedded
     if name in names:
         return find_embedded(names[name])
     path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UsageError(f"The {what} {path} is no folder. {give}")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UsageError(f"There is no {what} {name}: it is no folder here, and no hub id. {give}")
-    return download_snapshot(name)
+    return path if path.is_dir() else None
 
 
 def find_embedded(what: str) -> Path:
@@ -76,12 +82,25 @@ def download_snapshot(
         if patterns is None and not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*SIDE_FILES, "pytorch_model*.bin"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = "HF_HUB_OFFLINE is set and it is not in the cache" if is_offline() else f"{error}"
         raise UsageError(
-            f"{name} is no folder here, and could not be had from the hub ({reason}). With a network, run "
+            f"{name} is no folder here, and could not be had from the hub ({_hub_problem(error)}). With a network, run "
             f"`hf download {name}`, {remedy}."
         ) from error
     return folder
+
+
+def _hub_problem(error: Exception) -> str:
+    """What went wrong at the hub, in our words: its own texts run over many lines and name addresses."""
+    response = getattr(error, "response", None)
+    if is_offline():
+        return "HF_HUB_OFFLINE is set and it is not in the cache"
+    if response is not None:
+        return {401: "it is private or does not exist", 403: "it is gated", 404: "it does not exist"}.get(
+            response.status_code, f"HTTP status {response.status_code}"
+        )
+    if type(error).__name__ == "HFValidationError":
+        return "that is no valid hub id"
+    return f"no answer, {type(error).__name__}"
 
 
 def is_offline() -> bool:
