@@ -202,11 +202,11 @@ def _measure_untrained(stage1_dir: Path) -> Figures:
     import torch
 
     from capfilt.figures import measure_blip2
-    from capfilt.models.llms import load_llm
     from capfilt.train.generate import Generator
     from capfilt.train.saved import start_stage2
     from capfilt.weights.devices import choose_device
     from capfilt.weights.find import find_model_dir
+    from capfilt.weights.llms import load_llm
 
     torch.manual_seed(STAGE2.seed)
     device = choose_device(STAGE2.device)

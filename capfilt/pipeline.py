@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,17 @@ def run_recipe(
 
     Raises UsageError when the recipe has no [source] and the run no shards, and what the steps raise.
     """
+    from capfilt.curate.download import DownloadSummary
     from capfilt.data.rundir import RunDir
 
     progress = progress or NullProgress()
-    run = RunDir.create(run_path, generation) if recipe.source else RunDir.open(run_path, generation)
-    with run.lock():
+    opened = RunDir.new(run_path, generation) if recipe.source else nullcontext(RunDir.open(run_path, generation))
+    with opened as run, run.lock():
         if recipe.source is not None:
-            yield _take_source(recipe.source, recipe.download, run, progress)
+            taken = _take_source(recipe.source, recipe.download, run, progress)
+            yield taken
+            if isinstance(taken.summary, DownloadSummary):
+                taken.summary.require_images(run.path)
         if not run.shard_names():
             raise UsageError(
                 f"No shards in {run.path}/shards, and {recipe.path} has no [source]. Run "

@@ -115,8 +115,10 @@ def filter_(
 
 def select(
     run: Run,
-    threshold: Threshold = FilterSettings.threshold,
-    keep: Keep = RankSettings.keep,
+    threshold: Annotated[
+        float | None, typer.Option(help="Pairs with a lower ITM score are dropped; unset: as it is now.")
+    ] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Captions kept for each image; unset: as it is now.")] = None,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:

@@ -54,8 +54,12 @@ def download(
     from capfilt.curate.download import download as download_table
     from capfilt.data.rundir import RunDir
 
-    summary = download_table(table, RunDir.create(run), settings, open_progress())
-    say_result(summary, summary.line(), f"capfilt run capfilt {run}", as_json=as_json)
+    with RunDir.new(run) as opened:
+        summary = download_table(table, opened, settings, open_progress())
+    say_result(
+        summary, summary.line(), f"capfilt run capfilt {run}" if summary.num_succeeded else None, as_json=as_json
+    )
+    summary.require_images(run)
 
 
 def import_(
@@ -70,5 +74,6 @@ def import_(
     from capfilt.curate.import_shards import import_shards
     from capfilt.data.rundir import RunDir
 
-    summary = import_shards(tars, RunDir.create(run), DownloadSettings(), open_progress())
+    with RunDir.new(run) as opened:
+        summary = import_shards(tars, opened, DownloadSettings(), open_progress())
     say_result(summary, summary.line(), f"capfilt run capfilt {run}", as_json=as_json)

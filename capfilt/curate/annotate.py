@@ -234,7 +234,12 @@ def _find_todo(plan: _Plan, shard: str) -> list[str]:
             if stage != "manifest":
                 raise
             assert plan.filter is not None
-            advice = f"Or choose anew from the stored scores: `capfilt select {run.path} --threshold T`."
+            keep, _ = plan.ranking(shard)
+            named = f" --generation {run.generation}" if run.generation else ""
+            advice = (
+                f"Or let this choice replace it, from the stored scores: `capfilt select {run.path} "
+                f"--threshold {plan.filter.threshold:g} --keep {keep}{named}`."
+            )
             raise FingerprintMismatchError(f"{error} {advice}") from error
         if todo or state != "done":
             todo.append(stage)

@@ -191,19 +191,23 @@ class SelectionSummary:
 
 def reselect(
     run: RunDir,
-    threshold: float = FilterSettings.threshold,
-    keep: int = RankSettings.keep,
+    threshold: float | None = None,
+    keep: int | None = None,
     progress: Progress | None = None,
 ) -> SelectionSummary:
     """Choose anew from the stored scores; replaces the manifest of this generation.
 
-    Raises UsageError where a shard has no ITM scores, or `keep` asks for captions the filter did not see.
+    What is not given stays as the present manifest has it. Raises UsageError where a shard has no ITM scores, or
+    `keep` asks for captions the filter did not see.
     """
-    FilterSettings(threshold=threshold)
-    RankSettings(keep=keep)
     progress, started = progress or NullProgress(), time.monotonic()
     with run.lock():
         shards = run.shard_names()
+        present = _present_choice(run, shards)
+        threshold = present["threshold"] if threshold is None else threshold
+        keep = present["keep"] if keep is None else keep
+        FilterSettings(threshold=threshold)
+        RankSettings(keep=keep)
         stored = _stored_ranking(run, shards, keep)
         fields = manifest_fields(threshold=threshold, keep=keep, include_web=stored["include_web"])
         num_new, num_pairs, reasons = 0, 0, dict[str, int]()
@@ -224,6 +228,16 @@ def reselect(
     return SelectionSummary(
         len(shards), num_new, num_pairs, num_kept, ordered, threshold, keep, time.monotonic() - started
     )
+
+
+def _present_choice(run: RunDir, shards: Sequence[str]) -> dict[str, Any]:
+    """Threshold and `keep` of the manifest that is there; where there is none, what `filter` would have taken."""
+    for shard in shards:
+        for stage in ("manifest", "clip"):
+            path = run.read_file(stage, shard)
+            if path.exists():
+                return {"threshold": FilterSettings.threshold, **read_commit_record(path).fields}
+    return {"threshold": FilterSettings.threshold, "keep": RankSettings.keep}
 
 
 def _stored_ranking(run: RunDir, shards: Sequence[str], keep: int) -> dict[str, Any]:

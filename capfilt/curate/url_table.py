@@ -106,10 +106,11 @@ def open_url_table(path: str, url_column: str, caption_column: str, staging: Pat
     files = tuple(_bring_here(name, format_name, staging, index, digest) for index, name in enumerate(names))
     looks = [table_format.look(file, name) for file, name in zip(files, names, strict=True)]
     caption = caption_column if table_format.has_columns else None
+    wanted = {"--url-column": url_column if table_format.has_columns else URL}
+    if caption is not None:
+        wanted["--caption-column"] = caption
     for look, name in zip(looks, names, strict=True):
-        _require_column(look.columns, url_column if table_format.has_columns else URL, "--url-column", name)
-        if caption is not None:
-            _require_column(look.columns, caption, "--caption-column", name)
+        _require_columns(look.columns, wanted, name)
     num_rows = sum(look.num_rows for look in looks)
     if num_rows == 0:
         raise UsageError(f"{path} has no rows; expected at least one row with an address.")
@@ -208,13 +209,20 @@ def _bring_here(name: str, format_name: str, staging: Path, index: int, digest: 
 # --- columns ------------------------------------------------------------------------------------------------
 
 
-def _require_column(columns: dict[str, pa.DataType], wanted: str, option: str, name: str) -> None:
-    kind = columns.get(wanted)
-    if kind is None:
+def _require_columns(columns: dict[str, pa.DataType], wanted: dict[str, str], name: str) -> None:
+    """Every wanted column (option → name) is there and holds text; UsageError naming all that are not."""
+    missing = {option: column for option, column in wanted.items() if column not in columns}
+    if missing:
         found = ", ".join(list(columns)[:40]) or "none"
-        raise UsageError(f"{name} has no column {wanted!r}. Columns found: {found}. Name one of them: {option} NAME")
-    if not (_is_text(kind) or pa.types.is_null(kind)):
-        raise UsageError(f"Column {wanted!r} of {name} holds {kind}; expected text. Name another column: {option} NAME")
+        lacking = " and ".join(repr(column) for column in missing.values())
+        options = " ".join(f"{option} NAME" for option in missing)
+        raise UsageError(f"{name} has no column {lacking}. Columns found: {found}. Name one of them: {options}")
+    for option, column in wanted.items():
+        kind = columns[column]
+        if not (_is_text(kind) or pa.types.is_null(kind)):
+            raise UsageError(
+                f"Column {column!r} of {name} holds {kind}; expected text. Name another column: {option} NAME"
+            )
 
 
 def _choose_extra(files: list[dict[str, pa.DataType]], taken: set[str]) -> tuple[dict[str, pa.DataType], list[str]]:

@@ -72,6 +72,19 @@ class RunDir:
         return cls.open(root, generation)
 
     @classmethod
+    @contextmanager
+    def new(cls, path: str | Path, generation: str | None = None) -> Iterator[RunDir]:
+        """`create`, for a command that fills the run; where a UsageError leaves it empty, it is removed again."""
+        was_there = (Path(path) / "run.json").exists()
+        run = cls.create(path, generation)
+        try:
+            yield run
+        except UsageError:
+            if not was_there:
+                run._remove_empty()
+            raise
+
+    @classmethod
     def open(cls, path: str | Path, generation: str | None = None) -> RunDir:
         """Open an existing run. Raises UsageError when `path` is not a run of a version that is read."""
         root = Path(path)
@@ -136,6 +149,12 @@ class RunDir:
         """Names of the generations beside the default one that have any stage."""
         names = {folder.name.partition("@")[2] for stage in STAGES for folder in self.path.glob(f"{stage}@*")}
         return sorted(names)
+
+    def _remove_empty(self) -> None:
+        """Remove the run where it holds nothing but what every run has."""
+        with self.lock():
+            if {entry.name for entry in self.path.iterdir()} <= {"run.json", ".lock", ".staging"}:
+                shutil.rmtree(self.path)
 
     def _folder(self, stage: str) -> str:
         if stage not in STAGES:

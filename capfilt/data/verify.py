@@ -78,11 +78,12 @@ class Report:
     def line(self) -> str:
         """The report in one line."""
         shards = self.counts.get("shards", StageCounts())
+        begun = [stage for stage in STAGES[1:] if stage in {folder.partition("@")[0] for folder in self.counts}]
         state = {0: "complete and reconciled", 1: "not finished"}.get(self.exit_code, "DAMAGED")
         return (
             f"{state}: {shards.num_shards} shards, {shards.rows_in} rows = {shards.rows_kept} samples + "
-            f"{shards.rows_quarantined} quarantined; {len(self.findings)} damages, "
-            f"{len(self.unfinished)} pieces of work left"
+            f"{shards.rows_quarantined} quarantined; stages: {', '.join(begun) or 'none yet'}; "
+            f"{len(self.findings)} damages, {len(self.unfinished)} pieces of work left"
         )
 
 

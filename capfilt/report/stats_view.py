@@ -58,7 +58,8 @@ def _run_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     total = stats.shards_by_stage["shards"]
     for stage in STAGES:
         done = stats.shards_by_stage[stage]
-        yield f"  {stage:<9} {done:>6,} of {total:,} shards{'' if done == total else '  (not complete)'}"
+        state = "" if done == total else "  (not complete)" if done else "  (not begun)"
+        yield f"  {stage:<9} {done:>6,} of {total:,} shards{state}"
 
 
 def _download_lines(stats: RunStats, plain: bool) -> Iterator[str]:

@@ -196,7 +196,9 @@ def _read_blip2(name: str | Path, architecture: str, command: str) -> tuple[Path
 def _read_blip2_config(name: str | Path, architecture: str, command: str) -> tuple[Path, Any]:
     from transformers import Blip2Config
 
-    folder = find_model_dir(str(name), "BLIP-2 model", embedded=None)
+    what = f"model of `capfilt train {command}`"
+    give = f"what `capfilt train {command} RUN --output DIR` saved, or a BLIP-2's folder or hub id (owner/name)"
+    folder = find_model_dir(str(name), what, embedded=None, give=give)
     raw = read_config(folder)
     if architecture not in (raw.get("architectures") or []):
         raise UsageError(

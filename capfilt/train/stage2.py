@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from capfilt.data.rundir import RunDir
-from capfilt.models.llms import T5, load_llm
+from capfilt.models.llms import T5
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage2Settings
 from capfilt.train.batches import Batch, PairDataset
@@ -24,6 +24,7 @@ from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.saved import read_stage1_image_size_px, save_stage2, start_stage2
 from capfilt.weights.devices import choose_device, choose_dtype
 from capfilt.weights.find import find_model_dir
+from capfilt.weights.llms import load_llm
 from capfilt.weights.model_files import weights_digest
 
 GIVE_LLM = "a folder, a hub id (owner/name), `embedded-opt` or `embedded-t5`"
@@ -71,7 +72,7 @@ def train_stage2_on(
     def compute_losses(batch: Batch, _step: int) -> dict[str, Tensor]:
         return stage(features(batch), batch.texts)
 
-    init_digest = weights_digest(find_model_dir(str(init_dir), "stage-1 model", embedded=None))
+    init_digest = weights_digest(find_model_dir(str(init_dir), "model of stage 1", embedded=None))
     return train(
         compute_losses,
         named_parameters=stage.named_parameters(),

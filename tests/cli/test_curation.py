@@ -94,6 +94,7 @@ def test_stats_select_verify(run: Path, models: Models) -> None:
     verified = capfilt("verify", run, "--deep")
     assert verified.code == 0, verified.out
     assert "complete and reconciled" in verified.out
+    assert "stages: captions, clip, itm, manifest" in verified.out
     manifest = run / "manifest" / "00001.parquet"
     data = bytearray(manifest.read_bytes())
     data[len(data) // 2] ^= 1
@@ -132,6 +133,31 @@ def test_no_model_is_taken_silently(run: Path) -> None:
     assert done.code == 2
     assert "No captioner is named" in done.err
     assert "embedded" in done.err
+
+
+def test_a_download_that_gives_nothing_fails(tmp_path: Path) -> None:
+    table = tmp_path / "urls.csv"
+    table.write_text("url,text\nhttp://127.0.0.1/a.jpg,a cat\n")
+    done = capfilt("download", table, tmp_path / "run")
+    assert done.code == 1
+    assert "None of the 1 URLs gave an image (blocked_address 1)" in done.err
+    assert "--allow-private-addresses" in done.err
+    assert "Next:" not in done.err
+    assert capfilt("verify", tmp_path / "run").code == 0, "its failure is accounted for"
+
+
+def test_all_columns_that_lack_are_named_and_no_run_is_left(downloaded: Path, tmp_path: Path) -> None:
+    table = tmp_path / "urls.csv"
+    table.write_text("address,words\nhttp://127.0.0.1:9/a.jpg,a cat\n")
+    done = capfilt("download", table, tmp_path / "run")
+    assert done.code == 2
+    assert "no column 'url' and 'text'" in done.err
+    assert "--url-column NAME --caption-column NAME" in done.err
+    assert not (tmp_path / "run").exists()
+    assert capfilt("import", tmp_path / "none.tar", tmp_path / "run").code == 2
+    assert not (tmp_path / "run").exists()
+    assert capfilt("download", table, downloaded).code == 2
+    assert capfilt("verify", downloaded).code == 0, "a run that was there stays"
 
 
 def test_import(downloaded: Path, tmp_path: Path) -> None:

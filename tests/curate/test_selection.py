@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from capfilt.curate.annotate import annotate
 from capfilt.curate.selection import captions_to_filter, rank_captions, reselect, select_pairs
 from capfilt.data.schemas import SCHEMAS
-from capfilt.errors import UsageError
+from capfilt.errors import FingerprintMismatchError, UsageError
 from tests.curate.small_runs import make_run, read_stage, save_models
 
 TEXTS = st.sampled_from(["", "a dog", "a cat", "a tree", "the sky", " "])
@@ -124,6 +124,11 @@ def test_select_replaces_the_manifest_and_refuses_what_was_not_scored(tmp_path: 
     assert strict.num_pairs == summary.num_pairs == strict.num_kept + sum(strict.drop_reasons.values())
     rows = [row for table in read_stage(run, "manifest").values() for row in table.to_pylist() if row["kept"]]
     assert all(row["itm_score"] >= 0.9 and (row["rank"] or 1) <= 1 for row in rows)
+    assert reselect(run).num_new_shards == 0, "what is not given stays"
+    looser = reselect(run, threshold=0.1)
+    assert (looser.threshold, looser.keep) == (0.1, 1)
+    with pytest.raises(FingerprintMismatchError, match="select .* --threshold 0.5 --keep 2"):
+        annotate(run, ["captions", "clip", "itm", "manifest"], models.caption(), models.rank(), models.filter())
     reselect(run, threshold=0.5, keep=2)
     assert read_stage(run, "manifest") == before
     with pytest.raises(UsageError, match="the filter saw the top 2"):

@@ -177,7 +177,7 @@ def test_a_run_under_way_has_the_figures_of_its_stages(tmp_path: Path) -> None:
     stats = compute_stats(run)
     assert stats.pairs == {}
     assert stats.diversity is None
-    assert "(not complete)" in "\n".join(stats_lines(stats))
+    assert "(not begun)" in "\n".join(stats_lines(stats))
 
 
 def test_spread_and_histogram() -> None:

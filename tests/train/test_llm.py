@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from capfilt.data.llm_texts import LlmText, write_llm_texts
 from capfilt.errors import UsageError
-from capfilt.models.llms import load_llm
 from capfilt.settings import LlmTrainSettings
 from capfilt.train.batches import Cursor
 from capfilt.train.llm import (
@@ -28,6 +27,7 @@ from capfilt.train.llm import (
     train_llm,
     train_llm_on,
 )
+from capfilt.weights.llms import load_llm
 from capfilt.weights.model_files import load_tokenizer
 from capfilt.world.tokenizers import build_opt_tokenizer, build_t5_tokenizer
 

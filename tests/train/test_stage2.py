@@ -15,7 +15,7 @@ from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2Visi
 
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
-from capfilt.models.llms import OPT, T5, LanguageModel, load_llm
+from capfilt.models.llms import OPT, T5, LanguageModel
 from capfilt.models.vit import VisionTransformer
 from capfilt.settings import Stage1Settings, Stage2Settings
 from capfilt.train.batches import from_arrays
@@ -24,6 +24,7 @@ from capfilt.train.pretrained import ImageEncoder
 from capfilt.train.saved import load_stage1, load_stage2, read_stage1_image_size_px, save_stage1
 from capfilt.train.stage1 import train_stage1_on
 from capfilt.train.stage2 import train_stage2, train_stage2_on
+from capfilt.weights.llms import load_llm
 from capfilt.weights.model_files import ImagePreparation
 from tests.train import small_models
 
