@@ -204,12 +204,10 @@ def reselect(
     with run.lock():
         shards = run.shard_names()
         present = _present_choice(run, shards)
-        threshold = present["threshold"] if threshold is None else threshold
-        keep = present["keep"] if keep is None else keep
-        FilterSettings(threshold=threshold)
-        RankSettings(keep=keep)
-        stored = _stored_ranking(run, shards, keep)
-        fields = manifest_fields(threshold=threshold, keep=keep, include_web=stored["include_web"])
+        chosen = FilterSettings(threshold=present["threshold"] if threshold is None else threshold).threshold
+        top = RankSettings(keep=present["keep"] if keep is None else keep).keep
+        stored = _stored_ranking(run, shards, top)
+        fields = manifest_fields(threshold=chosen, keep=top, include_web=stored["include_web"])
         num_new, num_pairs, reasons = 0, 0, dict[str, int]()
         progress.start("select", len(shards), "shards")
         for shard in shards:
@@ -225,9 +223,7 @@ def reselect(
         progress.finish()
     num_kept = num_pairs - sum(reasons.values())
     ordered = dict(sorted(reasons.items(), key=lambda item: -item[1]))
-    return SelectionSummary(
-        len(shards), num_new, num_pairs, num_kept, ordered, threshold, keep, time.monotonic() - started
-    )
+    return SelectionSummary(len(shards), num_new, num_pairs, num_kept, ordered, chosen, top, time.monotonic() - started)
 
 
 def _present_choice(run: RunDir, shards: Sequence[str]) -> dict[str, Any]:

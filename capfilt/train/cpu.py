@@ -32,7 +32,7 @@ def fast_cpu() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def fast_bfloat16_attention() -> AbstractContextManager[None]:
+def fast_bfloat16_attention() -> AbstractContextManager[object]:
     """Attention from plain matrix products, around a forward pass in bfloat16 on a CPU.
 
     The backward pass of PyTorch's fused kernel takes 25 ms a call there, 57% of a BLIP step of the embedded
