@@ -228,3 +228,14 @@ def test_vectors_and_frozen_weights_have_no_decay_and_no_state() -> None:
     assert [tuple(p.shape) for p in decayed["params"]] == [(4, 4)]
     assert [tuple(p.shape) for p in free["params"]] == [(4,), (4,), (4,)]
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+
+
+def test_bfloat16_products_give_about_the_same_training(tmp_path: Path) -> None:
+    full = run_training(tmp_path / "full")
+    half = run_training(tmp_path / "half", settings=replace(SETTINGS, autocast="bfloat16"))
+    for name, loss in full.last_losses.items():
+        assert half.last_losses[name] == pytest.approx(loss, rel=0.05)
+        assert half.last_losses[name] != loss
+    assert {tensor.dtype for tensor in weights(tmp_path / "half").values()} == {torch.float32}
+    with pytest.raises(FingerprintMismatchError, match="autocast"):
+        run_training(tmp_path / "full", settings=replace(SETTINGS, autocast="bfloat16"))
