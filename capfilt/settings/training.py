@@ -52,6 +52,9 @@ class TrainSettings:
         require(0 <= lowest <= self.learning_rate, "min_learning_rate", lowest, "0 to learning_rate")
         require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "adamw or muon")
         require(self.autocast in ("float32", "bfloat16"), "autocast", self.autocast, "float32 or bfloat16")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.beta2 < 1, "beta2", self.beta2, "0 or more, less than 1")
+        require(self.clip_grad_norm >= 0, "clip_grad_norm", self.clip_grad_norm, "0 (none) or more")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "more than 0, at most 1")
         require(self.save_every_steps >= 1, "save_every_steps", self.save_every_steps, "at least 1")
@@ -108,6 +111,9 @@ class BlipTrainSettings(TrainSettings):
         require(not odd, "losses", self.losses, f"some of {', '.join(known)}")
         require(self.captions_per_image >= 1, "captions_per_image", self.captions_per_image, "at least 1")
         require(self.max_text_tokens >= 4, "max_text_tokens", self.max_text_tokens, "at least 4")
+        sizes = ("image_size_px", "patch_size_px", "vision_width", "vision_depth", "text_width", "text_depth")
+        for name in (*sizes, "max_positions", "embed_dim", "head_width"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("vision_width", "text_width"):
             width = getattr(self, name)
             require(width % self.head_width == 0, name, width, f"a multiple of head_width ({self.head_width})")
