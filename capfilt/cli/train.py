@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
 
-from capfilt.cli.console import open_progress, say_result
+from capfilt.cli.console import following, open_progress, say_result
 from capfilt.cli.options import Output, Runs
 from capfilt.cli.training_options import (
     SharedOptions,
+    TrainedGeneration,
+    open_runs,
     takes_shared_options,
     training_settings,
 )
@@ -51,6 +53,7 @@ UNUSED_BY_LLM = ("random_crop", "random_flip")
 def blip(
     runs: Runs,
     output: Output,
+    generation: TrainedGeneration = None,
     init: Annotated[
         str,
         typer.Option(metavar="DIR", help="What `train blip` saved; unset: from nothing, with --tokenizer."),
@@ -75,9 +78,9 @@ def blip(
     settings = training_settings(BlipTrainSettings, locals(), UNUSED_BY_BLIP)
     from capfilt.train.blip import train_blip
 
-    summary = train_blip(runs, settings, output, open_progress())
+    summary = train_blip(open_runs(runs, generation), settings, output, open_progress())
     runs_text = " ".join(map(str, runs))
-    next_command = f"capfilt train captioner {runs_text} --init {output} --output DIR"
+    next_command = following(f"capfilt train captioner {runs_text} --init {output} --output DIR", generation)
     say_result(summary, training_line("blip", summary, output), next_command, as_json=shared["as_json"])
 
 
@@ -92,6 +95,7 @@ def captioner(
     runs: Runs,
     init: FineTuningInit,
     output: Output,
+    generation: TrainedGeneration = None,
     prompt: Annotated[
         str, typer.Option(metavar="TEXT", help="Text before every caption, without loss.")
     ] = BlipTrainSettings.prompt,
@@ -103,7 +107,7 @@ def captioner(
     settings = training_settings(BlipTrainSettings, locals(), UNUSED_BY_CAPTIONER)
     from capfilt.train.blip import train_captioner
 
-    summary = train_captioner(runs, settings, output, open_progress())
+    summary = train_captioner(open_runs(runs, generation), settings, output, open_progress())
     next_command = f"capfilt caption RUN --captioner {output}"
     say_result(summary, training_line("captioner", summary, output), next_command, as_json=shared["as_json"])
 
@@ -114,6 +118,7 @@ def filter_(
     runs: Runs,
     init: FineTuningInit,
     output: Output,
+    generation: TrainedGeneration = None,
     known_false: KnownFalse = BlipTrainSettings.known_false,
     max_text_tokens: MaxTextTokens = BlipTrainSettings.max_text_tokens,
     **shared: Unpack[SharedOptions],
@@ -122,7 +127,7 @@ def filter_(
     settings = training_settings(BlipTrainSettings, locals(), UNUSED_BY_FILTER)
     from capfilt.train.blip import train_filter
 
-    summary = train_filter(runs, settings, output, open_progress())
+    summary = train_filter(open_runs(runs, generation), settings, output, open_progress())
     next_command = f"capfilt filter RUN --filter-model {output}"
     say_result(summary, training_line("filter", summary, output), next_command, as_json=shared["as_json"])
 
@@ -132,6 +137,7 @@ def filter_(
 def stage1(
     runs: Runs,
     output: Output,
+    generation: TrainedGeneration = None,
     image_encoder: Annotated[
         str,
         typer.Option(metavar="PATH|ID", help="BLIP model whose image encoder is taken, frozen; or embedded."),
@@ -150,9 +156,9 @@ def stage1(
     settings = training_settings(Stage1Settings, locals())
     from capfilt.train.stage1 import train_stage1
 
-    summary = train_stage1(runs, settings, output, open_progress())
+    summary = train_stage1(open_runs(runs, generation), settings, output, open_progress())
     runs_text = " ".join(map(str, runs))
-    next_command = f"capfilt train stage2 {runs_text} --init {output} --llm PATH --output DIR"
+    next_command = following(f"capfilt train stage2 {runs_text} --init {output} --llm PATH --output DIR", generation)
     say_result(summary, training_line("stage 1", summary, output), next_command, as_json=shared["as_json"])
 
 
@@ -170,13 +176,14 @@ def stage2(
         ),
     ],
     output: Output,
+    generation: TrainedGeneration = None,
     **shared: Unpack[SharedOptions],
 ) -> None:
     """BLIP-2 stage 2: the Q-Former of stage 1 and a projection in front of a frozen language model."""
     settings = training_settings(Stage2Settings, locals())
     from capfilt.train.stage2 import train_stage2
 
-    summary = train_stage2(runs, init, llm, settings, output, open_progress())
+    summary = train_stage2(open_runs(runs, generation), init, llm, settings, output, open_progress())
     next_command = f"capfilt generate {output} IMAGE"
     say_result(summary, training_line("stage 2", summary, output), next_command, as_json=shared["as_json"])
 
@@ -192,6 +199,7 @@ def clip(
     runs: Runs,
     tokenizer: Tokenizer,
     output: Output,
+    generation: TrainedGeneration = None,
     image_size_px: Size = ClipTrainSettings.image_size_px,
     embed_dim: Size = ClipTrainSettings.embed_dim,
     vision_width: Size = ClipTrainSettings.vision_width,
@@ -204,7 +212,7 @@ def clip(
     settings = training_settings(ClipTrainSettings, locals())
     from capfilt.train.clip import train_clip
 
-    summary = train_clip(runs, tokenizer, settings, output, open_progress())
+    summary = train_clip(open_runs(runs, generation), tokenizer, settings, output, open_progress())
     next_command = f"capfilt rank RUN --clip-model {output}"
     say_result(summary, training_line("clip", summary, output), next_command, as_json=shared["as_json"])
 

@@ -1,11 +1,12 @@
-"""What the `train` commands share: options, and settings given by name."""
+"""What the `train` commands share: options, settings given by name, and the runs in a generation."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 import typer
 
@@ -13,6 +14,14 @@ from capfilt.cli.options import AsJson, Device
 from capfilt.errors import UsageError
 from capfilt.settings import TrainSettings
 from capfilt.settings.values import did_you_mean, typed_text
+
+if TYPE_CHECKING:
+    from capfilt.data.rundir import RunDir
+
+TrainedGeneration = Annotated[
+    str | None,
+    typer.Option("--generation", metavar="NAME", help="Train on the pairs that this generation of the runs keeps."),
+]
 
 
 class SharedOptions(TypedDict):
@@ -106,3 +115,10 @@ def _is_on_the_command_line(context: typer.Context, name: str) -> bool:
 
 def _option_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def open_runs(runs: Sequence[Path], generation: str | None) -> list[RunDir]:
+    """The runs, each seen in the generation. Raises UsageError where one is no run."""
+    from capfilt.data.rundir import RunDir
+
+    return [RunDir.open(path, generation) for path in runs]

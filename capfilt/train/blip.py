@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.models.blip import Blip, CaptionerLosses, FilterLosses
 from capfilt.models.convert_blip import Kind
@@ -31,7 +32,7 @@ from capfilt.weights.model_files import ImagePreparation, load_tokenizer, weight
 
 PARTS: tuple[Kind, ...] = ("captioner", "filter")
 
-RunDirs = Sequence[str | Path]
+RunDirs = Sequence[RunDir | str | Path]
 
 
 def train_blip(

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from capfilt.data.rundir import RunDir
 from capfilt.settings import Stage1Settings, TrainSettings
+from capfilt.train.pairs import runs_digest
 from tests.cli.conftest import capfilt
 from tests.train import small_models
 
@@ -156,6 +158,37 @@ def test_settings_by_name_that_are_refused(folder: Path, training: str, given: t
     done = capfilt("train", training, folder / "run", "--output", "x", *WHAT_IT_NEEDS.get(training, ()), *given)
     assert done.code == 2
     assert said in done.err
+
+
+@pytest.fixture(scope="module")
+def first_captions(folder: Path) -> RunDir:
+    """The generation `first` of the run, whose manifest keeps one caption of an image instead of two."""
+    return small_models.save_generation(folder / "run", "first")
+
+
+@pytest.mark.parametrize("training", [name for name in TRAININGS if name != "llm"])
+def test_every_training_opens_a_generation(
+    first_captions: RunDir, monkeypatch: pytest.MonkeyPatch, training: str
+) -> None:
+    path = first_captions.path
+    for option, expected in (((), None), (("--generation", "first"), "first")):
+        runs = call(monkeypatch, training, path, path, *option)[0]
+        assert [(run.path, run.generation) for run in runs] == [(path, expected)] * 2
+
+
+def test_training_on_a_generation(folder: Path, first_captions: RunDir, tmp_path: Path) -> None:
+    command = ("train", "stage1", folder / "run", "--image-encoder", folder / "blip", *STEPS)
+    done = capfilt(*command, "--output", tmp_path / "out", "--generation", "first")
+    assert done.code == 0, done.err
+    assert done.err.rstrip().endswith("--output DIR --generation first")
+    digest = json.loads((tmp_path / "out" / "training.json").read_text())["fields"]["input"]
+    assert digest == runs_digest([first_captions])
+    assert digest != runs_digest([folder / "run"])
+
+    missing = capfilt(*command, "--output", tmp_path / "none", "--generation", "none")
+    assert missing.code == 2
+    assert "no manifest of the generation none yet" in missing.err
+    assert "--generation none" in missing.err
 
 
 @pytest.mark.parametrize("training", TRAININGS)
