@@ -59,7 +59,7 @@ def blip(
         typer.Option(metavar="DIR", help="What `train blip` saved; unset: from nothing, with --tokenizer."),
     ] = BlipTrainSettings.init,
     tokenizer: Annotated[
-        str, typer.Option(metavar="PATH|ID", help="BERT-style tokenizer with [DEC] and [ENC].")
+        str, typer.Option(metavar="PATH|ID", help="BERT-style tokenizer; [DEC] and [ENC] are added if it lacks them.")
     ] = BlipTrainSettings.tokenizer,
     image_size_px: Size = BlipTrainSettings.image_size_px,
     patch_size_px: Size = BlipTrainSettings.patch_size_px,

@@ -70,7 +70,8 @@ class BlipTrainSettings(TrainSettings):
     """What training starts from. Pre-training: the output of `train blip` only; empty for nothing. Fine-tuning: that, a
     BLIP folder or hub id, or `embedded`."""
     tokenizer: str = ""
-    """Folder or hub id of a BERT-style tokenizer with [DEC] and [ENC]; needed when init is empty."""
+    """Folder or hub id of a BERT-style tokenizer; [DEC] and [ENC] are added where it lacks them (BLIP's released
+    code: to bert-base-uncased). Needed when init is empty."""
     prompt: str = ""
     """Captioner fine-tuning: text before every caption, without loss (BLIP: "a picture of ")."""
     label_smoothing: float = 0.1
