@@ -10,14 +10,12 @@ Every unknown section or key is refused with its line and the nearest valid name
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
-import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from capfilt.errors import UsageError
 from capfilt.settings import (
@@ -28,6 +26,7 @@ from capfilt.settings import (
     Stage1Settings,
     Stage2Settings,
 )
+from capfilt.settings.values import did_you_mean, typed
 
 Settings = TypeVar("Settings")
 MAX_RECIPE_BYTES = 1_000_000
@@ -140,12 +139,6 @@ def read_recipe(recipe: str) -> Recipe:
     return _recipe_of(path, text, document)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest of the `known` names, or nothing."""
-    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {nearest[0]}?" if nearest else ""
-
-
 def _recipe_of(path: Path, text: str, document: Mapping[str, Any]) -> Recipe:
     texts = ("description", "run_dir")
     values: dict[str, Any] = {"name": path.stem, "path": path}
@@ -182,36 +175,20 @@ def _kind(value: object) -> str:
 def _section_of(cls: type[Settings], section: str, values: Mapping[str, Any], path: Path, text: str) -> Settings:
     hints = get_type_hints(cls)
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    typed: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for key, value in values.items():
         where = f"{path}:{line_of(text, section, key)}: [{section}]"
         if key not in names:
             raise UsageError(f"{where} has no setting {key}.{did_you_mean(key, names)} Known: {', '.join(names)}.")
         try:
-            typed[key] = _typed(value, hints[key])
+            given[key] = typed(value, hints[key])
         except TypeError as error:
             raise UsageError(f"{where} {key} is {value!r}; expected {error}.") from None
     try:
-        return cls(**typed)
+        return cls(**given)
     except UsageError as error:
         key = str(error).split(" ", 1)[0]
         raise UsageError(f"{path}:{line_of(text, section, key)}: [{section}] {error}") from None
-
-
-def _typed(value: object, hint: Any) -> object:
-    """`value` of a TOML file as the type `hint`; TypeError carries what was expected."""
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next(option for option in get_args(hint) if option is not type(None))
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise TypeError("a list in brackets")
-        return tuple(_typed(item, get_args(hint)[0]) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        words = {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
-        raise TypeError(words[hint])
-    return value
 
 
 def line_of(text: str, section: str | None, key: str) -> int:

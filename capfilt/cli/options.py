@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, each declared once. Defaults come from settings.py."""
+"""Arguments and options that several commands share, each declared once. Defaults come from capfilt/settings."""
 
 from __future__ import annotations
 

@@ -68,8 +68,12 @@ def _check_complete(run: RunDir) -> None:
         raise UsageError(f"No shards in {run.path}/shards. Run `capfilt download TABLE {run.path}` first.")
     missing = sorted(set(shards) - set(run.committed("manifest")))
     if len(missing) == len(shards):
+        of, option = "", ""
+        if run.generation is not None:
+            of, option = f" of the generation {run.generation}", f" --generation {run.generation}"
         raise UsageError(
-            f"{run.path} has no manifest yet. Run `capfilt run RECIPE {run.path}` or `capfilt filter {run.path}` first."
+            f"{run.path} has no manifest{of} yet. Run `capfilt run RECIPE {run.path}{option}` or "
+            f"`capfilt filter {run.path}{option}` first."
         )
     if missing:
         raise CapfiltError(

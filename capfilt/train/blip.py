@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.models.blip import Blip, CaptionerLosses, FilterLosses
 from capfilt.models.convert_blip import Kind
@@ -31,7 +32,7 @@ from capfilt.weights.model_files import ImagePreparation, load_tokenizer, weight
 
 PARTS: tuple[Kind, ...] = ("captioner", "filter")
 
-RunDirs = Sequence[str | Path]
+RunDirs = Sequence[RunDir | str | Path]
 
 
 def train_blip(
@@ -218,13 +219,31 @@ def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
     return model, parts["captioner"]
 
 
+def _blip_tokenizer(name: str) -> Any:
+    """BERT's tokenizer; [DEC] (as bos) and [ENC] follow its tokens where it lacks them, as in BLIP's code.
+
+    Raises UsageError for a tokenizer of another kind.
+    """
+    tokenizer = load_tokenizer(find_model_dir(name, "tokenizer"))
+    needed = {"[CLS]": tokenizer.cls_token_id, "[SEP]": tokenizer.sep_token_id, "[PAD]": tokenizer.pad_token_id}
+    if missing := [token for token, token_id in needed.items() if token_id is None]:
+        raise UsageError(
+            f"The tokenizer {name} has no {', '.join(missing)}; expected one of BERT's kind. "
+            "Give such a one: --tokenizer google-bert/bert-base-uncased."
+        )
+    names = tokenizer.get_vocab()
+    if "[DEC]" not in names:
+        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    if "[ENC]" not in names:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
 def _start_from_nothing(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
     if not settings.tokenizer:
         raise UsageError("Neither --init nor --tokenizer is given; name a BLIP model, or a tokenizer to start with.")
-    tokenizer = load_tokenizer(find_model_dir(settings.tokenizer, "tokenizer"))
+    tokenizer = _blip_tokenizer(settings.tokenizer)
     names = tokenizer.get_vocab()
-    if missing := [token for token in ("[DEC]", "[ENC]") if token not in names]:
-        raise UsageError(f"The tokenizer {settings.tokenizer} lacks {', '.join(missing)}; BLIP's has both.")
     vision = ViTConfig(
         image_size_px=settings.image_size_px, patch_size_px=settings.patch_size_px, width=settings.vision_width,
         depth=settings.vision_depth, num_heads=settings.vision_width // settings.head_width,

@@ -26,6 +26,7 @@ from open_clip.model import CLIP
 from safetensors.torch import save_file
 from torch import Tensor
 
+from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.models.losses import itc_loss
 from capfilt.progress import NullProgress, Progress
@@ -47,7 +48,7 @@ CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensor
 
 
 def train_clip(
-    run_dirs: Sequence[str | Path],
+    run_dirs: Sequence[RunDir | str | Path],
     tokenizer_dir: Path,
     settings: ClipTrainSettings,
     output_dir: Path,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from capfilt.data.rundir import RunDir
+from capfilt.settings import Stage1Settings, TrainSettings
+from capfilt.train.pairs import runs_digest
 from tests.cli.conftest import capfilt
 from tests.train import small_models
 
@@ -75,7 +80,118 @@ def test_fine_tuning(folder: Path, part: str) -> None:
     assert (folder / f"tuned-{part}" / "config.json").exists()
 
 
-@pytest.mark.parametrize("training", ["blip", "captioner", "filter", "stage1", "stage2", "clip", "llm"])
+TRAININGS = ("blip", "captioner", "filter", "stage1", "stage2", "clip", "llm")
+WHAT_IT_NEEDS = {
+    "captioner": ("--init", "x"), "filter": ("--init", "x"), "stage2": ("--init", "x", "--llm", "x"),
+    "clip": ("--tokenizer", "x"), "llm": ("--tokenizer", "x"),
+}  # fmt: skip
+
+
+def call(monkeypatch: pytest.MonkeyPatch, training: str, *arguments: object) -> tuple[Any, TrainSettings]:
+    """What `capfilt train TRAINING` trains on and with which settings; nothing is trained."""
+    calls: list[tuple[Any, TrainSettings]] = []
+
+    def train(data: object, *rest: object) -> SimpleNamespace:
+        calls.append((data, next(item for item in rest if isinstance(item, TrainSettings))))
+        return SimpleNamespace(steps=0, first_losses={}, last_losses={}, already_done=True)
+
+    module = "blip" if training in ("captioner", "filter") else training
+    monkeypatch.setattr(f"capfilt.train.{module}.train_{training}", train)
+    done = capfilt("train", training, "--output", "x", *WHAT_IT_NEEDS.get(training, ()), *arguments)
+    assert done.code == 0, done.err
+    return calls[0]
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_every_training_takes_any_setting_by_its_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, training: str
+) -> None:
+    plain = call(monkeypatch, training, folder / "run")[1]
+    assert (plain.optimizer, plain.autocast) == ("adamw", "float32")
+    given = ("--autocast", "bfloat16", "--set", "optimizer=muon", "--set", "weight_decay=0", "--set", "batch_size=7")
+    settings = call(monkeypatch, training, folder / "run", *given)[1]
+    assert (settings.autocast, settings.optimizer, settings.weight_decay) == ("bfloat16", "muon", 0.0)
+    assert (settings.batch_size, settings.max_steps) == (7, plain.max_steps)
+
+
+def test_settings_by_name_are_typed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = ("losses=itc, itm", "init_weights=false", "random_flip=true", "random_crop=0.5", "embed_dim=8")
+    values += ("qformer_init=a=b,c",)
+    settings = call(monkeypatch, "stage1", folder / "run", *(part for value in values for part in ("--set", value)))[1]
+    assert settings == Stage1Settings(
+        losses=("itc", "itm"), init_weights=False, random_flip=True, random_crop=0.5, embed_dim=8, qformer_init="a=b,c"
+    )
+    assert isinstance(settings.random_crop, float)
+    stages = call(monkeypatch, "clip", folder / "run", "--set", "vision_stages=1,2,1,1")[1]
+    assert stages.vision_stages == (1, 2, 1, 1)  # type: ignore[attr-defined]
+
+
+def test_a_training_goes_by_settings_given_by_name(folder: Path, tmp_path: Path) -> None:
+    command = ("train", "stage1", folder / "run", "--output", tmp_path / "out", "--image-encoder", folder / "blip")
+    done = capfilt(*command, *STEPS, "--set", "losses=itc,itm", "--set", "autocast=bfloat16", "--json")
+    assert done.code == 0, done.err
+    assert set(done.json()["last_losses"]) == {"itc", "itm", "loss"}
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["fields"]["autocast"] == "bfloat16"
+    assert capfilt(*command, *STEPS, "--set", "losses=itc,itm").code == 3
+
+
+@pytest.mark.parametrize(
+    ("training", "given", "said"),
+    [
+        ("stage1", ("--set", "droput=0"), "no setting droput. Did you mean dropout? Known: autocast, batch_size"),
+        ("captioner", ("--set", "losses=itc"), "no setting losses"),
+        ("filter", ("--set", "label_smoothing=0"), "no setting label_smoothing"),
+        ("stage1", ("--set", "dropout=much"), "dropout is 'much'; expected a number"),
+        ("stage1", ("--set", "num_queries=1.5"), "num_queries is '1.5'; expected a whole number"),
+        ("stage1", ("--set", "init_weights=yes"), "init_weights is 'yes'; expected true or false"),
+        ("clip", ("--set", "vision_stages=1,b"), "vision_stages is '1,b'; expected a whole number"),
+        ("stage1", ("--set", "losses="), "losses is (); expected some of itc, itm, itg"),
+        ("stage1", ("--set", "dropout=2"), "dropout is 2.0; expected 0 or more"),
+        ("stage2", ("--set", "beta2=nan"), "beta2 is nan; expected 0 or more"),
+        ("stage1", ("--set", "optimizer"), "expected NAME=VALUE"),
+        ("stage1", ("--set", "dropout=0", "--set", "dropout=0"), "--set dropout is given twice"),
+        ("stage2", ("--max-steps", 3, "--set", "max_steps=4"), "--max-steps and --set max_steps are both given"),
+        ("filter", ("--known-false", "--set", "known_false=true"), "--known-false and --set known_false are both"),
+    ],
+)
+def test_settings_by_name_that_are_refused(folder: Path, training: str, given: tuple[object, ...], said: str) -> None:
+    done = capfilt("train", training, folder / "run", "--output", "x", *WHAT_IT_NEEDS.get(training, ()), *given)
+    assert done.code == 2
+    assert said in done.err
+
+
+@pytest.fixture(scope="module")
+def first_captions(folder: Path) -> RunDir:
+    """The generation `first` of the run, whose manifest keeps one caption of an image instead of two."""
+    return small_models.save_generation(folder / "run", "first")
+
+
+@pytest.mark.parametrize("training", [name for name in TRAININGS if name != "llm"])
+def test_every_training_opens_a_generation(
+    first_captions: RunDir, monkeypatch: pytest.MonkeyPatch, training: str
+) -> None:
+    path = first_captions.path
+    for option, expected in (((), None), (("--generation", "first"), "first")):
+        runs = call(monkeypatch, training, path, path, *option)[0]
+        assert [(run.path, run.generation) for run in runs] == [(path, expected)] * 2
+
+
+def test_training_on_a_generation(folder: Path, first_captions: RunDir, tmp_path: Path) -> None:
+    command = ("train", "stage1", folder / "run", "--image-encoder", folder / "blip", *STEPS)
+    done = capfilt(*command, "--output", tmp_path / "out", "--generation", "first")
+    assert done.code == 0, done.err
+    assert done.err.rstrip().endswith("--output DIR --generation first")
+    digest = json.loads((tmp_path / "out" / "training.json").read_text())["fields"]["input"]
+    assert digest == runs_digest([first_captions])
+    assert digest != runs_digest([folder / "run"])
+
+    missing = capfilt(*command, "--output", tmp_path / "none", "--generation", "none")
+    assert missing.code == 2
+    assert "no manifest of the generation none yet" in missing.err
+    assert "--generation none" in missing.err
+
+
+@pytest.mark.parametrize("training", TRAININGS)
 def test_every_training_takes_the_lowest_rate(training: str) -> None:
     assert "--min-learning-rate" in capfilt("train", training, "--help").out
 

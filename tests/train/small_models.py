@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from capfilt.data.commit import commit_stage, input_digest
+from capfilt.data.manifest import iterate_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
 from capfilt.data.tars import write_tar
@@ -153,6 +154,19 @@ def save_run(folder: Path, shards: list[int], seed: int = 0, drop_every: int = 0
     run = RunDir.create(folder)
     for number, size in enumerate(shards):
         _commit_shard(run, f"{number:05d}", *draw_pairs(size, seed + number), drop_every)
+    return run
+
+
+def save_generation(folder: Path, name: str) -> RunDir:
+    """A generation of the run, whose manifest keeps the first caption of an image alone."""
+    run = RunDir.open(folder, name)
+    for _, shard, table in iterate_manifest([folder]):
+        rows = table.to_pylist()
+        for row in rows:
+            if row["caption_index"] > 0:
+                row |= {"kept": False, "drop_reason": "low_itm"}
+        num_keys = len({row["key"] for row in rows})
+        _commit(run, "manifest", shard, rows, num_keys, input_digest(run, "manifest", shard))
     return run
 
 

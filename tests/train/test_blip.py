@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor, BlipForConditionalGeneration, BlipForImageTextRetrieval
+from transformers import AutoProcessor, AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
@@ -19,6 +19,8 @@ from capfilt.train.pairs import read_pairs
 from capfilt.weights.blip import load_blip, load_trainable_blip
 from capfilt.world.tokenizers import build_bert_tokenizer
 from capfilt.world.training_run import WorldRunSettings, write_world_run
+from tests import factories
+from tests.train import small_models
 
 TINY = BlipTrainSettings(
     image_size_px=32, patch_size_px=8, vision_width=32, vision_depth=1, text_width=32, text_depth=1, head_width=16,
@@ -175,3 +177,43 @@ def test_embedded_means_the_embedded_model_of_the_part(world_run: RunDir, tmp_pa
 def test_starting_from_nothing_needs_a_tokenizer(world_run: RunDir, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--tokenizer"):
         train_blip([world_run.path], TINY, tmp_path / "out")
+
+
+def test_the_tokenizer_of_bert_gets_the_tokens_of_blip(world_run: RunDir, tmp_path: Path) -> None:
+    """As BLIP's code has it: [DEC] is bos and follows the 30,522 tokens of bert-base-uncased, then [ENC]."""
+    factories.save_tokenizer(tmp_path / "bert", factories.read_bert_vocabulary())
+    settings = replace(TINY, tokenizer=str(tmp_path / "bert"), max_steps=2)
+    assert train_blip([world_run], settings, tmp_path / "out").steps == 2
+
+    for part, model_class in (("captioner", BlipForConditionalGeneration), ("filter", BlipForImageTextRetrieval)):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / part)
+        assert (len(tokenizer), tokenizer.bos_token, tokenizer.bos_token_id) == (30524, "[DEC]", 30522)
+        assert tokenizer.convert_tokens_to_ids("[ENC]") == 30523
+        assert tokenizer("[ENC] a red ball").input_ids[1] == 30523
+        assert tokenizer.decode([30522, *tokenizer("a red ball").input_ids], skip_special_tokens=True) == "a red ball"
+        model, info = model_class.from_pretrained(tmp_path / "out" / part, output_loading_info=True)
+        assert not info["missing_keys"]
+        text = model.config.text_config
+        assert (text.vocab_size, text.bos_token_id, text.sep_token_id, text.pad_token_id) == (30524, 30522, 102, 0)
+    assert len(model.text_encoder.get_input_embeddings().weight) == 30524
+
+    tuned = replace(TINY, init=str(tmp_path / "out"), max_steps=1)
+    assert train_captioner([world_run], tuned, tmp_path / "tuned").steps == 1
+    pixels = torch.zeros(1, 3, 32, 32)
+    written = BlipForConditionalGeneration.from_pretrained(tmp_path / "tuned").generate(pixels, max_new_tokens=3)
+    assert written[0, 0] == 30522
+
+
+def test_a_token_that_is_there_is_not_added_again(world_run: RunDir, tmp_path: Path) -> None:
+    vocabulary = [*factories.VOCABULARY, "[ENC]"]
+    factories.save_tokenizer(tmp_path / "bert", vocabulary)
+    train_blip([world_run], replace(TINY, tokenizer=str(tmp_path / "bert"), max_steps=1), tmp_path / "out")
+    text = BlipForConditionalGeneration.from_pretrained(tmp_path / "out" / "captioner").config.text_config
+    assert text.vocab_size == len(vocabulary) + 1
+    assert (text.enc_token_id, text.bos_token_id) == (len(vocabulary) - 1, len(vocabulary))
+
+
+def test_a_tokenizer_of_another_kind_is_refused(world_run: RunDir, tmp_path: Path) -> None:
+    small_models.save_opt(tmp_path / "opt")
+    with pytest.raises(UsageError, match=r"no \[CLS\], \[SEP\]; expected one of BERT's kind"):
+        train_blip([world_run], replace(TINY, tokenizer=str(tmp_path / "opt")), tmp_path / "out")

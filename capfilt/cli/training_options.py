@@ -1,0 +1,124 @@
+"""What the `train` commands share: options, settings given by name, and the runs in a generation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar, get_type_hints
+
+import typer
+
+from capfilt.cli.options import AsJson, Device
+from capfilt.errors import UsageError
+from capfilt.settings import TrainSettings
+from capfilt.settings.values import did_you_mean, typed_text
+
+if TYPE_CHECKING:
+    from capfilt.data.rundir import RunDir
+
+TrainedGeneration = Annotated[
+    str | None,
+    typer.Option("--generation", metavar="NAME", help="Train on the pairs that this generation of the runs keeps."),
+]
+
+
+class SharedOptions(TypedDict):
+    """The options of every training, in the order of the help; `takes_shared_options` puts them into a command."""
+
+    max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
+    batch_size: Annotated[int, typer.Option(min=2, help="Images in a step.")]
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")]
+    min_learning_rate: Annotated[float, typer.Option(help="Learning rate at the end, at most --learning-rate.")]
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")]
+    save_every_steps: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")]
+    seed: Annotated[int, typer.Option(help="Fixes initialisation, order and draws.")]
+    device: Device
+    autocast: Annotated[str, typer.Option(help="Precision of matrix products: float32 or bfloat16.")]
+    assignments: Annotated[
+        list[str],
+        typer.Option("--set", metavar="NAME=VALUE", help="Any setting by its name, tuples with commas; repeatable."),
+    ]
+    as_json: AsJson
+    context: typer.Context
+
+
+Command = TypeVar("Command", bound=Callable[..., None])
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
+def takes_shared_options(cls: type[TrainSettings]) -> Callable[[Command], Command]:
+    """Show Typer the shared options in the place of a command's `**shared`, with the defaults of `cls`."""
+    defaults = {f.name: f.default for f in fields(cls)} | {"assignments": [], "as_json": False}
+    shared = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(name, inspect.Parameter.empty),
+            annotation=hint,
+        )
+        for name, hint in get_type_hints(SharedOptions, include_extras=True).items()
+    ]
+
+    def declare(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        command.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
+        return command
+
+    return declare
+
+
+def training_settings(cls: type[Settings], options: Mapping[str, Any], unused: Iterable[str] = ()) -> Settings:
+    """The settings that a command's options (its `locals()`, `shared` among them) and its `--set` fill by name.
+
+    `unused` names settings of `cls` that this training does not ask; `--set` does not know them.
+
+    Raises UsageError for a `--set` with an unknown name or a value of the wrong type, and for a setting given twice.
+    """
+    shared: SharedOptions = options["shared"]
+    hints = get_type_hints(cls)
+    names = [f.name for f in fields(cls) if f.name not in set(unused)]
+    given = {**options, **shared}
+    filled = {name: given[name] for name in names if name in given}
+    seen: set[str] = set()
+    for assignment in shared["assignments"]:
+        name, value = _read_assignment(assignment, names, hints)
+        if name in given and _is_on_the_command_line(shared["context"], name):
+            raise UsageError(f"{_option_of(name)} and --set {name} are both given; expected one of them.")
+        if name in seen:
+            raise UsageError(f"--set {name} is given twice; expected it once.")
+        seen.add(name)
+        filled[name] = value
+    return cls(**filled)
+
+
+def _read_assignment(assignment: str, names: Sequence[str], hints: Mapping[str, Any]) -> tuple[str, object]:
+    """Name and typed value of one `--set`."""
+    name, equals, text = assignment.partition("=")
+    if not equals:
+        raise UsageError(f"--set {assignment} has no value; expected NAME=VALUE, as in --set optimizer=muon.")
+    if name not in names:
+        known = ", ".join(sorted(names))
+        raise UsageError(f"--set {assignment}: no setting {name}.{did_you_mean(name, names)} Known: {known}.")
+    try:
+        return name, typed_text(text, hints[name])
+    except TypeError as error:
+        raise UsageError(f"--set {assignment}: {name} is {text!r}; expected {error}.") from None
+
+
+def _is_on_the_command_line(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _option_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def open_runs(runs: Sequence[Path], generation: str | None) -> list[RunDir]:
+    """The runs, each seen in the generation. Raises UsageError where one is no run."""
+    from capfilt.data.rundir import RunDir
+
+    return [RunDir.open(path, generation) for path in runs]

@@ -1,0 +1,33 @@
+"""Every setting of every stage: typed, keyword-only, checked at construction. Nothing here imports torch.
+
+A setting has a sentence, its unit and where its default comes from. The command line and the recipes fill
+these classes.
+"""
+
+from capfilt.settings.checks import DECODINGS, DEVICES, DTYPES, EMBEDDED
+from capfilt.settings.curation import CaptionSettings, DownloadSettings, FilterSettings, RankSettings
+from capfilt.settings.training import (
+    BlipTrainSettings,
+    ClipTrainSettings,
+    LlmTrainSettings,
+    Stage1Settings,
+    Stage2Settings,
+    TrainSettings,
+)
+
+__all__ = [
+    "DECODINGS",
+    "DEVICES",
+    "DTYPES",
+    "EMBEDDED",
+    "BlipTrainSettings",
+    "CaptionSettings",
+    "ClipTrainSettings",
+    "DownloadSettings",
+    "FilterSettings",
+    "LlmTrainSettings",
+    "RankSettings",
+    "Stage1Settings",
+    "Stage2Settings",
+    "TrainSettings",
+]

@@ -1,0 +1,256 @@
+"""Settings of the training commands: `TrainSettings` is what all share, each class below is one training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from capfilt.settings.checks import DEVICES, DTYPES, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What every training command shares."""
+
+    max_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Images in a step."""
+    learning_rate: float = 1e-4
+    """Peak rate (BLIP-2 §3.4: 1e-4)."""
+    min_learning_rate: float = 0.0
+    """Rate at the end of the cosine."""
+    warmup_steps: int = 100
+    """Linear warm-up from zero."""
+    optimizer: str = "adamw"
+    """adamw (all papers), or muon: small models started from nothing learn in a fraction of the steps."""
+    weight_decay: float = 0.05
+    """Decay of matrices; vectors (norms, biases) have none."""
+    beta2: float = 0.98
+    """AdamW's second moment (BLIP-2: 0.98)."""
+    clip_grad_norm: float = 1.0
+    """Global norm at which gradients are clipped; 0 for none."""
+    autocast: str = "float32"
+    """Precision of matrix products: float32 or bfloat16; the weights stay float32."""
+    random_crop: float = 1.0
+    """Smallest share of the area a random resized crop keeps; 1 for no crop."""
+    random_flip: bool = False
+    """Mirror half of the images; wrong where captions say left and right."""
+    seed: int = 0
+    """Fixes initialisation, order and draws."""
+    save_every_steps: int = 500
+    """Steps between two checkpoints."""
+    log_every_steps: int = 20
+    """Steps between two lines of metrics."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+    def __post_init__(self) -> None:
+        require(self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
+        require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2 (contrast needs another pair)")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        lowest = self.min_learning_rate
+        require(0 <= lowest <= self.learning_rate, "min_learning_rate", lowest, "0 to learning_rate")
+        require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "adamw or muon")
+        require(self.autocast in ("float32", "bfloat16"), "autocast", self.autocast, "float32 or bfloat16")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.beta2 < 1, "beta2", self.beta2, "0 or more, less than 1")
+        require(self.clip_grad_norm >= 0, "clip_grad_norm", self.clip_grad_norm, "0 (none) or more")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "more than 0, at most 1")
+        require(self.save_every_steps >= 1, "save_every_steps", self.save_every_steps, "at least 1")
+        require(self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "at least 1")
+        require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlipTrainSettings(TrainSettings):
+    """BLIP pre-training (ITC + ITM + LM, BLIP §3.2) and fine-tuning of its captioner or filter (§3.3)."""
+
+    init: str = ""
+    """What training starts from. Pre-training: the output of `train blip` only; empty for nothing. Fine-tuning: that, a
+    BLIP folder or hub id, or `embedded`."""
+    tokenizer: str = ""
+    """Folder or hub id of a BERT-style tokenizer; [DEC] and [ENC] are added where it lacks them (BLIP's released
+    code: to bert-base-uncased). Needed when init is empty."""
+    prompt: str = ""
+    """Captioner fine-tuning: text before every caption, without loss (BLIP: "a picture of ")."""
+    label_smoothing: float = 0.1
+    """LM: share of the target spread over the vocabulary (BLIP's released code: 0.1)."""
+    losses: tuple[str, ...] = ("itc", "itm", "lm")
+    """Pre-training: losses that are summed (BLIP §3.2: all three); fine-tuning has its own."""
+    captions_per_image: int = 1
+    """LM: kept captions of an image that a step decodes, its features computed once (BLIP: one)."""
+    known_false: bool = False
+    """ITM: the hard negative text of an image is one that its manifest drops as `known_false`, where there is one
+    (BLIP: always another image's)."""
+    max_text_tokens: int = 30
+    """Longest text in tokens, special tokens included (BLIP: 30 in pre-training, 40 in fine-tuning)."""
+    image_size_px: int = 224
+    """From nothing: side of the square input (BLIP §4.1: 224 in pre-training)."""
+    patch_size_px: int = 16
+    """From nothing: side of a patch."""
+    vision_width: int = 768
+    """From nothing: width of the image encoder."""
+    vision_depth: int = 12
+    """From nothing: blocks of the image encoder."""
+    text_width: int = 768
+    """From nothing: width of the text encoder and decoder."""
+    text_depth: int = 12
+    """From nothing: layers of the text encoder and decoder."""
+    max_positions: int = 512
+    """From nothing: longest text the model can hold, in tokens."""
+    embed_dim: int = 256
+    """From nothing: width of ITC's embeddings."""
+    head_width: int = 64
+    """From nothing: width of an attention head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "0 or more, less than 1")
+        known = ("itc", "itm", "lm")
+        odd = not self.losses or any(name not in known for name in self.losses)
+        require(not odd, "losses", self.losses, f"some of {', '.join(known)}")
+        require(self.captions_per_image >= 1, "captions_per_image", self.captions_per_image, "at least 1")
+        require(self.max_text_tokens >= 4, "max_text_tokens", self.max_text_tokens, "at least 4")
+        sizes = ("image_size_px", "patch_size_px", "vision_width", "vision_depth", "text_width", "text_depth")
+        for name in (*sizes, "max_positions", "embed_dim", "head_width"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("vision_width", "text_width"):
+            width = getattr(self, name)
+            require(width % self.head_width == 0, name, width, f"a multiple of head_width ({self.head_width})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1Settings(TrainSettings):
+    """BLIP-2 stage 1: the Q-Former on a frozen image encoder (BLIP-2 §3.2)."""
+
+    image_encoder: str = ""
+    """Folder or hub id of a BLIP model whose image encoder is taken, frozen, or `embedded`."""
+    qformer_init: str = ""
+    """Folder or hub id of BERT (BLIP-2 §3.1: google-bert/bert-base-uncased) or of a BLIP model, whose text encoder
+    and tokenizer the Q-Former starts from; empty takes those of image_encoder."""
+    init_weights: bool = True
+    """Start from qformer_init's weights; otherwise take its sizes and tokenizer only, weights at random."""
+    init_cross_attention: bool = False
+    """Start from BLIP's cross-attention too, where qformer_init has one; BLIP-2 draws it at random."""
+    num_queries: int = 32
+    """Query tokens (BLIP-2 §3.1: 32)."""
+    cross_attention_every: int = 2
+    """Every n-th layer attends to the image (BLIP-2 §3.1: every other)."""
+    embed_dim: int = 256
+    """Width of ITC's embeddings (released code: 256)."""
+    dropout: float = 0.1
+    """Dropout in the Q-Former (BERT: 0.1)."""
+    max_text_tokens: int = 32
+    """Longest text in tokens, special tokens included (released code: 32)."""
+    losses: tuple[str, ...] = ("itc", "itm", "itg")
+    """Losses that are summed (BLIP-2 §3.2: all three; Table 6 leaves out itg)."""
+    feature_cache_bytes: int = 4 << 30
+    """Features of the frozen image encoder are computed once and held in memory up to this size; 0 for never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ("itc", "itm", "itg")
+        odd = not self.losses or any(name not in known for name in self.losses)
+        require(not odd, "losses", self.losses, f"some of {', '.join(known)}")
+        require(self.num_queries >= 1, "num_queries", self.num_queries, "at least 1")
+        require(self.cross_attention_every >= 1, "cross_attention_every", self.cross_attention_every, "at least 1")
+        require(self.max_text_tokens >= 4, "max_text_tokens", self.max_text_tokens, "at least 4")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2Settings(TrainSettings):
+    """BLIP-2 stage 2: Q-Former and projection in front of a frozen language model (BLIP-2 §3.3)."""
+
+    min_learning_rate: float = 5e-5
+    """Rate at the end of the cosine (BLIP-2 §3.4: 5e-5 in stage 2)."""
+    dropout: float = 0.1
+    """Dropout in the Q-Former (BERT: 0.1)."""
+    whole_caption_share: float = 0.5
+    """T5: share of captions trained with an empty prefix, so that a caption can be asked for without its first
+    word. BLIP-2 has none."""
+    llm_dtype: str = "auto"
+    """Precision of the frozen language model: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or
+    float16."""
+    feature_cache_bytes: int = 4 << 30
+    """Features of the frozen image encoder are computed once and held in memory up to this size; 0 for never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.llm_dtype in DTYPES, "llm_dtype", self.llm_dtype, f"one of {', '.join(DTYPES)}")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
+        share = self.whole_caption_share
+        require(0 <= share <= 1, "whole_caption_share", share, "0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTrainSettings(TrainSettings):
+    """A small CLIP in open_clip's layout: a ResNet and a text transformer, trained by contrast (CLIP §2)."""
+
+    max_steps: int = 1500
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Pairs in a step: each image is told from the texts of the others."""
+    learning_rate: float = 2e-3
+    """Peak rate; far above CLIP's 5e-4, as small models bear."""
+    embed_dim: int = 128
+    """Width of the shared embedding."""
+    image_size_px: int = 64
+    """Edge of the square picture; a multiple of 32."""
+    vision_stages: tuple[int, ...] = (1, 1, 1, 1)
+    """Blocks in each of the ResNet's four stages (RN50: 3, 4, 6, 3)."""
+    vision_width: int = 16
+    """Channels of the first stage (RN50: 64); the last one has 32 times as many."""
+    text_width: int = 128
+    """Width of the text transformer; a multiple of 32."""
+    text_layers: int = 2
+    """Layers of the text transformer."""
+    context_length: int = 32
+    """Longest text in tokens, start and end included (CLIP: 77)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages, side = self.vision_stages, self.image_size_px
+        is_resnet = len(stages) == 4 and min(stages) >= 1
+        require(is_resnet, "vision_stages", stages, "four numbers, at least 1 each")
+        require(side >= 32 and side % 32 == 0, "image_size_px", side, "a multiple of 32")
+        require(self.vision_width >= 2, "vision_width", self.vision_width, "at least 2")
+        require(self.text_width % 32 == 0, "text_width", self.text_width, "a multiple of 32")
+        require(self.text_layers >= 1, "text_layers", self.text_layers, "at least 1")
+        require(self.context_length >= 4, "context_length", self.context_length, "at least 4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmTrainSettings(TrainSettings):
+    """A small OPT or T5 in transformers' layout, pre-trained to go by what stands before a text."""
+
+    architecture: str = "opt"
+    """`opt` (decoder, LM loss) or `t5` (encoder-decoder, prefix LM)."""
+    max_steps: int = 4000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Texts in a step."""
+    learning_rate: float = 2e-3
+    """Peak rate; far above OPT's own, as small models bear."""
+    width: int = 128
+    """Width of the model; a multiple of 32, the width of an attention head."""
+    depth: int = 4
+    """Layers; T5 has as many in its encoder and in its decoder."""
+    feed_forward: int = 512
+    """Width of the feed-forward layers."""
+    max_positions: int = 128
+    """OPT: longest input in tokens, visual prompts included."""
+    whole_caption_share: float = 0.5
+    """T5: share of captions that the decoder writes from their first word."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ("opt", "t5")
+        require(self.architecture in known, "architecture", self.architecture, f"one of {', '.join(known)}")
+        require(self.width >= 32 and self.width % 32 == 0, "width", self.width, "a multiple of 32")
+        require(self.depth >= 1, "depth", self.depth, "at least 1")
+        require(self.feed_forward >= 1, "feed_forward", self.feed_forward, "at least 1")
+        require(self.max_positions >= 16, "max_positions", self.max_positions, "at least 16")
+        share = self.whole_caption_share
+        require(0 <= share <= 1, "whole_caption_share", share, "0 to 1")

@@ -1,0 +1,55 @@
+"""Values as a recipe or the command line gives them, made the type that a setting has; names mended.
+
+In: a value of a TOML file or the text behind `NAME=`, and the setting's type. Out: the typed value; TypeError carries
+what was expected, in words that follow "expected".
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable
+from typing import Any, Union, get_args, get_origin
+
+_EXPECTED = {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def typed(value: object, hint: Any) -> object:
+    """`value` of a TOML file as the type `hint`; TypeError carries what was expected."""
+    hint = _without_none(hint)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise TypeError("a list in brackets")
+        return tuple(typed(item, get_args(hint)[0]) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise TypeError(_EXPECTED[hint])
+    return value
+
+
+def typed_text(text: str, hint: Any) -> object:
+    """`text` of the command line as the type `hint`, the items of a tuple between commas; TypeError as `typed`."""
+    hint = _without_none(hint)
+    if get_origin(hint) is tuple:
+        item_hint = get_args(hint)[0]
+        return tuple(typed_text(item.strip(), item_hint) for item in text.split(",") if item.strip())
+    if hint is bool:
+        return typed({"true": True, "false": False}.get(text, text), hint)
+    try:
+        return hint(text)
+    except ValueError:
+        return typed(text, hint)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A sentence with the nearest of the `known` names, or nothing."""
+    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {nearest[0]}?" if nearest else ""
+
+
+def _without_none(hint: Any) -> Any:
+    """The type of a setting that may also be None."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(option for option in get_args(hint) if option is not type(None))
+    return hint
