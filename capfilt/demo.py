@@ -34,11 +34,11 @@ FIRST_UNSEEN_SEED = 500_000
 
 STAGE1 = Stage1Settings(
     image_encoder=EMBEDDED, init_cross_attention=True, num_queries=16, embed_dim=64, dropout=0.0, max_steps=100,
-    batch_size=64, learning_rate=1e-3, warmup_steps=10, save_every_steps=50, log_every_steps=10,
+    optimizer="muon", batch_size=64, learning_rate=2e-3, warmup_steps=10, save_every_steps=50, log_every_steps=10,
 )  # fmt: skip
 STAGE2 = Stage2Settings(
-    dropout=0.0, max_steps=300, batch_size=64, learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=10,
-    save_every_steps=50, log_every_steps=10,
+    dropout=0.0, max_steps=300, optimizer="muon", batch_size=64, learning_rate=4e-3, min_learning_rate=4e-4,
+    warmup_steps=10, save_every_steps=50, log_every_steps=10,
 )  # fmt: skip
 
 Figures = dict[str, Any]

@@ -164,7 +164,7 @@ def test_both_parts_identify_what_pre_training_goes_on_from(
     train_blip([world_run.path], settings, tmp_path / "out")
     config = tmp_path / "init" / "filter" / "config.json"
     config.write_text(config.read_text() + "\n")
-    with pytest.raises(FingerprintMismatchError, match="origin_sha256"):
+    with pytest.raises(FingerprintMismatchError, match="another model to start from"):
         train_blip([world_run.path], settings, tmp_path / "out")
 
 

@@ -112,7 +112,7 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(
 def test_other_settings_are_refused_by_name() -> None:
     state = {"fields": json.loads(json.dumps({"seed": 0, "losses": ("itc",)}))}
     refuse_other_settings(state, {"seed": 0, "losses": ("itc",)}, Path("out"))
-    with pytest.raises(FingerprintMismatchError, match=r"seed 0 -> 1.*another --output"):
+    with pytest.raises(FingerprintMismatchError, match=r"seed 0 -> 1.*train beside it: --output"):
         refuse_other_settings(state, {"seed": 1, "losses": ("itc",)}, Path("out"))
 
 
