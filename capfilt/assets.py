@@ -3,8 +3,8 @@
 In: a working folder. Out: capfilt/world/assets/{blip-captioner,blip-filter,clip,opt,t5}, each with a README that
 says how it was made and what it reaches; the figures are printed too.
 
-Parts are made side by side, a process and a core each. Every part is resumable: what is finished is not done
-again, a training goes on from its last checkpoint.
+Parts are made side by side, a process and a core each. Every part is resumable: a training that is finished is not
+done again, one that was interrupted goes on from its last checkpoint; what is shipped is measured each time.
 All training scenes are of the train split, all figures are measured on scenes of the test split.
 """
 
@@ -15,11 +15,12 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from capfilt.data.llm_texts import write_llm_texts
-from capfilt.errors import CapfiltError
+from capfilt.errors import CapfiltError, UsageError
 from capfilt.figures import Figures, measure_captioner, measure_clip, measure_filter, measure_llm
 from capfilt.progress import Progress, StreamProgress
 from capfilt.settings import BlipTrainSettings, ClipTrainSettings, LlmTrainSettings
@@ -37,6 +38,7 @@ from capfilt.train.clip import train_clip
 from capfilt.train.llm import train_llm
 from capfilt.train.loop import TrainSummary
 from capfilt.weights.find import EMBEDDED_DIR
+from capfilt.weights.model_files import tokenizer_digest
 from capfilt.world.texts_for_llms import draw_llm_texts
 from capfilt.world.tokenizers import (
     build_bert_tokenizer,
@@ -158,12 +160,7 @@ def _build_inputs(work_dir: Path, progress: Progress) -> None:
         "bert": build_bert_tokenizer, "clip": build_clip_tokenizer, "opt": build_opt_tokenizer,
         "t5": build_t5_tokenizer,
     }.items():  # fmt: skip
-        folder = work_dir / "tokenizers" / name
-        if not folder.exists():
-            partial = folder.with_suffix(".partial")
-            partial.mkdir(parents=True, exist_ok=True)
-            build(partial)
-            partial.rename(folder)
+        _build_tokenizer(build, work_dir / "tokenizers" / name)
     for name, settings in RUNS.items():
         write_world_run(work_dir / "runs" / name, settings, progress)
     texts = work_dir / "llm_texts.jsonl"
@@ -171,6 +168,19 @@ def _build_inputs(work_dir: Path, progress: Progress) -> None:
         partial = texts.with_suffix(".partial")
         write_llm_texts(partial, draw_llm_texts(NUM_LLM_TEXTS))
         partial.rename(texts)
+
+
+def _build_tokenizer(build: Callable[[Path], object], folder: Path) -> None:
+    """Build it; where it is there already, it must be the same. UsageError where the words have changed since."""
+    built = folder.with_suffix(".partial")
+    shutil.rmtree(built, ignore_errors=True)
+    built.mkdir(parents=True)
+    build(built)
+    if not folder.exists():
+        built.rename(folder)
+    elif tokenizer_digest(built) != tokenizer_digest(folder):
+        raise UsageError(f"{folder} is of other words than the world has now. Give another --work-dir.")
+    shutil.rmtree(built, ignore_errors=True)
 
 
 def _all_runs(work_dir: Path) -> list[Path]:
@@ -241,34 +251,57 @@ def make_part(part: Part, work_dir: Path, target_dir: Path, progress: Progress, 
     )
 
 
-def make_all(work_dir: Path, target_dir: Path, num_scenes: int, workers: int) -> None:
-    """Every part in a process of its own, `workers` at a time, on one core each.
+def make_all(run_part: Callable[[str], None], workers: int) -> None:
+    """Every part by `run_part(name)`, `workers` at a time; a BLIP waits for the pre-training.
 
-    CapfiltError, when all others have ended, where one of them failed.
+    CapfiltError, when all others have ended, where one of them failed. An interruption begins no further part.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = time.monotonic()
 
     def make(name: str, needs: Future[None] | None) -> None:
         if needs is not None:
             needs.result()
-        options = ["--work-dir", work_dir, "--target-dir", target_dir, "--num-scenes", str(num_scenes)]
-        subprocess.run([sys.executable, "-m", "capfilt.assets", "--only", name, *options], env=environment, check=True)
+        run_part(name)
 
     with ThreadPoolExecutor(workers) as pool:
-        first = pool.submit(make, PRE_TRAINING, None)
-        jobs = [pool.submit(make, name, first if name.startswith("blip") else None) for name in LONGEST_FIRST]
-    failed = [name for name, job in zip([PRE_TRAINING, *LONGEST_FIRST], [first, *jobs], strict=True) if job.exception()]
-    if failed:
+        jobs = {PRE_TRAINING: pool.submit(make, PRE_TRAINING, None)}
+        for name in LONGEST_FIRST:
+            needs = jobs[PRE_TRAINING] if name.startswith("blip") else None
+            jobs[name] = pool.submit(make, name, needs)
+        try:
+            wait(jobs.values())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failed := [name for name, job in jobs.items() if job.exception()]:
         raise CapfiltError(
             f"These parts failed, see above: {', '.join(failed)}. The same command goes on where they ended."
         )
-    minutes = (time.monotonic() - started) / 60
-    print(f"The embedded models are in {target_dir}; their training took {minutes:.0f} minutes.")  # noqa: T201
 
 
-def main() -> None:
-    """Read the options of `python -m capfilt.assets`."""
+def _run_in_process(options: argparse.Namespace) -> Callable[[str], None]:
+    """What makes a part in a process of its own, on one core; it ends with this process."""
+    folders = ["--work-dir", options.work_dir, "--target-dir", options.target_dir]
+    command = [sys.executable, "-m", "capfilt.assets", *map(str, folders), "--num-scenes", str(options.num_scenes)]
+
+    def run_part(name: str) -> None:
+        with subprocess.Popen([*command, "--only", name], env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+            running.append(process)
+            if process.wait() != 0:
+                raise CapfiltError(f"{name} ended with exit code {process.returncode}.")
+
+    running: list[subprocess.Popen[bytes]] = []
+
+    def stop(number: int, _frame: object) -> None:
+        for process in running:
+            process.send_signal(number)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    return run_part
+
+
+def main() -> int:
+    """Read the options of `python -m capfilt.assets`; gives the exit code."""
     parser = argparse.ArgumentParser(prog="python -m capfilt.assets", description="Make the embedded models.")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/assets"), help="runs and trainings")
     parser.add_argument("--target-dir", type=Path, default=EMBEDDED_DIR, help="where the models are shipped")
@@ -276,16 +309,23 @@ def main() -> None:
     parser.add_argument("--num-scenes", type=int, default=NUM_UNSEEN_SCENES, help="unseen scenes to measure on")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="parts made at a time")
     options = parser.parse_args()
-    progress = StreamProgress(sys.stderr)
-    build_inputs(options.work_dir, progress)
-    if options.only == PRE_TRAINING:
-        pre_train(options.work_dir, progress)
-    elif options.only:
-        part = next(part for part in list_parts(options.work_dir) if part.name == options.only)
-        make_part(part, options.work_dir, options.target_dir, progress, options.num_scenes)
-    else:
-        make_all(options.work_dir, options.target_dir, options.num_scenes, options.workers)
+    progress, started = StreamProgress(sys.stderr), time.monotonic()
+    try:
+        build_inputs(options.work_dir, progress)
+        if options.only == PRE_TRAINING:
+            pre_train(options.work_dir, progress)
+        elif options.only:
+            part = next(part for part in list_parts(options.work_dir) if part.name == options.only)
+            make_part(part, options.work_dir, options.target_dir, progress, options.num_scenes)
+        else:
+            make_all(_run_in_process(options), options.workers)
+            minutes = (time.monotonic() - started) / 60
+            print(f"The embedded models are in {options.target_dir}; this took {minutes:.0f} minutes.")  # noqa: T201
+    except CapfiltError as error:
+        print(f"capfilt: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

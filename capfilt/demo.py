@@ -210,7 +210,7 @@ def _measure_untrained(stage1_dir: Path) -> Figures:
 
     torch.manual_seed(STAGE2.seed)
     device = choose_device(STAGE2.device)
-    llm = load_llm(str(find_model_dir(LLM, "language model")), device=device)
+    llm = load_llm(find_model_dir(LLM, "language model"), device=device)
     model = start_stage2(stage1_dir, llm, 0.0, device)
     return measure_blip2(Generator(model.encoder, model.stage.eval(), device), _unseen())
 

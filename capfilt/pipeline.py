@@ -43,17 +43,15 @@ def run_recipe(
 
     Raises UsageError when the recipe has no [source] and the run no shards, and what the steps raise.
     """
-    from capfilt.curate.download import DownloadSummary
+    from capfilt.curate.require_images import require_images
     from capfilt.data.rundir import RunDir
 
     progress = progress or NullProgress()
     opened = RunDir.new(run_path, generation) if recipe.source else nullcontext(RunDir.open(run_path, generation))
     with opened as run, run.lock():
         if recipe.source is not None:
-            taken = _take_source(recipe.source, recipe.download, run, progress)
-            yield taken
-            if isinstance(taken.summary, DownloadSummary):
-                taken.summary.require_images(run.path)
+            yield _take_source(recipe.source, recipe.download, run, progress)
+            require_images(run)
         if not run.shard_names():
             raise UsageError(
                 f"No shards in {run.path}/shards, and {recipe.path} has no [source]. Run "

@@ -6,12 +6,13 @@ In: a recipe and a run directory. Out: a line for each step. Changes nothing, lo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from capfilt.data.commit import file_sha256, read_commit_record
+from capfilt.data.commit import file_sha256, input_digest, read_commit_record
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.pipeline import training_dir
@@ -27,7 +28,7 @@ class StepPlan:
     name: str
     what: str
     state: str
-    """"to do", "done", "2 of 3 shards", or "other settings" where what is there was made otherwise."""
+    """"to do", "done", "2 of 3 shards", "500 steps", or "other settings" where what is there was made otherwise."""
     differences: str = ""
     """What differs where the state is "other settings"; `capfilt run` refuses to mix it."""
 
@@ -46,22 +47,30 @@ class _Stage:
 def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -> list[StepPlan]:
     """What `run_recipe` would do, and what of it is there.
 
-    Raises UsageError when the recipe has no [source] and the run no shards.
+    Raises UsageError when the recipe has no [source] and the run no shards, CorruptionError for a damaged record.
     """
     run = RunDir.open(run_path, generation) if (run_path / "run.json").exists() else None
     shards = run.shard_names() if run else []
     if not shards and recipe.source is None:
         raise UsageError(f"No shards in {run_path}/shards, and {recipe.path} has no [source].")
     plans = [StepPlan("shards", _source_text(recipe.source), _count(len(shards)))]
-    plans += [_plan_stage(stage, run, shards) for stage in _stages(recipe)]
-    if recipe.stage1 is not None:
-        models = {"image_encoder_sha256": find_local_dir(recipe.stage1.image_encoder, "captioner")}
-        plans.append(_plan_training("stage1", recipe.stage1, training_dir(run_path, "stage1", generation), run, models))
-    if recipe.stage2 is not None:
-        models = {"llm_sha256": find_local_dir(recipe.stage2.llm, None)}
-        output_dir = training_dir(run_path, "stage2", generation)
-        plans.append(_plan_training("stage2", recipe.stage2.settings(), output_dir, run, models))
-    return plans
+    if run is None or not shards:
+        return plans + [StepPlan(name, what, "to do") for name, what in _steps_after_the_shards(recipe)]
+    ready = set(shards)
+    for stage in _stages(recipe):
+        plan, ready = _plan_stage(stage, run, ready, len(shards))
+        plans.append(plan)
+    return plans + _plan_trainings(recipe, run, has_manifest=len(ready) == len(shards))
+
+
+def _steps_after_the_shards(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield from ((stage.name, stage.what) for stage in _stages(recipe))
+    yield from ((name, _training_text(training)) for name, training in _trainings(recipe))
+
+
+def _trainings(recipe: Recipe) -> list[tuple[str, TrainSettings]]:
+    found = [("stage1", recipe.stage1), ("stage2", recipe.stage2.settings() if recipe.stage2 else None)]
+    return [(name, settings) for name, settings in found if settings is not None]
 
 
 def _stages(recipe: Recipe) -> list[_Stage]:
@@ -86,17 +95,21 @@ def _stages(recipe: Recipe) -> list[_Stage]:
     return found
 
 
-def _plan_stage(stage: _Stage, run: RunDir | None, shards: list[str]) -> StepPlan:
-    done = [shard for shard in shards if shard in set(run.committed(stage.name))] if run else []
-    if run is None or not done:
-        return StepPlan(stage.name, stage.what, "to do")
-    path = run.read_file(stage.name, done[0])
-    differences = _differences(stage, read_commit_record(path).fields)
-    if not differences:
-        return StepPlan(stage.name, stage.what, f"{len(done):,} of {_count(len(shards))}")
-    if path != run.stage_file(stage.name, done[0]):  # of the default generation, which this one does not use then
-        return StepPlan(stage.name, stage.what, "to do")
-    return StepPlan(stage.name, stage.what, "other settings", differences)
+def _plan_stage(stage: _Stage, run: RunDir, ready: set[str], num_shards: int) -> tuple[StepPlan, set[str]]:
+    """The plan of a stage, and the shards that have it; `ready` have the stage before it as it will be."""
+    done, differences = set[str](), ""
+    for shard in sorted(run.committed(stage.name)):
+        path = run.read_file(stage.name, shard)
+        record = read_commit_record(path)
+        found = _differences(stage, record.fields)
+        if found and path == run.stage_file(stage.name, shard):
+            differences = differences or found
+        elif not found and shard in ready and record.input_digest == input_digest(run, stage.name, shard):
+            done.add(shard)
+    if differences:
+        return StepPlan(stage.name, stage.what, "other settings", differences), set()
+    state = f"{len(done):,} of {_count(num_shards)}" if done else "to do"
+    return StepPlan(stage.name, stage.what, state), done
 
 
 def _differences(stage: _Stage, made_with: Mapping[str, Any]) -> str:
@@ -106,34 +119,72 @@ def _differences(stage: _Stage, made_with: Mapping[str, Any]) -> str:
         for name, value in stage.settings.items()
         if made_with.get(name) != value
     ]
-    folder = find_local_dir(stage.model, stage.embedded) if stage.model else None
+    folder = find_local_dir(stage.model, stage.embedded)
     if folder is not None and not _has_files(folder, made_with["model"]):
         differing.append(f"another model than {stage.model}")
     return ", ".join(differing)
 
 
 def _has_files(folder: Path, digests: Mapping[str, str]) -> bool:
-    return all((folder / name).is_file() and file_sha256(folder / name) == digest for name, digest in digests.items())
+    return all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in digests.items())
 
 
-def _plan_training(
-    name: str, settings: TrainSettings, output_dir: Path, run: RunDir | None, models: Mapping[str, Path | None]
-) -> StepPlan:
-    """A training, compared by its settings, the pairs of the run and those of its models that are folders here."""
-    from capfilt.train.checkpoint import setting_changes
-    from capfilt.train.loop import binding_settings
+_sha256 = lru_cache(maxsize=64)(file_sha256)  # each file of a model is asked for once a shard
+
+
+def _plan_trainings(recipe: Recipe, run: RunDir, *, has_manifest: bool) -> list[StepPlan]:
+    """Trainings, compared by settings, pairs and those of their models that are folders here.
+
+    A training is compared when what it reads is as it will be; until then it is to do.
+    """
     from capfilt.train.pairs import runs_digest
     from capfilt.weights.model_files import weights_digest
 
-    what = f"{settings.max_steps:,} steps of {settings.batch_size} images"
-    record = output_dir / "training.json"
-    if run is None or not record.exists():
+    plans: list[StepPlan] = []
+    for name, settings in _trainings(recipe):
+        output_dir = training_dir(run.path, name, run.generation)
+        is_ready = has_manifest if not plans else plans[-1].state == "done"
+        if not is_ready or not output_dir.is_dir():
+            plans.append(StepPlan(name, _training_text(settings), "to do"))
+            continue
+        folders = _folders_of(recipe, name, run)
+        digests = {field: weights_digest(folder) for field, folder in folders.items() if folder is not None}
+        plans.append(_compare_training(name, settings, output_dir, {"input": runs_digest([run])} | digests))
+    return plans
+
+
+def _folders_of(recipe: Recipe, name: str, run: RunDir) -> dict[str, Path | None]:
+    """Field of a training's record → the folder whose digest it is."""
+    if name == "stage2":
+        assert recipe.stage2 is not None
+        init = training_dir(run.path, "stage1", run.generation)
+        return {"init_sha256": init, "llm_sha256": find_local_dir(recipe.stage2.llm, None)}
+    assert recipe.stage1 is not None
+    start = recipe.stage1.qformer_init or recipe.stage1.image_encoder
+    return {
+        "image_encoder_sha256": find_local_dir(recipe.stage1.image_encoder, "captioner"),
+        "qformer_init_sha256": find_local_dir(start, "captioner"),
+    }
+
+
+def _compare_training(name: str, settings: TrainSettings, output_dir: Path, digests: Mapping[str, str]) -> StepPlan:
+    from capfilt.train.checkpoint import find_checkpoint, setting_changes
+    from capfilt.train.loop import binding_settings
+
+    what = _training_text(settings)
+    record, wanted = output_dir / "training.json", binding_settings(settings) | dict(digests)
+    if record.exists():
+        state, fields = "done", json.loads(record.read_text())["fields"]
+    elif (found := find_checkpoint(output_dir)) is not None:
+        state, fields = f"{found[1]['step']:,} steps", found[1]["fields"]
+    else:
         return StepPlan(name, what, "to do")
-    wanted = binding_settings(settings) | {"input": runs_digest([run])}
-    wanted |= {field: weights_digest(folder) for field, folder in models.items() if folder is not None}
-    made_with = {name: value for name, value in json.loads(record.read_text())["fields"].items() if name in wanted}
-    changes = setting_changes(made_with, wanted)
-    return StepPlan(name, what, "other settings" if changes else "done", changes)
+    changes = setting_changes({field: value for field, value in fields.items() if field in wanted}, wanted)
+    return StepPlan(name, what, "other settings" if changes else state, changes)
+
+
+def _training_text(settings: TrainSettings) -> str:
+    return f"{settings.max_steps:,} steps of {settings.batch_size} images"
 
 
 def _source_text(source: SourceSettings | None) -> str:

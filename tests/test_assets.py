@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from capfilt.assets import EMBEDDED_DIR
+from capfilt.assets import EMBEDDED_DIR, LONGEST_FIRST, PRE_TRAINING, make_all
+from capfilt.errors import CapfiltError
 from capfilt.figures import Figures, measure_captioner, measure_clip, measure_filter, measure_llm
 
 NAMES = ("blip-captioner", "blip-filter", "clip", "opt", "t5")
@@ -61,3 +64,45 @@ def test_language_models_open_in_plain_transformers(name: str, auto_class: Any) 
     with torch.no_grad():
         written = model.generate(input_ids=inputs.input_ids, max_new_tokens=20, do_sample=False)
     assert tokenizer.decode(written[0], skip_special_tokens=True).strip()
+
+
+def test_parts_are_made_side_by_side_after_what_they_need() -> None:
+    begun: list[str] = []
+    ended: list[str] = []
+
+    def run_part(name: str) -> None:
+        begun.append(name)
+        if name.startswith("blip-") and name != PRE_TRAINING:
+            assert PRE_TRAINING in ended
+        ended.append(name)
+
+    make_all(run_part, workers=2)
+    assert sorted(ended) == sorted([PRE_TRAINING, *LONGEST_FIRST])
+
+
+def test_a_part_that_fails_is_named_when_the_others_are_made() -> None:
+    ended: list[str] = []
+
+    def run_part(name: str) -> None:
+        if name == PRE_TRAINING:
+            raise CapfiltError("no")
+        ended.append(name)
+
+    with pytest.raises(CapfiltError, match=f"{PRE_TRAINING}, blip-filter, blip-captioner"):
+        make_all(run_part, workers=2)
+    assert sorted(ended) == ["clip", "opt", "t5"]
+
+
+def test_an_interruption_begins_no_further_part() -> None:
+    begun: list[str] = []
+
+    def run_part(name: str) -> None:
+        begun.append(name)
+        if len(begun) == 1:
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.2)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_all(run_part, workers=1)
+    time.sleep(0.5)
+    assert begun == [PRE_TRAINING]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from capfilt.cli.console import open_progress, say_result
+from capfilt.cli.console import note, open_progress, say_result
 from capfilt.cli.options import AsJson, Run, settings_from
 from capfilt.settings import DownloadSettings
+
+if TYPE_CHECKING:
+    from capfilt.curate.download import DownloadSummary
+    from capfilt.curate.import_shards import ImportSummary
+    from capfilt.data.rundir import RunDir
 
 
 def download(
@@ -56,10 +61,7 @@ def download(
 
     with RunDir.new(run) as opened:
         summary = download_table(table, opened, settings, open_progress())
-    say_result(
-        summary, summary.line(), f"capfilt run capfilt {run}" if summary.num_succeeded else None, as_json=as_json
-    )
-    summary.require_images(run)
+    _end(summary, opened, as_json)
 
 
 def import_(
@@ -76,4 +78,14 @@ def import_(
 
     with RunDir.new(run) as opened:
         summary = import_shards(tars, opened, DownloadSettings(), open_progress())
-    say_result(summary, summary.line(), f"capfilt run capfilt {run}", as_json=as_json)
+    _end(summary, opened, as_json)
+
+
+def _end(summary: DownloadSummary | ImportSummary, run: RunDir, as_json: bool) -> None:
+    """The result, then the next command; CapfiltError where there is no image to go on with."""
+    from capfilt.curate.require_images import require_images
+
+    say_result(summary, summary.line(), None, as_json=as_json)
+    require_images(run)
+    if not as_json:
+        note(f"Next: capfilt run capfilt {run.path}")

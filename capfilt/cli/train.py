@@ -237,7 +237,7 @@ def llm(
 
     summary = train_llm(texts, tokenizer, settings, output, open_progress())
     next_command = f"capfilt train stage2 RUN --init STAGE1_DIR --llm {output} --output DIR"
-    say_result(summary, training_line(architecture, summary, output), next_command, as_json=shared["as_json"])
+    say_result(summary, training_line(settings.architecture, summary, output), next_command, as_json=shared["as_json"])
 
 
 def training_line(what: str, summary: TrainSummary, output: Path) -> str:

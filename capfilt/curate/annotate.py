@@ -235,10 +235,9 @@ def _find_todo(plan: _Plan, shard: str) -> list[str]:
                 raise
             assert plan.filter is not None
             keep, _ = plan.ranking(shard)
-            named = f" --generation {run.generation}" if run.generation else ""
             advice = (
                 f"Or let this choice replace it, from the stored scores: `capfilt select {run.path} "
-                f"--threshold {plan.filter.threshold:g} --keep {keep}{named}`."
+                f"--threshold {plan.filter.threshold:g} --keep {keep}{run.generation_option}`."
             )
             raise FingerprintMismatchError(f"{error} {advice}") from error
         if todo or state != "done":

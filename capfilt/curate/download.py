@@ -70,20 +70,6 @@ class DownloadSummary:
         failed = f"; failed: {worst}" if worst else ""
         return f"Downloaded {total} in {self.seconds:.1f} s ({self.num_new_shards:,} new shards{failed})."
 
-    def require_images(self, run: Path) -> None:
-        """CapfiltError where not one URL gave an image: what follows would have nothing to do."""
-        if self.num_succeeded:
-            return
-        advice = (
-            "Private networks and other ports are opened with --allow-private-addresses."
-            if {"blocked_address", "bad_port"} & self.failures.keys()
-            else f"`capfilt stats {run}` shows the hosts and reasons."
-        )
-        raise CapfiltError(
-            f"None of the {self.num_rows:,} URLs gave an image ({shorten_counts(self.failures)}). {advice} "
-            f"Then download into another run directory: the outcome of these is kept in {run}."
-        )
-
 
 @dataclass(slots=True)
 class _Shard:

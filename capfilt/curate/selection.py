@@ -203,10 +203,11 @@ def reselect(
     progress, started = progress or NullProgress(), time.monotonic()
     with run.lock():
         shards = run.shard_names()
+        stored = _stored_ranking(run, shards)
         present = _present_choice(run, shards)
         chosen = FilterSettings(threshold=present["threshold"] if threshold is None else threshold).threshold
-        top = RankSettings(keep=present["keep"] if keep is None else keep).keep
-        stored = _stored_ranking(run, shards, top)
+        top = RankSettings(keep=min(present["keep"], stored["keep"]) if keep is None else keep).keep
+        _refuse_unseen(run, top, stored["keep"])
         fields = manifest_fields(threshold=chosen, keep=top, include_web=stored["include_web"])
         num_new, num_pairs, reasons = 0, 0, dict[str, int]()
         progress.start("select", len(shards), "shards")
@@ -227,35 +228,40 @@ def reselect(
 
 
 def _present_choice(run: RunDir, shards: Sequence[str]) -> dict[str, Any]:
-    """Threshold and `keep` of the manifest that is there; where there is none, what `filter` would have taken."""
-    for shard in shards:
-        for stage in ("manifest", "clip"):
-            path = run.read_file(stage, shard)
-            if path.exists():
-                return {"threshold": FilterSettings.threshold, **read_commit_record(path).fields}
-    return {"threshold": FilterSettings.threshold, "keep": RankSettings.keep}
+    """Threshold and `keep` of the manifest that is there, the default generation's where this one has none yet;
+    where there is none at all, what `filter` would have taken."""
+    for path in (RunDir(run.path, name).read_file("manifest", shards[0]) for name in (run.generation, None)):
+        if path.exists():
+            return read_commit_record(path).fields
+    return {"threshold": FilterSettings.threshold, **_ranking_of(run, shards[0])}
 
 
-def _stored_ranking(run: RunDir, shards: Sequence[str], keep: int) -> dict[str, Any]:
-    """What the scores were made with: `keep` and `include_web`."""
-    stored: dict[str, Any] = {}
+def _ranking_of(run: RunDir, shard: str) -> dict[str, Any]:
+    fields = read_commit_record(run.read_file("clip", shard)).fields
+    return {name: fields[name] for name in ("keep", "include_web")}
+
+
+def _stored_ranking(run: RunDir, shards: Sequence[str]) -> dict[str, Any]:
+    """What the scores were made with: `include_web`, and the lowest `keep` of the shards."""
     for shard in shards:
         for stage, command in (("clip", "rank"), ("itm", "filter")):
             if not run.read_file(stage, shard).exists():
                 raise UsageError(
                     f"Shard {shard} of {run.path} has no {stage} scores. Run `capfilt {command} {run.path}`."
                 )
-        found = read_commit_record(run.read_file("clip", shard)).fields
-        stored = {name: found[name] for name in ("keep", "include_web")}
-        if keep > stored["keep"]:
-            raise UsageError(
-                f"keep is {keep}, but the filter saw the top {stored['keep']} of shard {shard} only. Run "
-                f"`capfilt rank {run.path} --keep {keep} --generation top{keep}` with the same model, "
-                f"then `capfilt filter {run.path} --generation top{keep}`."
-            )
-    if not stored:
+    if not shards:
         raise UsageError(f"{run.path} has no shards. Run `capfilt download TABLE {run.path}` first.")
-    return stored
+    stored = [_ranking_of(run, shard) for shard in shards]
+    return {"include_web": stored[-1]["include_web"], "keep": min(int(ranking["keep"]) for ranking in stored)}
+
+
+def _refuse_unseen(run: RunDir, keep: int, stored_keep: int) -> None:
+    if keep > stored_keep:
+        raise UsageError(
+            f"keep is {keep}, but the filter saw the top {stored_keep} of some shards only. Run "
+            f"`capfilt rank {run.path} --keep {keep} --generation top{keep}` with the same model, "
+            f"then `capfilt filter {run.path} --generation top{keep}`."
+        )
 
 
 def _is_selected(run: RunDir, shard: str, fields: Mapping[str, Any]) -> bool:

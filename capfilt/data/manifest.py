@@ -84,5 +84,5 @@ def _check_complete(run: RunDir) -> None:
     if len(selections) > 1:
         raise CapfiltError(
             f"The manifest of {run.path} mixes {len(selections)} selections: one was interrupted. "
-            f"Repeat it: `capfilt select {run.path} --threshold T --keep K`."
+            f"Repeat it: `capfilt select {run.path} --threshold T --keep K{run.generation_option}`."
         )

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
@@ -74,14 +74,15 @@ class RunDir:
     @classmethod
     @contextmanager
     def new(cls, path: str | Path, generation: str | None = None) -> Iterator[RunDir]:
-        """`create`, for a command that fills the run; where a UsageError leaves it empty, it is removed again."""
-        was_there = (Path(path) / "run.json").exists()
+        """`create`, for a command that fills the run; what it made is removed where a UsageError leaves it empty."""
+        was_there, was_run = Path(path).exists(), (Path(path) / "run.json").exists()
         run = cls.create(path, generation)
         try:
             yield run
         except UsageError:
-            if not was_there:
-                run._remove_empty()
+            if not was_run:
+                with suppress(OSError):  # the error is what the user must read
+                    run._remove_empty(with_directory=not was_there)
             raise
 
     @classmethod
@@ -150,11 +151,21 @@ class RunDir:
         names = {folder.name.partition("@")[2] for stage in STAGES for folder in self.path.glob(f"{stage}@*")}
         return sorted(names)
 
-    def _remove_empty(self) -> None:
+    def _remove_empty(self, *, with_directory: bool) -> None:
         """Remove the run where it holds nothing but what every run has."""
         with self.lock():
-            if {entry.name for entry in self.path.iterdir()} <= {"run.json", ".lock", ".staging"}:
-                shutil.rmtree(self.path)
+            if not {entry.name for entry in self.path.iterdir()} <= {"run.json", ".lock", ".staging"}:
+                return
+            shutil.rmtree(self.path / ".staging", ignore_errors=True)
+            for name in ("run.json", ".lock"):
+                (self.path / name).unlink(missing_ok=True)
+            if with_directory:
+                self.path.rmdir()
+
+    @property
+    def generation_option(self) -> str:
+        """What a command advised for this run needs: empty, or ` --generation NAME`."""
+        return f" --generation {self.generation}" if self.generation else ""
 
     def _folder(self, stage: str) -> str:
         if stage not in STAGES:

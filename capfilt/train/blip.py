@@ -27,8 +27,8 @@ from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import RunPairs, read_pairs, runs_digest
 from capfilt.weights.blip import LoadedBlip, load_trainable_blip, save_blip
 from capfilt.weights.devices import choose_device
-from capfilt.weights.find import find_model_dir
-from capfilt.weights.model_files import ImagePreparation, load_tokenizer, weights_digest
+from capfilt.weights.find import SIDE_FILES, find_model_dir
+from capfilt.weights.model_files import ImagePreparation, load_tokenizer, tokenizer_digest, weights_digest
 
 PARTS: tuple[Kind, ...] = ("captioner", "filter")
 
@@ -127,7 +127,7 @@ def _train(
             false_tokens_BT[torch.tensor([not text for text in false_texts])] = start.tokenizer.pad_token_id
         return losses(batch.images.to(device), tokens_RT, false_tokens_BT)
 
-    origin_sha256 = " ".join(weights_digest(folder) for folder in _origins(settings, part))
+    origin_sha256 = _origin_digest(settings, part)
     fields = {"input": runs_digest(run_dirs), "origin_sha256": origin_sha256}
     return train(
         compute_losses,
@@ -172,11 +172,16 @@ def encode_texts(tokenizer: Any, texts: list[str], settings: BlipTrainSettings, 
     return encoded.input_ids.to(device)
 
 
-def _origins(settings: BlipTrainSettings, part: str) -> list[Path]:
-    """The folders that training starts from: of both parts, of one, or of the tokenizer alone."""
+def _origin_digest(settings: BlipTrainSettings, part: str) -> str:
+    """What training starts from: both parts, one, or the tokenizer alone."""
     if not settings.init:
-        return [find_model_dir(settings.tokenizer, "tokenizer")]
-    return list(_both_parts(settings.init).values()) if part == "blip" else [_part_of(settings.init, part)]
+        return tokenizer_digest(_tokenizer_dir(settings.tokenizer))
+    folders = _both_parts(settings.init).values() if part == "blip" else [_part_of(settings.init, part)]
+    return " ".join(weights_digest(folder) for folder in folders)
+
+
+def _tokenizer_dir(name: str) -> Path:
+    return find_model_dir(name, "tokenizer", patterns=SIDE_FILES)
 
 
 def _part_of(init: str, part: str) -> Path:
@@ -224,7 +229,7 @@ def _blip_tokenizer(name: str) -> Any:
 
     Raises UsageError for a tokenizer of another kind.
     """
-    tokenizer = load_tokenizer(find_model_dir(name, "tokenizer"))
+    tokenizer = load_tokenizer(_tokenizer_dir(name))
     needed = {"[CLS]": tokenizer.cls_token_id, "[SEP]": tokenizer.sep_token_id, "[PAD]": tokenizer.pad_token_id}
     if missing := [token for token, token_id in needed.items() if token_id is None]:
         raise UsageError(

@@ -2,7 +2,7 @@
 
     OUTPUT/checkpoints/step-00000500/
       model.safetensors       the tensors that training changes
-      optimizer.safetensors   AdamW's moments and the states of the random generators
+      optimizer.safetensors   the optimizer's moments and the states of the random generators
       state.json              step, cursor, settings, losses so far, sha256 of the two files; written last
 
 In: live tensors and an optimizer. Out: the same, as they were at the step saved. A directory without a

@@ -58,7 +58,8 @@ class FrozenFeatures:
     def __call__(self, batch: Batch) -> Tensor:
         """Features (B, 1 + P, D) of the batch's images, on the device."""
         if self._cache is None:
-            return self._encoder.vision(batch.images.to(self._device))
+            with torch.autocast(self._device.type, enabled=False):  # as those of the cache are
+                return self._encoder.vision(batch.images.to(self._device))
         assert batch.rows is not None, "a dataset's batches carry rows"
         return self._cache[torch.from_numpy(batch.rows)].to(self._device)
 

@@ -179,7 +179,7 @@ def _take_step(
 
 @contextmanager
 def _precision(settings: TrainSettings) -> Iterator[None]:
-    """Matrix products as `settings.autocast` says; losses and norms stay float32."""
+    """Matrix products as `settings.autocast` says; the weights stay float32."""
     if settings.autocast == "float32":
         yield
         return

@@ -62,7 +62,7 @@ def train_stage2_on(
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     llm_dir = find_model_dir(llm, "language model", embedded=None, give=GIVE_LLM)
-    language = load_llm(str(llm_dir), dtype=choose_dtype(settings.llm_dtype, device), device=device)
+    language = load_llm(llm_dir, dtype=choose_dtype(settings.llm_dtype, device), device=device)
     if isinstance(language, T5):
         language.whole_caption_share = settings.whole_caption_share
     model = start_stage2(init_dir, language, settings.dropout, device)

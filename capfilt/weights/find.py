@@ -23,7 +23,12 @@ SIDE_FILES = ("*.json", "*.txt", "*.model")
 
 
 def find_model_dir(
-    name: str, what: str, *, embedded: str | None = "captioner", give: str = "a folder, a hub id (owner/name)"
+    name: str,
+    what: str,
+    *,
+    embedded: str | None = "captioner",
+    give: str = "a folder, a hub id (owner/name)",
+    patterns: Iterable[str] | None = None,
 ) -> Path:
     """The folder that `name` means.
 
@@ -32,6 +37,7 @@ def find_model_dir(
         what: what is looked for, in messages ("image encoder").
         embedded: the embedded model that plain `embedded` means; None where none fits the place.
         give: what can be given, in messages.
+        patterns: the files to take from the hub; None for configuration, tokenizer and weights.
 
     Raises UsageError where there is no such folder, and where the hub cannot be reached.
     """
@@ -45,7 +51,7 @@ def find_model_dir(
         raise UsageError(f"The {what} {path} is no folder. {give}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UsageError(f"There is no {what} {name}: it is no folder here, and no hub id. {give}")
-    return download_snapshot(name)
+    return download_snapshot(name, patterns)
 
 
 def find_local_dir(name: str, embedded: str | None) -> Path | None:
@@ -56,7 +62,7 @@ def find_local_dir(name: str, embedded: str | None) -> Path | None:
     if name in names:
         return find_embedded(names[name])
     path = Path(name).expanduser()
-    return path if path.is_dir() else None
+    return path if name and path.is_dir() else None
 
 
 def find_embedded(what: str) -> Path:
@@ -100,6 +106,8 @@ def _hub_problem(error: Exception) -> str:
         )
     if type(error).__name__ == "HFValidationError":
         return "that is no valid hub id"
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return f"{error.strerror}: {error.filename}"
     return f"no answer, {type(error).__name__}"
 
 

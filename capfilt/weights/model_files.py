@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,16 @@ def read_torch_file(path: Path) -> dict[str, Any]:
 
 def weights_digest(folder: Path) -> str:
     """sha256 over config, tokenizer and weights of a folder: a training goes on only with the same."""
+    return _digest(folder, (*SIDE_FILES, "*.safetensors", "pytorch_model*.bin"))
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """The same of a folder whose tokenizer alone is read: weights beside it do not count."""
+    return _digest(folder, SIDE_FILES)
+
+
+def _digest(folder: Path, patterns: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    patterns = (*SIDE_FILES, "*.safetensors", "pytorch_model*.bin")
     names = {path.name for pattern in patterns for path in folder.glob(pattern)}
     for name in sorted(names - {"training.json"}):
         digest.update(f"{name}\0".encode())

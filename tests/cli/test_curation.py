@@ -140,7 +140,7 @@ def test_a_download_that_gives_nothing_fails(tmp_path: Path) -> None:
     table.write_text("url,text\nhttp://127.0.0.1/a.jpg,a cat\n")
     done = capfilt("download", table, tmp_path / "run")
     assert done.code == 1
-    assert "None of the 1 URLs gave an image (blocked_address 1)" in done.err
+    assert "None of the 1 rows gave an image (blocked_address 1)" in done.err
     assert "--allow-private-addresses" in done.err
     assert "Next:" not in done.err
     assert capfilt("verify", tmp_path / "run").code == 0, "its failure is accounted for"

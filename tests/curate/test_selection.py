@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from capfilt.curate.annotate import annotate
 from capfilt.curate.selection import captions_to_filter, rank_captions, reselect, select_pairs
+from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
 from capfilt.errors import FingerprintMismatchError, UsageError
 from tests.curate.small_runs import make_run, read_stage, save_models
@@ -127,6 +128,8 @@ def test_select_replaces_the_manifest_and_refuses_what_was_not_scored(tmp_path: 
     assert reselect(run).num_new_shards == 0, "what is not given stays"
     looser = reselect(run, threshold=0.1)
     assert (looser.threshold, looser.keep) == (0.1, 1)
+    beside = reselect(RunDir.open(run.path, "beside"), keep=1)
+    assert (beside.threshold, beside.num_kept) == (0.1, looser.num_kept), "it starts from the default generation's"
     with pytest.raises(FingerprintMismatchError, match="select .* --threshold 0.5 --keep 2"):
         annotate(run, ["captions", "clip", "itm", "manifest"], models.caption(), models.rank(), models.filter())
     reselect(run, threshold=0.5, keep=2)

@@ -1,0 +1,35 @@
+"""The check between source and captions: a run without a single image has nothing to go on with."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from capfilt.data.commit import read_commit_record, read_quarantine
+from capfilt.data.reasons import shorten_counts
+from capfilt.data.rundir import RunDir
+from capfilt.errors import CapfiltError
+
+PRIVATE_REASONS = {"blocked_address", "bad_port"}
+"""What `allow_private_addresses` would let through."""
+
+
+def require_images(run: RunDir) -> None:
+    """Raises CapfiltError, with the reasons, where the shards of `run` hold rows and not one image."""
+    shards = run.shard_names()
+    records = [read_commit_record(run.stage_file("shards", shard)) for shard in shards]
+    if not records or any(record.rows_kept for record in records):
+        return
+    reasons: Counter[str] = Counter()
+    for shard in shards:
+        reasons.update(read_quarantine(run, "shards", shard)["reason"].to_pylist())
+    advice = f"`capfilt stats {run.path}` shows what failed."
+    if reasons and reasons.keys() <= PRIVATE_REASONS:
+        advice = (
+            "Private networks and other ports are opened with --allow-private-addresses, in a recipe with "
+            "allow_private_addresses = true in [download]."
+        )
+    raise CapfiltError(
+        f"None of the {sum(record.rows_in for record in records):,} rows gave an image "
+        f"({shorten_counts(dict(reasons.most_common())) or 'there are none'}). {advice} "
+        f"Then take another run directory: the outcome of these rows is kept in {run.path}."
+    )
