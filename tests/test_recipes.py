@@ -66,7 +66,7 @@ def test_models_of_bundled_recipes_have_names_that_mean_something(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hub ids, folders or embedded models for the folders; for CLIP a name and a tag of open_clip's."""
-    monkeypatch.setattr(find, "download_snapshot", lambda _name: tmp_path)
+    monkeypatch.setattr(find, "download_snapshot", lambda _name, _patterns: tmp_path)
     recipe = read_recipe(name)
     for section, settings_of in (
         (recipe.caption, ("captioner",)),
