@@ -50,7 +50,7 @@ def run_recipe(
     opened = RunDir.new(run_path, generation) if recipe.source else nullcontext(RunDir.open(run_path, generation))
     with opened as run, run.lock():
         if recipe.source is not None:
-            yield _take_source(recipe.source, recipe.download, run, progress)
+            yield _take_source(recipe.source, download_settings(recipe), run, progress)
             require_images(run)
         if not run.shard_names():
             raise UsageError(
@@ -97,6 +97,13 @@ def _train(recipe: Recipe, run: Any, progress: Progress) -> Iterator[StepResult]
         yield StepResult("stage2", train_stage2([run], stage1_dir, llm, settings, stage2_dir, progress))
 
 
+def download_settings(recipe: Recipe) -> DownloadSettings:
+    """Those of the recipe; a miniature world is served on loopback, and its table has columns of known names."""
+    if recipe.source is None or not recipe.source.world_urls:
+        return recipe.download
+    return replace(recipe.download, allow_private_addresses=True, url_column="url", caption_column="text")
+
+
 # --- sources ------------------------------------------------------------------------------------------------
 
 
@@ -113,8 +120,7 @@ def _take_source(source: SourceSettings, settings: DownloadSettings, run: Any, p
     num_urls = source.world_urls or 0
     done = len(plan_shards(num_urls, settings.samples_per_shard, settings.num_shards)) == len(run.shard_names())
     with open_world(run.path, num_urls, source.world_seed, serve=not done) as table:
-        private = replace(settings, allow_private_addresses=True, url_column="url", caption_column="text")
-        return StepResult("download", download(str(table), run, private, progress))
+        return StepResult("download", download(str(table), run, settings, progress))
 
 
 @contextmanager
@@ -131,7 +137,7 @@ def open_world(run_path: Path, num_urls: int, seed: int, *, serve: bool = True) 
     folder.mkdir(parents=True, exist_ok=True)
     table, described = folder / "urls.parquet", folder / "site.json"
     wanted = {"num_urls": num_urls, "seed": seed}
-    known = _read_site(described)
+    known = read_site(run_path)
     if known is not None and {name: known[name] for name in wanted} != wanted:
         raise UsageError(f"{run_path} was made from the world {known}; the recipe asks for {wanted}. Name another run.")
     if known is not None and not serve:
@@ -161,7 +167,9 @@ def _start_site(make: Callable[[int], Any], seed: int, known: dict[str, int] | N
     return make(preferred.port)
 
 
-def _read_site(path: Path) -> dict[str, int] | None:
+def read_site(run_path: Path) -> dict[str, int] | None:
+    """`num_urls`, `seed` and `port` of the world that the run was made from; None where it was not."""
+    path = run_path / "world" / "site.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         return {name: int(known[name]) for name in ("num_urls", "seed", "port")}

@@ -12,10 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from capfilt.curate.download import download_fields
 from capfilt.data.commit import file_sha256, input_digest, read_commit_record
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
-from capfilt.pipeline import training_dir
+from capfilt.pipeline import download_settings, read_site, training_dir
 from capfilt.recipes import Recipe, SourceSettings
 from capfilt.settings import TrainSettings
 from capfilt.weights.find import find_local_dir
@@ -53,7 +54,7 @@ def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -
     shards = run.shard_names() if run else []
     if not shards and recipe.source is None:
         raise UsageError(f"No shards in {run_path}/shards, and {recipe.path} has no [source].")
-    plans = [StepPlan("shards", _source_text(recipe.source), _count(len(shards)))]
+    plans = [_plan_shards(recipe, run, shards)]
     if run is None or not shards:
         return plans + [StepPlan(name, what, "to do") for name, what in _steps_after_the_shards(recipe)]
     ready = set(shards)
@@ -61,6 +62,24 @@ def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -
         plan, ready = _plan_stage(stage, run, ready, len(shards))
         plans.append(plan)
     return plans + _plan_trainings(recipe, run, has_manifest=len(ready) == len(shards))
+
+
+def _plan_shards(recipe: Recipe, run: RunDir | None, shards: list[str]) -> StepPlan:
+    """The shards; those that were downloaded are compared by the world or the settings they came from."""
+    what, source = _source_text(recipe.source), recipe.source
+    if run is None or not shards or source is None or source.tars:
+        return StepPlan("shards", what, _count(len(shards)))
+    made_with = read_commit_record(run.stage_file("shards", shards[0])).fields
+    wanted = download_fields(made_with.get("table_sha256", ""), download_settings(recipe))
+    old = {name: made_with.get(name) for name in wanted}
+    if source.world_urls:
+        known = read_site(run.path) or {}
+        wanted |= {"world_urls": source.world_urls, "world_seed": source.world_seed}
+        old |= {"world_urls": known.get("num_urls"), "world_seed": known.get("seed")}
+    differences = ", ".join(
+        f"{name} {old[name]!r} -> {value!r}" for name, value in wanted.items() if old[name] != value
+    )
+    return StepPlan("shards", what, "other settings" if differences else _count(len(shards)), differences)
 
 
 def _steps_after_the_shards(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -76,23 +95,31 @@ def _trainings(recipe: Recipe) -> list[tuple[str, TrainSettings]]:
 def _stages(recipe: Recipe) -> list[_Stage]:
     found = []
     if said := recipe.caption:
-        what = f"{said.num_captions} captions an image ({said.decoding}) by {said.captioner or '(none named)'}"
+        what = f"{said.num_captions} captions an image ({said.decoding}) by {_model_text(said.captioner, 'captioner')}"
         settings = {name: getattr(said, name) for name in said.fingerprint_fields}
         if said.prompt is None:  # the model's own
             del settings["prompt"]
         found.append(_Stage("captions", what, settings, said.captioner, "captioner"))
     if said := recipe.rank:
         name = said.clip_model + (f" / {said.clip_weights}" if said.clip_weights else "")
-        what = f"CLIP scores by {name}, best {said.keep} kept"
+        local = said.clip_weights or said.clip_model
+        what = f"CLIP scores by {_model_text(name, 'clip', local)}, best {said.keep} kept"
         settings = {name: getattr(said, name) for name in said.fingerprint_fields}
         found.append(_Stage("clip", what, settings, said.clip_weights or said.clip_model, "clip"))
     if said := recipe.filter:
-        what = f"ITM scores by {said.filter_model or '(none named)'}"
+        what = f"ITM scores by {_model_text(said.filter_model, 'filter')}"
         settings = {name: getattr(said, name) for name in said.fingerprint_fields}
         found.append(_Stage("itm", what, settings, said.filter_model, "filter"))
         ranking = {} if recipe.rank is None else {"keep": recipe.rank.keep, "include_web": recipe.rank.include_web}
         found.append(_Stage("manifest", f"threshold {said.threshold:g}", {"threshold": said.threshold, **ranking}))
     return found
+
+
+def _model_text(name: str, embedded: str, local: str = "") -> str:
+    """The model's name; what is no folder here is not looked up, so it may be another than the one used before."""
+    if not name:
+        return "(none named)"
+    return name if find_local_dir(local or name, embedded) else f"{name} (no folder here: not compared)"
 
 
 def _plan_stage(stage: _Stage, run: RunDir, ready: set[str], num_shards: int) -> tuple[StepPlan, set[str]]:

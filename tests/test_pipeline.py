@@ -109,6 +109,10 @@ def test_whole_recipe_then_again(models: Path, tmp_path: Path) -> None:
     other_model = recipe_with(tmp_path, models, old=f"{models}/clip", new=f"{models}/filter")
     refused = {plan.name: plan.differences for plan in plan_recipe(other_model, run) if plan.state == "other settings"}
     assert refused == {"clip": f"another model than {models}/filter"}
+    other_shards = recipe_with(tmp_path, models, old="samples_per_shard = 20", new="samples_per_shard = 30")
+    assert plan_recipe(other_shards, run)[0].differences == "samples_per_shard 20 -> 30"
+    hub_model = recipe_with(tmp_path, models, old=f"{models}/clip", new="owner/name")
+    assert "owner/name (no folder here: not compared)" in plan_recipe(hub_model, run)[2].what
     more_steps = recipe_with(tmp_path, models, old="max_steps = 2", new="max_steps = 3")
     steps = {plan.name: plan for plan in plan_recipe(more_steps, run)}
     assert (steps["captions"].state, steps["stage1"].state) == ("2 of 2 shards", "other settings")

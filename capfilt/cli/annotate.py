@@ -19,7 +19,7 @@ from capfilt.cli.options import (
     Threshold,
     settings_from,
 )
-from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
+from capfilt.settings import EMBEDDED, CaptionSettings, FilterSettings, RankSettings
 
 
 def caption(
@@ -66,7 +66,8 @@ def caption(
     if num_captions is None:
         num_captions = 1 if decoding in ("greedy", "beam") else CaptionSettings.num_captions
     settings = settings_from(CaptionSettings, locals())
-    _annotate(run, generation, as_json, f"capfilt rank {run}", ["captions"], caption=settings)
+    following_model = " --clip-model embedded" if captioner == EMBEDDED else ""
+    _annotate(run, generation, as_json, f"capfilt rank {run}{following_model}", ["captions"], caption=settings)
 
 
 def rank(
@@ -89,7 +90,9 @@ def rank(
 ) -> None:
     """Score every caption by CLIP and rank the captions of each image."""
     settings = settings_from(RankSettings, locals())
-    _annotate(run, generation, as_json, f"capfilt filter {run}", ["clip"], rank=settings)
+    following_model = EMBEDDED if clip_model == EMBEDDED else "PATH"
+    next_command = f"capfilt filter {run} --filter-model {following_model}"
+    _annotate(run, generation, as_json, next_command, ["clip"], rank=settings)
 
 
 def filter_(

@@ -9,6 +9,7 @@ import typer
 
 from capfilt.cli.console import clean, following, note, open_progress, say, say_json
 from capfilt.cli.options import AsJson, Generation, Run
+from capfilt.errors import UsageError
 
 MAX_FINDINGS_SHOWN = 50
 
@@ -20,7 +21,11 @@ def stats(run: Run, generation: Generation = None, as_json: AsJson = False) -> N
     from capfilt.report.stats import compute_stats
     from capfilt.report.stats_view import stats_lines
 
-    found = compute_stats(RunDir.open(run, generation))
+    opened = RunDir.open(run, generation)
+    if generation is not None and generation not in opened.generations():
+        known = ", ".join(opened.generations()) or "none"
+        raise UsageError(f"{run} has no generation {generation}; those it has: {known}.")
+    found = compute_stats(opened)
     if as_json:
         say_json(found)
         return

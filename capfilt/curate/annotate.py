@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from capfilt.curate.require_images import require_images
 from capfilt.curate.selection import RankedCaption, commit_manifest, manifest_fields
 from capfilt.curate.shard_pass import CaptionLane, ClipLane, Item, ItmLane, Lane, run_lanes
 from capfilt.data.commit import commit_stage, input_digest, read_commit_record, read_table, stage_state
@@ -57,7 +58,8 @@ class AnnotateSummary:
 
     def line(self) -> str:
         """One line for people."""
-        names = ", ".join(self.stages)
+        made = [name for name, stage in self.stages.items() if stage.num_new_shards]
+        names = ", ".join(made or self.stages)
         num_samples = max((stage.num_samples for stage in self.stages.values()), default=0)
         num_new = max((stage.num_new_shards for stage in self.stages.values()), default=0)
         quarantined = sum(stage.num_quarantined for stage in self.stages.values())
@@ -98,6 +100,7 @@ def annotate(
                 f"No shards in {run.path}/shards. Run `capfilt download TABLE {run.path}` or "
                 f"`capfilt import TARS {run.path}` first."
             )
+        require_images(run)
         plan.load_models()
         counts = {shard: read_commit_record(run.stage_file("shards", shard)).rows_kept for shard in shards}
         commands = {COMMANDS[stage] for stage in plan.stages}
@@ -219,10 +222,11 @@ def _annotate_shard(plan: _Plan, shard: str, num_images: int, progress: Progress
 def _find_todo(plan: _Plan, shard: str) -> list[str]:
     """The stages of a shard that are not there, or made from what has changed since, and what follows."""
     run, first = plan.run, plan.stages[0]
-    previous = STAGES[STAGES.index(first) - 1]
-    if not run.read_file(previous, shard).exists():
+    before = STAGES[1 : STAGES.index(first)]
+    lacking = next((stage for stage in before if not run.read_file(stage, shard).exists()), None)
+    if lacking is not None:
         raise UsageError(
-            f"Shard {shard} of {run.path} has no {previous} yet. Run `capfilt {COMMANDS[previous]} {run.path}` first."
+            f"Shard {shard} of {run.path} has no {lacking} yet. Run `capfilt {COMMANDS[lacking]} {run.path}` first."
         )
     todo: list[str] = []
     for stage in plan.stages:

@@ -72,6 +72,9 @@ def test_stage_commands_and_recipe_give_equal_rows(run: Path, downloaded: Path, 
     for command in (("run", recipe, other), ("run", recipe, other, "--dry-run"), ("verify", other)):
         named = capfilt(*command, "--generation", "again")
         assert named.err.rstrip().endswith("--generation again"), (command, named)
+    unknown = capfilt("stats", other, "--generation", "agian")
+    assert unknown.code == 2
+    assert "those it has: again" in unknown.err
     assert "--keep K --generation again" in capfilt("stats", other, "--generation", "again").err
 
 

@@ -121,6 +121,9 @@ def test_stage_before_must_be_there(models: Models, tmp_path: Path) -> None:
     run = make_run(tmp_path, num_shards=1)
     with pytest.raises(UsageError, match="Run `capfilt caption"):
         annotate(run, ["clip"], rank=models.rank())
+    with pytest.raises(UsageError, match="Run `capfilt caption"):
+        annotate(run, ["itm"], filter=models.filter())
+    annotate(run, ["captions"], caption=models.caption())
     with pytest.raises(UsageError, match="Run `capfilt rank"):
         annotate(run, ["itm"], filter=models.filter())
     with pytest.raises(UsageError, match="each with its settings"):
