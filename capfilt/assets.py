@@ -88,7 +88,7 @@ OPT = LlmTrainSettings(**FAST, architecture="opt", max_steps=4000, learning_rate
 T5 = LlmTrainSettings(**FAST, architecture="t5", max_steps=4000, learning_rate=4e-3)
 
 
-# --- the parts, in the order in which they are made ----------------------------------------------------------
+# --- the parts ----------------------------------------------------------------------------------------
 
 Train = Callable[[Path, Progress], TrainSummary]
 
@@ -279,7 +279,8 @@ def make_all(run_part: Callable[[str], None], workers: int) -> None:
 
 
 def _run_in_process(options: argparse.Namespace) -> Callable[[str], None]:
-    """What makes a part in a process of its own, on one core; it ends with this process."""
+    """What makes a part in a process of its own, on one core; a SIGTERM is passed on to it."""
+    running: list[subprocess.Popen[bytes]] = []
     folders = ["--work-dir", options.work_dir, "--target-dir", options.target_dir]
     command = [sys.executable, "-m", "capfilt.assets", *map(str, folders), "--num-scenes", str(options.num_scenes)]
 
@@ -288,8 +289,6 @@ def _run_in_process(options: argparse.Namespace) -> Callable[[str], None]:
             running.append(process)
             if process.wait() != 0:
                 raise CapfiltError(f"{name} ended with exit code {process.returncode}.")
-
-    running: list[subprocess.Popen[bytes]] = []
 
     def stop(number: int, _frame: object) -> None:
         for process in running:

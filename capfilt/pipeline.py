@@ -43,7 +43,6 @@ def run_recipe(
 
     Raises UsageError when the recipe has no [source] and the run no shards, and what the steps raise.
     """
-    from capfilt.curate.require_images import require_images
     from capfilt.data.rundir import RunDir
 
     progress = progress or NullProgress()
@@ -51,7 +50,6 @@ def run_recipe(
     with opened as run, run.lock():
         if recipe.source is not None:
             yield _take_source(recipe.source, download_settings(recipe), run, progress)
-            require_images(run)
         if not run.shard_names():
             raise UsageError(
                 f"No shards in {run.path}/shards, and {recipe.path} has no [source]. Run "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,12 @@ def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -
     for stage in _stages(recipe):
         plan, ready = _plan_stage(stage, run, ready, len(shards))
         plans.append(plan)
-    return plans + _plan_trainings(recipe, run, has_manifest=len(ready) == len(shards))
+    has_manifest = set(shards) == ready and ready <= set(run.committed("manifest"))
+    return plans + _plan_trainings(recipe, run, has_manifest=has_manifest)
 
 
 def _plan_shards(recipe: Recipe, run: RunDir | None, shards: list[str]) -> StepPlan:
-    """The shards; those that were downloaded are compared by the world or the settings they came from."""
+    """The shards; those that were downloaded are compared by their settings and their world; a table is not read."""
     what, source = _source_text(recipe.source), recipe.source
     if run is None or not shards or source is None or source.tars:
         return StepPlan("shards", what, _count(len(shards)))
@@ -125,10 +125,13 @@ def _model_text(name: str, embedded: str, local: str = "") -> str:
 def _plan_stage(stage: _Stage, run: RunDir, ready: set[str], num_shards: int) -> tuple[StepPlan, set[str]]:
     """The plan of a stage, and the shards that have it; `ready` have the stage before it as it will be."""
     done, differences = set[str](), ""
+    compared: dict[str, str] = {}  # shards that were made alike are compared once
     for shard in sorted(run.committed(stage.name)):
         path = run.read_file(stage.name, shard)
         record = read_commit_record(path)
-        found = _differences(stage, record.fields)
+        if record.fingerprint not in compared:
+            compared[record.fingerprint] = _differences(stage, record.fields)
+        found = compared[record.fingerprint]
         if found and path == run.stage_file(stage.name, shard):
             differences = differences or found
         elif not found and shard in ready and record.input_digest == input_digest(run, stage.name, shard):
@@ -153,10 +156,7 @@ def _differences(stage: _Stage, made_with: Mapping[str, Any]) -> str:
 
 
 def _has_files(folder: Path, digests: Mapping[str, str]) -> bool:
-    return all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in digests.items())
-
-
-_sha256 = lru_cache(maxsize=64)(file_sha256)  # each file of a model is asked for once a shard
+    return all((folder / name).is_file() and file_sha256(folder / name) == digest for name, digest in digests.items())
 
 
 def _plan_trainings(recipe: Recipe, run: RunDir, *, has_manifest: bool) -> list[StepPlan]:

@@ -59,7 +59,9 @@ def _show_plan(recipe: Recipe, named: str, path: Path, generation: str | None, a
         if plan.differences:
             say(f"  {'':<9} {clean(plan.differences, 500)}")
     command = f"capfilt run {named} {path}"
-    if any(plan.differences for plan in plans):
+    if plans[0].differences:
+        note(f"Nothing was changed. Shards are never rewritten; in another run: capfilt run {named} RUN")
+    elif any(plan.differences for plan in plans):
         note(f"Nothing was changed. The run would refuse the other settings; beside them: {command} --generation NAME")
     else:
         note(f"Nothing was changed. Next: {following(command, generation)}")

@@ -126,6 +126,8 @@ def test_stage_before_must_be_there(models: Models, tmp_path: Path) -> None:
     annotate(run, ["captions"], caption=models.caption())
     with pytest.raises(UsageError, match="Run `capfilt rank"):
         annotate(run, ["itm"], filter=models.filter())
+    both = annotate(run, ["captions", "clip"], models.caption(), models.rank())
+    assert both.line().startswith("Wrote clip of"), "captions were there already"
     with pytest.raises(UsageError, match="each with its settings"):
         annotate(run, ["clip"], caption=models.caption())
     with pytest.raises(UsageError, match="No shards"):
