@@ -84,8 +84,8 @@ CAPTIONER = BlipTrainSettings(
 )  # fmt: skip
 FILTER = BlipTrainSettings(**FAST, known_false=True, max_steps=3000, warmup_steps=50, learning_rate=1e-3)
 CLIP = ClipTrainSettings(max_steps=1000)
-OPT = LlmTrainSettings(**FAST, architecture="opt", max_steps=4000, learning_rate=4e-3)
-T5 = LlmTrainSettings(**FAST, architecture="t5", max_steps=4000, learning_rate=4e-3)
+OPT = LlmTrainSettings(**FAST, architecture="opt", max_steps=3000, learning_rate=4e-3)
+T5 = LlmTrainSettings(**FAST, architecture="t5", max_steps=3000, learning_rate=4e-3)
 
 
 # --- the parts ----------------------------------------------------------------------------------------

@@ -23,20 +23,21 @@ import numpy as np
 
 from capfilt.data.llm_texts import LlmText
 from capfilt.world import lexicon
-from capfilt.world.language import caption, full_caption, question
+from capfilt.world.language import caption, full_caption, parse, question
 from capfilt.world.scenes import Scene, draw_scene
 
 PLAIN_SHARE = 0.1
-"""Texts without a preamble; all of them captions, as a question needs a scene."""
+"""Of the other texts, those without a preamble; all of them captions, as a question needs a scene."""
 
-QUESTION_SHARE = 0.4
-"""Questions among the texts with a preamble."""
+QUESTION_SHARE = 0.5
+"""Of the other texts with a preamble, the questions."""
 
 MAX_PREAMBLE_PLACES = 24
 """Places of a preamble at most; a stop takes two tokens, so that a preamble may be as long as 32 visual prompts."""
 
-MORE_PAIRS = 0.5
-"""Share of the texts whose scene must have two groups: which one is to be named second is learnt last."""
+RELATION_SHARE = 0.6
+"""Texts that are captions which say how two objects lie, with a preamble. On which side is learnt last, and only
+where most texts ask for it: with a fifth of them, models this small still guess it after 4,000 steps."""
 
 FULL_SHARE = 0.3
 """Captions that state every fact, among the captions."""
@@ -46,16 +47,32 @@ def draw_llm_texts(num_texts: int, seed: int = 0) -> Iterator[LlmText]:
     """Texts about scenes of the train split, one each, pure in (seed, place)."""
     for place in range(num_texts):
         rng = np.random.default_rng((seed, place, 3))
-        scene = draw_scene(int(rng.integers(1 << 40)), "train")
-        if rng.random() < MORE_PAIRS:
-            while scene.relation is None:
-                scene = draw_scene(int(rng.integers(1 << 40)), "train")
-        yield draw_llm_text(scene, rng)
+        if rng.random() < RELATION_SHARE:
+            yield _draw_relation_text(rng)
+        else:
+            yield draw_llm_text(_draw_train_scene(rng), rng)
+
+
+def _draw_train_scene(rng: np.random.Generator) -> Scene:
+    return draw_scene(int(rng.integers(1 << 40)), "train")
+
+
+def _draw_relation_text(rng: np.random.Generator) -> LlmText:
+    while True:
+        scene = _draw_train_scene(rng)
+        text = _draw_caption(scene, rng)
+        said = parse(text)
+        if said is not None and said.relation is not None:
+            return LlmText(text, preamble(scene, rng))
+
+
+def _draw_caption(scene: Scene, rng: np.random.Generator) -> str:
+    return full_caption(scene, rng) if rng.random() < FULL_SHARE else caption(scene, rng)
 
 
 def draw_llm_text(scene: Scene, rng: np.random.Generator) -> LlmText:
     """A caption or a question about a scene, mostly with a preamble that holds all it takes."""
-    text = full_caption(scene, rng) if rng.random() < FULL_SHARE else caption(scene, rng)
+    text = _draw_caption(scene, rng)
     if rng.random() < PLAIN_SHARE:
         return LlmText(text)
     if rng.random() >= QUESTION_SHARE:

@@ -39,7 +39,7 @@ def test_captions_are_true_and_questions_have_a_preamble() -> None:
             assert judge(text.text, scene).is_true
         num_plain += not text.preamble
     assert 20 <= num_plain <= 70
-    assert 100 <= num_questions <= 190
+    assert 140 <= num_questions <= 230
 
 
 def test_a_preamble_states_every_fact_of_an_object_at_one_place() -> None:
