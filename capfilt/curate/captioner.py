@@ -18,6 +18,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 from capfilt.errors import UsageError
 from capfilt.models.decoding import write_captions
 from capfilt.models.med import Captioner
+from capfilt.models.packed import pack_linears
 from capfilt.settings import CaptionSettings
 from capfilt.weights.blip import load_blip
 from capfilt.weights.devices import choose_device, choose_dtype
@@ -36,6 +37,7 @@ class BlipCaptioner:
         loaded = load_blip(settings.captioner, "captioner", device=self._device, dtype=dtype)
         assert isinstance(loaded.model, Captioner)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        pack_linears(self._model)
         self.preparation = loaded.preparation
         self.prompt = loaded.prompt if settings.prompt is None else settings.prompt
         config = loaded.model.decoder.config

@@ -7,7 +7,7 @@ In: pictures and their texts. Out: a number for each pair, higher is better. A n
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +20,11 @@ from capfilt.data.captions import clean_caption
 from capfilt.data.commit import file_sha256, fingerprint
 from capfilt.data.texts import first_line
 from capfilt.errors import UsageError
+from capfilt.models.clip import Clip
+from capfilt.models.convert_clip import clip_from_open_clip
 from capfilt.models.matching import match_probabilities
 from capfilt.models.med import Filter
+from capfilt.models.packed import pack_linears
 from capfilt.settings import EMBEDDED, FilterSettings, RankSettings
 from capfilt.weights.blip import load_blip
 from capfilt.weights.devices import choose_device, choose_dtype
@@ -32,7 +35,6 @@ ITM_MAX_TOKENS = 35
 DEFAULT_CLIP_WEIGHTS = "openai"
 
 _TEXTS_AT_ONCE = 64
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 
@@ -55,18 +57,18 @@ class Scorer(Protocol):
 
 
 class ClipScorer:
-    """Cosine similarity of CLIP's image and text embeddings, by open_clip (BLIP-2 §3.4: ViT-L/14)."""
+    """Cosine similarity of CLIP's image and text embeddings (BLIP-2 §3.4: ViT-L/14); models are open_clip's."""
 
     def __init__(self, settings: RankSettings) -> None:
         """Load the model. Raises UsageError for an unknown name, and for weights that cannot be had."""
         self.batch_size = settings.batch_size
         self._device = choose_device(settings.device)
-        dtype = choose_dtype(settings.dtype, self._device)
+        self._dtype = choose_dtype(settings.dtype, self._device)
         source = _find_clip(settings)
-        self._model, self._transform, self._tokenize = _load_clip(source, dtype, self._device)
-        self._dtype = dtype
+        model, self._transform, self._tokenize = _load_clip(source)
+        self._towers = _build_towers(model, self._device, self._dtype)
         self.fields: dict[str, Any] = {
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(self._dtype).removeprefix("torch."),
             "model": source.digests(),
         }
 
@@ -82,14 +84,8 @@ class ClipScorer:
             return [[] for _ in texts]
         row = {text: number for number, text in enumerate(distinct)}
         batch = torch.stack(list(images)).to(device=self._device, dtype=self._dtype)
-        image_BE = self._model.encode_image(batch, normalize=True).float()
-        parts = [
-            self._model.encode_text(
-                self._tokenize(distinct[start : start + _TEXTS_AT_ONCE]).to(self._device), normalize=True
-            )
-            for start in range(0, len(distinct), _TEXTS_AT_ONCE)
-        ]
-        text_NE = torch.cat(parts).float()
+        image_BE = self._towers.embed_images(batch).float()
+        text_NE = self._towers.embed_texts(self._tokenize(distinct)).float()
         return [
             (text_NE[[row[text] for text in own]] * image_E).sum(dim=1).clamp(-1, 1).tolist() if own else []
             for own, image_E in zip(texts, image_BE, strict=True)
@@ -107,6 +103,7 @@ class ItmScorer:
         loaded = load_blip(settings.filter_model, "filter", device=self._device, dtype=dtype)
         assert isinstance(loaded.model, Filter)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        pack_linears(self._model)
         self._preparation = loaded.preparation
         config = loaded.model.encoder.config
         is_enc = settings.first_token == "enc"
@@ -212,15 +209,15 @@ def _clip_tag(name: str, tag: str) -> _ClipSource:
     return _ClipSource(name, tag, [file], quick_gelu=bool(entry.get("quick_gelu")))
 
 
-def _load_clip(source: _ClipSource, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, Any]:
-    """The model in eval mode, its image transform and its tokenizer."""
+def _load_clip(source: _ClipSource) -> tuple[Any, Any, Any]:
+    """The model in eval mode, float32, on the CPU; its image transform; its tokenizer."""
     import open_clip
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, _, transform = open_clip.create_model_and_transforms(
-                source.name, pretrained=source.weights, precision=_PRECISIONS[dtype], device=device,
+                source.name, pretrained=source.weights, precision="fp32", device="cpu",
                 force_quick_gelu=source.quick_gelu, require_pretrained=True, pretrained_text=False,
             )  # fmt: skip
             tokenizer = open_clip.get_tokenizer(source.name)
@@ -230,3 +227,43 @@ def _load_clip(source: _ClipSource, dtype: torch.dtype, device: torch.device) ->
             "--clip-weights that belong together."
         ) from error
     return model.eval().requires_grad_(False), transform, tokenizer
+
+
+class _OurTowers:
+    """OpenAI's CLIP by our own towers: texts are not padded."""
+
+    def __init__(self, clip: Clip, end_token_id: int | None) -> None:
+        self._clip, self._end = clip, end_token_id
+        self.embed_images: Callable[[Tensor], Tensor] = clip.embed_images
+
+    def embed_texts(self, tokens_NT: Tensor) -> Tensor:
+        """(N, T) token ids, padded → (N, E). A text ends where open_clip says: at its largest id, or the end token."""
+        ends_NT = tokens_NT if self._end is None else (tokens_NT == self._end).int()
+        texts = [row[: end + 1] for row, end in zip(tokens_NT.tolist(), ends_NT.argmax(dim=1).tolist(), strict=True)]
+        return self._clip.embed_texts(texts)
+
+
+class _OpenClipTowers:
+    """Any other model of open_clip, as it is."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model, self._device = model, device
+
+    def embed_images(self, images_BCHW: Tensor) -> Tensor:
+        return self._model.encode_image(images_BCHW, normalize=True)
+
+    def embed_texts(self, tokens_NT: Tensor) -> Tensor:
+        parts = [
+            self._model.encode_text(tokens_NT[start : start + _TEXTS_AT_ONCE].to(self._device), normalize=True)
+            for start in range(0, len(tokens_NT), _TEXTS_AT_ONCE)
+        ]
+        return torch.cat(parts)
+
+
+def _build_towers(model: Any, device: torch.device, dtype: torch.dtype) -> _OurTowers | _OpenClipTowers:
+    clip = clip_from_open_clip(model)
+    if clip is None:
+        return _OpenClipTowers(model.to(device=device, dtype=dtype), device)
+    clip = clip.to(device=device, dtype=dtype)
+    pack_linears(clip)
+    return _OurTowers(clip, model.text_eos_id if model.text_pool_type == "eos" else None)

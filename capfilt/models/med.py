@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capfilt.models.packed import activated
 from capfilt.models.vit import VisionTransformer, initialise
 
 KeyValue = tuple[Tensor, Tensor]
@@ -158,7 +159,7 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """(B, T, D) → (B, T, D)."""
-        return self.fc2(F.gelu(self.fc1(hidden_BTD)))
+        return self.fc2(activated(self.fc1, hidden_BTD))
 
 
 class TextLayer(nn.Module):
@@ -303,7 +304,7 @@ class LanguageModelHead(nn.Module):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """(B, T, D) → (B, T, V)."""
-        return self.vocabulary(self.norm(F.gelu(self.transform(hidden_BTD))))
+        return self.vocabulary(self.norm(activated(self.transform, hidden_BTD)))
 
 
 class Captioner(nn.Module):

@@ -1,10 +1,10 @@
-"""Vision Transformer, BLIP's image encoder (BLIP §3.1; Dosovitskiy et al. 2021).
+"""Vision Transformer, the image encoder of BLIP (BLIP §3.1; Dosovitskiy et al. 2021) and of CLIP.
 
 In: images, float, normalised. Out: one feature per patch, the [CLS] feature first.
 
 - a strided convolution cuts and embeds the patches; learned positions
-- pre-norm blocks: attention with one fused query-key-value matrix, then GELU feed-forward
-- a last layer norm
+- pre-norm blocks: attention with one fused query-key-value matrix, then a feed-forward
+- a last layer norm; CLIP has one before the blocks too
 
 Legend: B batch, C channels, P patches, D width.
 """
@@ -12,11 +12,14 @@ Legend: B batch, C channels, P patches, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from capfilt.models.packed import Activation, activated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,10 @@ class ViTConfig:
     """Inner width of the feed-forward."""
     layer_norm_eps: float = 1e-6
     """Added to the variance in every layer norm."""
+    activation: Activation = "gelu"
+    """Of the feed-forwards."""
+    norm_first: bool = False
+    """A layer norm before the first block, as CLIP has it."""
 
     def __post_init__(self) -> None:
         if self.image_size_px % self.patch_size_px:
@@ -50,30 +57,43 @@ class ViTConfig:
         return (self.image_size_px // self.patch_size_px) ** 2
 
 
+Attend = Callable[[Tensor, int], Tensor]
+"""(queries, keys and values side by side (..., 3D), number of heads) → attended values (..., D)."""
+
+
+def attend_all(query_key_value_BPE: Tensor, num_heads: int) -> Tensor:
+    """Every feature of a sequence attends to all: (B, P, 3D) → (B, P, D)."""
+    return attend_heads(query_key_value_BPE, num_heads, is_causal=False)
+
+
+def attend_heads(query_key_value_BPE: Tensor, num_heads: int, *, is_causal: bool) -> Tensor:
+    """Multi-head attention, causal or not: (B, P, 3D) → (B, P, D)."""
+    heads = query_key_value_BPE.unflatten(2, (3, num_heads, -1))
+    query, key, value = heads.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal).transpose(1, 2).flatten(2)
+
+
 class Block(nn.Module):
     """Pre-norm Transformer block: attention, then feed-forward, each added to its input."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_width: int, *, layer_norm_eps: float, activation: Activation = "gelu"
+    ) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.query_key_value = nn.Linear(config.width, 3 * config.width)
-        self.projection = nn.Linear(config.width, config.width)
-        self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.num_heads = num_heads
+        self.activation: Activation = activation
+        self.norm1 = nn.LayerNorm(width, eps=layer_norm_eps)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=layer_norm_eps)
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
 
-    def forward(self, features_BPD: Tensor) -> Tensor:
-        """(B, P, D) → (B, P, D)."""
-        features_BPD = features_BPD + self._attend(self.norm1(features_BPD))
-        return features_BPD + self.fc2(F.gelu(self.fc1(self.norm2(features_BPD))))
-
-    def _attend(self, features_BPD: Tensor) -> Tensor:
-        batch, patches, width = features_BPD.shape
-        heads = self.query_key_value(features_BPD).view(batch, patches, 3, self.num_heads, -1)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.projection(attended.transpose(1, 2).reshape(batch, patches, width))
+    def forward(self, features_BPD: Tensor, attend: Attend = attend_all) -> Tensor:
+        """(B, P, D) → (B, P, D), or as `attend` lays them out."""
+        query_key_value = self.query_key_value(self.norm1(features_BPD))
+        features_BPD = features_BPD + self.projection(attend(query_key_value, self.num_heads))
+        return features_BPD + self.fc2(activated(self.fc1, self.norm2(features_BPD), self.activation))
 
 
 class VisionTransformer(nn.Module):
@@ -85,8 +105,13 @@ class VisionTransformer(nn.Module):
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size_px, stride=config.patch_size_px)
         self.class_embedding = nn.Parameter(torch.zeros(1, 1, config.width))
         self.position_embedding = nn.Parameter(_sine_positions(config))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        eps = config.layer_norm_eps
+        self.first_norm = nn.LayerNorm(config.width, eps=eps) if config.norm_first else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.num_heads, config.mlp_width, layer_norm_eps=eps, activation=config.activation)
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=eps)
         initialise(self, config.width)
         nn.init.trunc_normal_(self.class_embedding, std=0.02)
 
@@ -102,6 +127,7 @@ class VisionTransformer(nn.Module):
         patches_BPD = self.patch_embedding(images_BCHW).flatten(2).transpose(1, 2)
         class_B1D = self.class_embedding.expand(len(images_BCHW), -1, -1)
         features_BPD = torch.cat([class_B1D, patches_BPD], dim=1) + self.position_embedding
+        features_BPD = self.first_norm(features_BPD)
         for block in self.blocks:
             features_BPD = block(features_BPD)
         return self.norm(features_BPD)

@@ -13,6 +13,7 @@ from torch import Tensor
 from capfilt.models.convert_blip import from_transformers, sizes_from_config
 from capfilt.models.decoding import write_captions
 from capfilt.models.med import Captioner, Filter
+from capfilt.models.packed import pack_linears
 from capfilt.models.vit import VisionTransformer
 from capfilt.settings import CaptionSettings
 from tests import factories
@@ -32,7 +33,8 @@ def load_ours(theirs: Any) -> Captioner | Filter:
     else:
         ours, kind = Captioner(vision, med), "captioner"
     ours.load_state_dict(from_transformers(theirs.state_dict(), kind, **DEPTHS))
-    return ours.eval()
+    pack_linears(ours.eval().requires_grad_(False))  # as curation does
+    return ours
 
 
 @pytest.fixture(scope="module")

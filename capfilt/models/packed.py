@@ -1,0 +1,67 @@
+"""Linear maps for inference on a CPU: weights laid out once as oneDNN's kernels read them, activation in the same pass.
+
+In: a module that runs and is not trained. Out: the same module, its `nn.Linear`s replaced where the CPU gains.
+
+- as fast with ten rows as others with a thousand; in float32 on AMD more than twice as fast as torch's own (MKL)
+- from two rows on a row's result does not depend on the other rows, to the bit, in float32 and bfloat16
+- the operators are torch's own but private: where a torch lacks them, the plain layers stay
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Literal["gelu", "silu"]
+"""Exact GELU (BERT, BLIP's ViT); SiLU, which CLIP's QuickGELU is when the weights around it are scaled."""
+
+_ONEDNN_NAMES = {"gelu": ("gelu", "none"), "silu": ("swish", "")}
+
+
+class PackedLinear(nn.Module):
+    """What a linear layer computes, from a packed copy of its weight. It has no parameters: it cannot be trained."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), None)
+        self._bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) → (..., out_features)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+
+    def activated(self, x: Tensor, activation: Activation) -> Tensor:
+        """The activation of the above; in bfloat16 rounded once, after the activation."""
+        name, algorithm = _ONEDNN_NAMES[activation]
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, name, [], algorithm)
+
+
+def activated(linear: nn.Module, x: Tensor, activation: Activation = "gelu") -> Tensor:
+    """The activation of a linear layer's output, packed or not."""
+    if isinstance(linear, PackedLinear):
+        return linear.activated(x, activation)
+    return F.gelu(linear(x)) if activation == "gelu" else F.silu(linear(x))
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Replace every `nn.Linear` inside by a packed one, in place; nothing happens where the CPU would not gain.
+
+    The plain weights are let go, unless something else holds them (a vocabulary that is the word embedding).
+    """
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and _can_pack(child.weight):
+                setattr(parent, name, PackedLinear(child))
+
+
+def _can_pack(weight: Tensor) -> bool:
+    ops = torch.ops.mkldnn
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not (hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")):
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
