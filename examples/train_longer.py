@@ -1,7 +1,7 @@
 """Both stages of BLIP-2 on a larger run of the miniature world, with OPT and with T5; at most an hour on two cores.
 
     python examples/train_longer.py [--run runs/longer] [--num-urls 10000] [--llms embedded-opt,embedded-t5]
-                                    [--stage1-steps 600] [--stage2-steps 2500]
+                                    [--stage1-steps 600] [--stage2-steps 1500]
 
 In: nothing but the package. Out: the run, its trained stages in RUN/stage1 and RUN/stage2-LLM, and a table: the share
 of true captions and of right answers on 500 scenes of the test split that neither the embedded models nor the stages
@@ -34,7 +34,7 @@ STAGE1 = Stage1Settings(
     optimizer="muon", batch_size=64, learning_rate=2e-3, warmup_steps=50, save_every_steps=100, log_every_steps=50,
 )  # fmt: skip
 STAGE2 = Stage2Settings(
-    dropout=0.0, max_steps=2500, optimizer="muon", batch_size=64, learning_rate=4e-3, min_learning_rate=1e-4,
+    dropout=0.0, max_steps=1500, optimizer="muon", batch_size=64, learning_rate=4e-3, min_learning_rate=1e-4,
     warmup_steps=50, save_every_steps=250, log_every_steps=50,
 )  # fmt: skip
 

@@ -22,11 +22,11 @@ from capfilt.models.vit import ViTConfig
 QUICK_GELU_SCALE = 1.702
 
 
-def clip_from_open_clip(model: nn.Module) -> Clip | None:
+def clip_from_open_clip(model: Any) -> Clip | None:
     """Ours, in eval mode; None where our towers do not compute what the model computes."""
-    if not isinstance(model, open_clip.CLIP) or not (_is_plain_vision(model.visual) and _is_plain_text(model)):
+    if not _is_plain(model):
         return None
-    visual: Any = model.visual
+    visual = model.visual
     vision_blocks, text_blocks = list(visual.transformer.resblocks), list(model.transformer.resblocks)
     with torch.device("meta"):
         clip = Clip(
@@ -59,18 +59,26 @@ def clip_from_open_clip(model: nn.Module) -> Clip | None:
     return clip.eval().requires_grad_(False)
 
 
+def _is_plain(model: Any) -> bool:
+    return type(model) is open_clip.CLIP and _is_plain_vision(model.visual) and _is_plain_text(model)
+
+
 def _is_plain_vision(visual: Any) -> bool:
     return (
-        isinstance(visual, parts.VisionTransformer)
+        type(visual) is parts.VisionTransformer
         and visual.attn_pool is None
         and visual.pool_type == "tok"
         and not visual.final_ln_after_pool
         and isinstance(visual.ln_pre, nn.LayerNorm)
         and visual.proj is not None
-        and visual.image_size[0] == visual.image_size[1]
-        and visual.patch_size[0] == visual.patch_size[1]
+        and _is_square(visual.image_size)
+        and _is_square(visual.patch_size)
         and _are_plain(visual.transformer.resblocks)
     )
+
+
+def _is_square(size: Any) -> bool:
+    return size[0] == size[1]
 
 
 def _is_plain_text(model: Any) -> bool:

@@ -7,10 +7,11 @@ import itertools
 import numpy as np
 
 from capfilt.world import lexicon
-from capfilt.world.language import judge
+from capfilt.world.language import judge, parse
 from capfilt.world.scenes import draw_scene
 from capfilt.world.texts_for_llms import (
     MAX_PREAMBLE_PLACES,
+    RELATION_SHARE,
     draw_llm_text,
     draw_llm_texts,
     draw_probes,
@@ -25,6 +26,14 @@ def test_texts_are_the_same_every_time_and_do_not_depend_on_their_number() -> No
     some = list(draw_llm_texts(20, seed=3))
     assert list(itertools.islice(draw_llm_texts(1000, seed=3), 20)) == some
     assert list(draw_llm_texts(20, seed=4)) != some
+
+
+def test_most_texts_say_how_two_objects_lie() -> None:
+    texts = list(draw_llm_texts(600, seed=5))
+    said = [parse(text.text) for text in texts if text.preamble and not text.question]
+    num_relations = sum(statement is not None and statement.relation is not None for statement in said)
+    assert RELATION_SHARE - 0.06 < num_relations / len(texts) < RELATION_SHARE + 0.16
+    assert sum(bool(text.question) for text in texts) > 60
 
 
 def test_captions_are_true_and_questions_have_a_preamble() -> None:
