@@ -85,7 +85,7 @@ CAPTIONER = BlipTrainSettings(
 FILTER = BlipTrainSettings(**FAST, known_false=True, max_steps=3000, warmup_steps=50, learning_rate=1e-3)
 CLIP = ClipTrainSettings(max_steps=1000)
 OPT = LlmTrainSettings(**FAST, architecture="opt", max_steps=3000, learning_rate=4e-3)
-T5 = LlmTrainSettings(**FAST, architecture="t5", max_steps=3000, learning_rate=4e-3)
+T5 = LlmTrainSettings(**FAST, architecture="t5", max_steps=1500, learning_rate=4e-3, whole_caption_share=0.8)
 
 
 # --- the parts ----------------------------------------------------------------------------------------

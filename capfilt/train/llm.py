@@ -223,7 +223,11 @@ class T5Pretraining:
 
     @classmethod
     def build(cls, tokenizer: Any, settings: LlmTrainSettings) -> T5Pretraining:
-        """An untrained model of the settings' sizes, FlanT5's variant: gated GELU, embeddings not tied."""
+        """An untrained model of the settings' sizes, FlanT5's variant: gated GELU, outputs not scaled.
+
+        The embeddings stay as large as T5 draws them: smaller ones drown in what the first layers add, and no
+        word finds its like in the preamble. transformers ties the vocabulary to them.
+        """
         sizes: dict[str, Any] = {
             "vocab_size": len(tokenizer), "d_model": settings.width, "d_kv": HEAD_WIDTH,
             "d_ff": settings.feed_forward, "num_layers": settings.depth, "num_decoder_layers": settings.depth,
@@ -232,8 +236,6 @@ class T5Pretraining:
             "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": tokenizer.pad_token_id,
         }  # fmt: skip
         model = T5ForConditionalGeneration(T5Config(**sizes))
-        with torch.no_grad():  # transformers draws it as large as the embeddings: the first losses are in the tens
-            model.lm_head.weight.mul_(settings.width**-0.5)
         return cls(model, tokenizer, settings.whole_caption_share)
 
     def encode(self, text: LlmText, split: float = 0.0) -> Encoded:

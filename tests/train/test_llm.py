@@ -83,6 +83,16 @@ def test_learns_to_go_by_the_preamble(trained: Trained, name: str) -> None:
     assert continue_texts(trained[name], texts, batch_size=1)[::7] == written[::7]
 
 
+def test_an_untrained_t5_still_tells_places_by_their_words(tokenizers: dict[str, Path]) -> None:
+    """Where embeddings drown in what the encoder adds, a word's likes are not found, and sides are guessed."""
+    settings = replace(SETTINGS, architecture="t5", width=128, depth=4)
+    llm: Any = ARCHITECTURES["t5"].build(load_tokenizer(tokenizers["t5"]), settings)
+    words = torch.tensor([load_tokenizer(tokenizers["t5"])("a red ball left of a blue box").input_ids])
+    embedded = llm.model.get_input_embeddings()(words)
+    encoded = llm.model.encoder(inputs_embeds=embedded).last_hidden_state
+    assert torch.cosine_similarity(encoded, embedded, dim=2).min() > 0.3
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_preamble_works_as_visual_prompts_do(trained: Trained, name: str) -> None:
     """Stage 2 gives vectors where the preamble stood; given the preamble's own, the same text follows."""
