@@ -52,7 +52,7 @@ NUM_UNSEEN_SCENES = 1000
 NUM_LLM_TEXTS = 120_000
 
 PRE_TRAINING = "blip-pretraining"
-IN_ORDER = ("opt", "t5", "clip", "blip-filter", "blip-captioner")
+BUILD_ORDER = ("opt", "t5", "clip", "blip-filter", "blip-captioner")
 """The models in the order in which they are begun; those before the BLIPs fill the core beside their pre-training."""
 
 # --- what is trained, and how long --------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def make_all(run_part: Callable[[str], None], workers: int) -> None:
 
     with ThreadPoolExecutor(workers) as pool:
         jobs = {PRE_TRAINING: pool.submit(make, PRE_TRAINING, None)}
-        for name in IN_ORDER:
+        for name in BUILD_ORDER:
             needs = jobs[PRE_TRAINING] if name.startswith("blip") else None
             jobs[name] = pool.submit(make, name, needs)
         try:
@@ -304,7 +304,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m capfilt.assets", description="Make the embedded models.")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/assets"), help="runs and trainings")
     parser.add_argument("--target-dir", type=Path, default=EMBEDDED_DIR, help="where the models are shipped")
-    parser.add_argument("--only", default="", choices=["", PRE_TRAINING, *IN_ORDER], help="make one part alone")
+    parser.add_argument("--only", default="", choices=["", PRE_TRAINING, *BUILD_ORDER], help="make one part alone")
     parser.add_argument("--num-scenes", type=int, default=NUM_UNSEEN_SCENES, help="unseen scenes to measure on")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="parts made at a time")
     options = parser.parse_args()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from capfilt.assets import EMBEDDED_DIR, IN_ORDER, PRE_TRAINING, make_all
+from capfilt.assets import BUILD_ORDER, EMBEDDED_DIR, PRE_TRAINING, make_all
 from capfilt.errors import CapfiltError
 from capfilt.figures import Figures, measure_captioner, measure_clip, measure_filter, measure_llm
 
@@ -78,7 +78,7 @@ def test_parts_are_made_side_by_side_after_what_they_need() -> None:
         ended.append(name)
 
     make_all(run_part, workers=2)
-    assert sorted(ended) == sorted([PRE_TRAINING, *IN_ORDER])
+    assert sorted(ended) == sorted([PRE_TRAINING, *BUILD_ORDER])
 
 
 def test_a_part_that_fails_is_named_when_the_others_are_made() -> None:

@@ -21,7 +21,6 @@ from capfilt.data.commit import file_sha256, fingerprint
 from capfilt.data.texts import first_line
 from capfilt.errors import UsageError
 from capfilt.models.clip import Clip
-from capfilt.models.convert_clip import clip_from_open_clip
 from capfilt.models.matching import match_probabilities
 from capfilt.models.med import Filter
 from capfilt.models.packed import pack_linears
@@ -34,7 +33,8 @@ ITM_MAX_TOKENS = 35
 """Longest text given to the filter, special tokens included (BLIP's released code: 35)."""
 DEFAULT_CLIP_WEIGHTS = "openai"
 
-_TEXTS_AT_ONCE = 64
+_PADDED_TEXTS_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 
@@ -65,8 +65,7 @@ class ClipScorer:
         self._device = choose_device(settings.device)
         self._dtype = choose_dtype(settings.dtype, self._device)
         source = _find_clip(settings)
-        model, self._transform, self._tokenize = _load_clip(source)
-        self._towers = _build_towers(model, self._device, self._dtype)
+        self._towers, self._transform, self._tokenize = _load_towers(source, self._device, self._dtype)
         self.fields: dict[str, Any] = {
             "dtype": str(self._dtype).removeprefix("torch."),
             "model": source.digests(),
@@ -209,15 +208,15 @@ def _clip_tag(name: str, tag: str) -> _ClipSource:
     return _ClipSource(name, tag, [file], quick_gelu=bool(entry.get("quick_gelu")))
 
 
-def _load_clip(source: _ClipSource) -> tuple[Any, Any, Any]:
-    """The model in eval mode, float32, on the CPU; its image transform; its tokenizer."""
+def _load_clip(source: _ClipSource, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """The model in eval mode, its image transform and its tokenizer."""
     import open_clip
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, _, transform = open_clip.create_model_and_transforms(
-                source.name, pretrained=source.weights, precision="fp32", device="cpu",
+                source.name, pretrained=source.weights, precision=_PRECISIONS[dtype], device=device,
                 force_quick_gelu=source.quick_gelu, require_pretrained=True, pretrained_text=False,
             )  # fmt: skip
             tokenizer = open_clip.get_tokenizer(source.name)
@@ -240,7 +239,11 @@ class _OurTowers:
         """(N, T) token ids, padded → (N, E). A text ends where open_clip says: at its largest id, or the end token."""
         ends_NT = tokens_NT if self._end is None else (tokens_NT == self._end).int()
         texts = [row[: end + 1] for row, end in zip(tokens_NT.tolist(), ends_NT.argmax(dim=1).tolist(), strict=True)]
-        return self._clip.embed_texts(texts)
+        parts = [
+            self._clip.embed_texts(texts[start : start + _TEXTS_AT_ONCE])
+            for start in range(0, len(texts), _TEXTS_AT_ONCE)
+        ]
+        return torch.cat(parts)
 
 
 class _OpenClipTowers:
@@ -254,16 +257,23 @@ class _OpenClipTowers:
 
     def embed_texts(self, tokens_NT: Tensor) -> Tensor:
         parts = [
-            self._model.encode_text(tokens_NT[start : start + _TEXTS_AT_ONCE].to(self._device), normalize=True)
-            for start in range(0, len(tokens_NT), _TEXTS_AT_ONCE)
+            self._model.encode_text(tokens_NT[start : start + _PADDED_TEXTS_AT_ONCE].to(self._device), normalize=True)
+            for start in range(0, len(tokens_NT), _PADDED_TEXTS_AT_ONCE)
         ]
         return torch.cat(parts)
 
 
-def _build_towers(model: Any, device: torch.device, dtype: torch.dtype) -> _OurTowers | _OpenClipTowers:
+def _load_towers(
+    source: _ClipSource, device: torch.device, dtype: torch.dtype
+) -> tuple[_OurTowers | _OpenClipTowers, Any, Any]:
+    """The towers, ours where they compute what open_clip's do; the image transform; the tokenizer."""
+    from capfilt.models.convert_clip import clip_from_open_clip
+
+    model, transform, tokenizer = _load_clip(source, torch.device("cpu"), torch.float32)
     clip = clip_from_open_clip(model)
-    if clip is None:
-        return _OpenClipTowers(model.to(device=device, dtype=dtype), device)
+    if clip is None:  # open_clip knows which of its layers stay in float32
+        model, _, _ = _load_clip(source, device, dtype)
+        return _OpenClipTowers(model, device), transform, tokenizer
     clip = clip.to(device=device, dtype=dtype)
     pack_linears(clip)
-    return _OurTowers(clip, model.text_eos_id if model.text_pool_type == "eos" else None)
+    return _OurTowers(clip, model.text_eos_id if model.text_pool_type == "eos" else None), transform, tokenizer

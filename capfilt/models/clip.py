@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capfilt.models.decoding import filled
 from capfilt.models.packed import Activation
 from capfilt.models.vit import Block, VisionTransformer, ViTConfig, attend_heads
 
@@ -63,7 +64,7 @@ class ClipText(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
 
     def forward(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """N texts of at least one and at most `max_positions` token ids → (N, D)."""
+        """N texts, at least one, each of one to `max_positions` token ids → (N, D)."""
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
         lengths = [len(texts[number]) for number in order]
         device = self.position_embedding.device
@@ -100,8 +101,12 @@ class Clip(nn.Module):
 
     def embed_images(self, images_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) normalised → (B, E) of unit length."""
-        return F.normalize(self.vision_projection(self.vision(images_BCHW)[:, 0]), dim=-1)
+        return _project(self.vision_projection, self.vision(images_BCHW)[:, 0])
 
     def embed_texts(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """N texts as token ids, their first and last tokens included → (N, E) of unit length."""
-        return F.normalize(self.text_projection(self.text(texts)), dim=-1)
+        return _project(self.text_projection, self.text(texts))
+
+
+def _project(projection: nn.Module, features_ND: Tensor) -> Tensor:
+    return F.normalize(projection(filled(features_ND))[: len(features_ND)], dim=-1)

@@ -12,7 +12,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip import transformer as parts
+from open_clip import transformer as layers
 from torch import Tensor, nn
 
 from capfilt.models.clip import Clip, ClipTextConfig
@@ -42,7 +42,7 @@ def clip_from_open_clip(model: Any) -> Clip | None:
         )  # fmt: skip
     state = {
         "vision.patch_embedding.weight": visual.conv1.weight,
-        "vision.patch_embedding.bias": torch.zeros(len(visual.conv1.weight)),
+        "vision.patch_embedding.bias": visual.conv1.weight.new_zeros(len(visual.conv1.weight)),
         "vision.class_embedding": visual.class_embedding[None, None],
         "vision.position_embedding": visual.positional_embedding[None],
         **_of("vision.first_norm", visual.ln_pre),
@@ -65,7 +65,7 @@ def _is_plain(model: Any) -> bool:
 
 def _is_plain_vision(visual: Any) -> bool:
     return (
-        type(visual) is parts.VisionTransformer
+        type(visual) is layers.VisionTransformer
         and visual.attn_pool is None
         and visual.pool_type == "tok"
         and not visual.final_ln_after_pool
@@ -73,6 +73,7 @@ def _is_plain_vision(visual: Any) -> bool:
         and visual.proj is not None
         and _is_square(visual.image_size)
         and _is_square(visual.patch_size)
+        and visual.image_size[0] % visual.patch_size[0] == 0
         and _are_plain(visual.transformer.resblocks)
     )
 
@@ -93,19 +94,25 @@ def _is_plain_text(model: Any) -> bool:
 
 def _are_plain(blocks: Any) -> bool:
     return all(
-        type(block) is parts.ResidualAttentionBlock
+        type(block) is layers.ResidualAttentionBlock
         and isinstance(block.ls_1, nn.Identity)
         and isinstance(block.ls_2, nn.Identity)
-        and isinstance(block.mlp.gelu, nn.GELU | parts.QuickGELU)
+        and _is_known(block.mlp.gelu)
         and block.attn.in_proj_bias is not None
         for block in blocks
     )
 
 
+def _is_known(activation: nn.Module) -> bool:
+    if isinstance(activation, layers.QuickGELU):
+        return True
+    return isinstance(activation, nn.GELU) and activation.approximate == "none"
+
+
 def _sizes(blocks: list[Any]) -> dict[str, Any]:
     first = blocks[0]
     mlp_width, width = first.mlp.c_fc.weight.shape
-    activation: Activation = "silu" if isinstance(first.mlp.gelu, parts.QuickGELU) else "gelu"
+    activation: Activation = "silu" if isinstance(first.mlp.gelu, layers.QuickGELU) else "gelu"
     return {
         "width": width, "depth": len(blocks), "num_heads": first.attn.num_heads, "mlp_width": mlp_width,
         "layer_norm_eps": first.ln_1.eps, "activation": activation,
@@ -119,7 +126,7 @@ def _of(name: str, module: Any, scale: float = 1.0) -> dict[str, Tensor]:
 def _blocks_of(name: str, blocks: list[Any]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for number, block in enumerate(blocks):
-        scale = QUICK_GELU_SCALE if isinstance(block.mlp.gelu, parts.QuickGELU) else 1.0
+        scale = QUICK_GELU_SCALE if isinstance(block.mlp.gelu, layers.QuickGELU) else 1.0
         own = f"{name}.{number}"
         state |= {
             **_of(f"{own}.norm1", block.ln_1),

@@ -1,6 +1,6 @@
 """Linear maps for inference on a CPU: weights laid out once as oneDNN's kernels read them, activation in the same pass.
 
-In: a module that runs and is not trained. Out: the same module, its `nn.Linear`s replaced where the CPU gains.
+In: a module that runs and is not trained. Out: the same module, its `nn.Linear`s replaced where torch has oneDNN's.
 
 - as fast with ten rows as others with a thousand; in float32 on AMD more than twice as fast as torch's own (MKL)
 - from two rows on a row's result does not depend on the other rows, to the bit, in float32 and bfloat16
@@ -22,7 +22,10 @@ _ONEDNN_NAMES = {"gelu": ("gelu", "none"), "silu": ("swish", "")}
 
 
 class PackedLinear(nn.Module):
-    """What a linear layer computes, from a packed copy of its weight. It has no parameters: it cannot be trained."""
+    """What a linear layer computes, from a packed copy of its weight.
+
+    It has no parameters: it can be neither trained, nor saved, nor moved to another device or dtype.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -48,9 +51,10 @@ def activated(linear: nn.Module, x: Tensor, activation: Activation = "gelu") -> 
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Replace every `nn.Linear` inside by a packed one, in place; nothing happens where the CPU would not gain.
+    """Replace every `nn.Linear` inside by a packed one, in place, last of all: after loading and `.to`.
 
-    The plain weights are let go, unless something else holds them (a vocabulary that is the word embedding).
+    Layers elsewhere than on a CPU, of other dtypes, or where torch has no such operators stay as they are. The plain
+    weights are let go, unless something else holds them (a vocabulary that is the word embedding).
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
@@ -60,7 +64,7 @@ def pack_linears(module: nn.Module) -> None:
 
 def _can_pack(weight: Tensor) -> bool:
     ops = torch.ops.mkldnn
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     if not (hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")):
         return False

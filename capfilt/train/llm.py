@@ -226,7 +226,8 @@ class T5Pretraining:
         """An untrained model of the settings' sizes, FlanT5's variant: gated GELU, outputs not scaled.
 
         The embeddings stay as large as T5 draws them: smaller ones drown in what the first layers add, and no
-        word finds its like in the preamble. transformers ties the vocabulary to them.
+        word finds its like in the preamble. Since transformers 5 the vocabulary is always tied to them, and
+        `tie_word_embeddings` says no more than whether outputs are scaled.
         """
         sizes: dict[str, Any] = {
             "vocab_size": len(tokenizer), "d_model": settings.width, "d_kv": HEAD_WIDTH,

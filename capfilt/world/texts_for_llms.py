@@ -26,6 +26,10 @@ from capfilt.world import lexicon
 from capfilt.world.language import caption, full_caption, parse, question
 from capfilt.world.scenes import Scene, draw_scene
 
+RELATION_SHARE = 0.6
+"""Texts that are captions which say how two objects lie, with a preamble. On which side is learnt last, and only
+where most texts ask for it: with a fifth of them, models this small still guess it after 4,000 steps."""
+
 PLAIN_SHARE = 0.1
 """Of the other texts, those without a preamble; all of them captions, as a question needs a scene."""
 
@@ -35,12 +39,8 @@ QUESTION_SHARE = 0.5
 MAX_PREAMBLE_PLACES = 24
 """Places of a preamble at most; a stop takes two tokens, so that a preamble may be as long as 32 visual prompts."""
 
-RELATION_SHARE = 0.6
-"""Texts that are captions which say how two objects lie, with a preamble. On which side is learnt last, and only
-where most texts ask for it: with a fifth of them, models this small still guess it after 4,000 steps."""
-
 FULL_SHARE = 0.3
-"""Captions that state every fact, among the captions."""
+"""Captions that state every fact, among those drawn; of the ones that say how two objects lie they are more."""
 
 
 def draw_llm_texts(num_texts: int, seed: int = 0) -> Iterator[LlmText]:

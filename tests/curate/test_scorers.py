@@ -74,6 +74,15 @@ def test_clip_scores_are_those_of_open_clip(clip_folder: Path) -> None:
     assert scorer.fields["model"].keys() >= {"open_clip_config.json", "open_clip_model.safetensors"}
 
 
+@pytest.mark.parametrize("name", ["", "embedded"])
+def test_clip_scores_in_bfloat16_are_near(clip_folder: Path, name: str) -> None:
+    exact, near = (score(ClipScorer(RankSettings(clip_model=name or str(clip_folder), dtype=dtype, device="cpu")))
+                   for dtype in ("float32", "bfloat16"))  # fmt: skip
+    difference = (flat(near) - flat(exact)).abs()
+    assert difference.max() < 0.05
+    assert difference.max() > 0, "bfloat16 was not used"
+
+
 def test_clip_scores_do_not_depend_on_the_batch(clip_folder: Path) -> None:
     scorer = ClipScorer(RankSettings(clip_model=str(clip_folder)))
     whole = score(scorer)

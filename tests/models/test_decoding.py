@@ -25,7 +25,7 @@ NUM_IMAGES = 24
 KEYS = [f"{index:09d}" for index in range(NUM_IMAGES)]
 
 
-def load_ours(theirs: Any) -> Captioner | Filter:
+def load_ours(theirs: Any, *, packed: bool = True) -> Captioner | Filter:
     vit, med, embed_dim = sizes_from_config(theirs.config.to_dict())
     vision = VisionTransformer(vit)
     if hasattr(theirs, "itm_head"):
@@ -33,8 +33,9 @@ def load_ours(theirs: Any) -> Captioner | Filter:
     else:
         ours, kind = Captioner(vision, med), "captioner"
     ours.load_state_dict(from_transformers(theirs.state_dict(), kind, **DEPTHS))
-    pack_linears(ours.eval().requires_grad_(False))  # as curation does
-    return ours
+    if packed:  # as curation does on a CPU
+        pack_linears(ours.requires_grad_(False))
+    return ours.eval()
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,8 @@ def test_features_and_logits_are_those_of_transformers(captioners: Any, images: 
     assert (expected.image_embeds.std(dim=0) > 0.01).all(), "the images would not matter"
     torch.testing.assert_close(found, expected.image_embeds, atol=1e-4, rtol=0)
     torch.testing.assert_close(ours(images, tokens), expected.logits, atol=1e-4, rtol=0)
+    plain = load_ours(theirs, packed=False)
+    torch.testing.assert_close(plain(images, tokens), expected.logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1], PROMPT[:2]])

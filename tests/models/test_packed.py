@@ -52,12 +52,13 @@ def test_in_bfloat16_packed_is_as_exact_as_the_format(activation: Activation) ->
 def test_a_row_is_the_same_among_any_others(inputs: int, outputs: int, dtype: torch.dtype) -> None:
     needs_packing(dtype)
     packed, x = PackedLinear(draw_layer(inputs, outputs, dtype)), torch.randn(90, inputs).to(dtype)
-    plain, gelu = packed(x), packed.activated(x, "gelu")
+    plain, active = packed(x), {name: packed.activated(x, name) for name in ACTIVATIONS}
     for num_rows in (*range(2, 20), 31, 64, 80):
         for start in (0, 7):
             rows = slice(start, start + num_rows)
             assert torch.equal(packed(x[rows]), plain[rows])
-            assert torch.equal(packed.activated(x[rows], "gelu"), gelu[rows])
+            for name in ACTIVATIONS:
+                assert torch.equal(packed.activated(x[rows], name), active[name][rows])
 
 
 def test_every_linear_layer_inside_is_replaced_and_others_are_not() -> None:
