@@ -73,13 +73,17 @@ def _is_plain_vision(visual: Any) -> bool:
         and visual.proj is not None
         and _is_square(visual.image_size)
         and _is_square(visual.patch_size)
-        and visual.image_size[0] % visual.patch_size[0] == 0
+        and _cuts_evenly(visual.image_size, visual.patch_size)
         and _are_plain(visual.transformer.resblocks)
     )
 
 
 def _is_square(size: Any) -> bool:
     return size[0] == size[1]
+
+
+def _cuts_evenly(size: Any, patch: Any) -> bool:
+    return size[0] % patch[0] == 0
 
 
 def _is_plain_text(model: Any) -> bool:
@@ -103,7 +107,7 @@ def _are_plain(blocks: Any) -> bool:
     )
 
 
-def _is_known(activation: nn.Module) -> bool:
+def _is_known(activation: Any) -> bool:
     if isinstance(activation, layers.QuickGELU):
         return True
     return isinstance(activation, nn.GELU) and activation.approximate == "none"
