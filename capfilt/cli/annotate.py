@@ -121,7 +121,7 @@ def select(
     threshold: Annotated[
         float | None, typer.Option(help="Pairs with a lower ITM score are dropped; unset: as it is now.")
     ] = None,
-    keep: Annotated[int | None, typer.Option(min=1, help="Captions kept for each image; unset: as it is now.")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Ranked captions kept for each image; unset: as now.")] = None,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:

@@ -20,7 +20,7 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Threshold = Annotated[float, typer.Option("--threshold", help="Pairs with a lower ITM score are dropped.")]
-Keep = Annotated[int, typer.Option("--keep", min=1, help="Captions kept for each image, best CLIP score first.")]
+Keep = Annotated[int, typer.Option("--keep", min=1, help="Ranked captions kept for each image, best CLIP score first.")]
 Output = Annotated[
     Path, typer.Option("--output", metavar="DIR", help="Directory of the trained model.", show_default=False)
 ]
