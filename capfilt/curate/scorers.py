@@ -272,8 +272,9 @@ def _load_towers(
     model, transform, tokenizer = _load_clip(source, torch.device("cpu"), torch.float32)
     clip = clip_from_open_clip(model)
     if clip is None:  # open_clip knows which of its layers stay in float32
-        model, _, _ = _load_clip(source, device, dtype)
-        return _OpenClipTowers(model, device), transform, tokenizer
+        if dtype != torch.float32:
+            model, _, _ = _load_clip(source, device, dtype)
+        return _OpenClipTowers(model.to(device), device), transform, tokenizer
     clip = clip.to(device=device, dtype=dtype)
     pack_linears(clip)
     return _OurTowers(clip, model.text_eos_id if model.text_pool_type == "eos" else None), transform, tokenizer
