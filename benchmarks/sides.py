@@ -1,0 +1,282 @@
+"""What is timed: capfilt's side of each piece of work, and what a user of transformers or open_clip would write.
+
+In: the name of a piece of work, a side, and a `Case`. Out: a function that does one pass. The baselines are batched,
+in inference mode and in the right dtype, as their documentation shows; both sides get the same weights, pictures
+and texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.models import MAX_LENGTH, PROMPT_IDS, read_end_bias
+from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
+
+NUM_CAPTIONS = 10
+TEXTS = (
+    "a red bicycle leaning on a white wall", "two dogs running along the beach at sunset",
+    "a bowl of soup with bread beside it on a wooden table", "people waiting for a train", "an old church",
+    "a man in a blue jacket rides a horse through the snow", "three boats in a small harbour",
+    "a black cat asleep on a sofa", "a plate of fruit", "children playing football in a park near the river",
+    "a busy street with many cars and tall buildings", "a lighthouse on a rock above the sea",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a side is built for."""
+
+    models: Path
+    """Folder of `benchmarks.models`."""
+    size: str
+    """base or large."""
+    dtype: str
+    """float32 or bfloat16."""
+    batch_size: int
+    num_texts: int = 3
+    realistic_ends: bool = False
+    """Captions end by themselves, not at their longest."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """As torch has it."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+    @property
+    def captioner(self) -> str:
+        """Folder of the captioner."""
+        return str(self.models / f"captioner-{self.size}")
+
+    @property
+    def filter(self) -> str:
+        """Folder of the ITM filter."""
+        return str(self.models / f"filter-{self.size}")
+
+    @property
+    def min_length(self) -> int:
+        """Shortest caption, prompt included."""
+        return len(PROMPT_IDS) + 2 if self.realistic_ends else MAX_LENGTH
+
+    def caption_settings(self) -> CaptionSettings:
+        """Ten captions by nucleus sampling."""
+        return CaptionSettings(
+            captioner=self.captioner, num_captions=NUM_CAPTIONS, min_length=self.min_length, max_length=MAX_LENGTH,
+            dtype=self.dtype, batch_size=self.batch_size, device="cpu",
+        )  # fmt: skip
+
+    def draw_pictures(self) -> list[Image.Image]:
+        """A batch of photograph-sized random pictures."""
+        generator = np.random.default_rng(0)
+        coarse = [generator.integers(0, 256, (6, 8, 3), dtype=np.uint8) for _ in range(self.batch_size)]
+        return [Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC) for pixels in coarse]
+
+
+Pass = Callable[[], object]
+
+
+# --- decoding -----------------------------------------------------------------------------------------------
+
+
+def our_decoding(case: Case) -> Pass:
+    """Image features to ten texts of each."""
+    from capfilt.models.decoding import write_captions
+    from capfilt.models.med import Captioner
+    from capfilt.models.packed import pack_linears
+    from capfilt.weights.blip import load_blip
+
+    model = load_blip(case.captioner, "captioner", device=torch.device("cpu"), dtype=case.torch_dtype).model
+    assert isinstance(model, Captioner)
+    if case.realistic_ends:
+        model.head.vocabulary.bias[model.decoder.config.sep_token_id] += read_end_bias(Path(case.captioner))
+    features = _draw_features(case, model.vision.config.num_patches + 1, model.vision.config.width)
+    del model.vision
+    pack_linears(model)
+    keys, settings = [str(number) for number in range(case.batch_size)], case.caption_settings()
+    return lambda: write_captions(model, features, keys, PROMPT_IDS, settings)
+
+
+def transformers_decoding(case: Case) -> Pass:
+    """The text decoder's `generate`, ten sequences returned for each image."""
+    model = _transformers_captioner(case)
+    vision = model.config.vision_config
+    features = _draw_features(case, (vision.image_size // vision.patch_size) ** 2 + 1, vision.hidden_size)
+    del model.vision_model
+    return lambda: _generate(model, features, case)
+
+
+def _draw_features(case: Case, num_patches: int, width: int) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(case.batch_size, num_patches, width).to(case.torch_dtype)
+
+
+def _transformers_captioner(case: Case) -> Any:
+    from transformers import BlipForConditionalGeneration
+
+    model: Any = BlipForConditionalGeneration.from_pretrained(case.captioner, dtype=case.torch_dtype).eval()
+    if case.realistic_ends:
+        with torch.no_grad():
+            bias = model.text_decoder.cls.predictions.bias
+            bias[model.config.text_config.sep_token_id] += read_end_bias(Path(case.captioner))
+    return model
+
+
+@torch.inference_mode()
+def _generate(model: Any, features_BPD: Tensor, case: Case) -> Tensor:
+    settings = case.caption_settings()
+    return model.text_decoder.generate(
+        input_ids=torch.tensor([PROMPT_IDS]).expand(len(features_BPD), -1), encoder_hidden_states=features_BPD,
+        encoder_attention_mask=torch.ones(features_BPD.shape[:2], dtype=torch.long),
+        eos_token_id=model.config.text_config.sep_token_id, pad_token_id=model.config.text_config.pad_token_id,
+        do_sample=True, top_p=settings.top_p, top_k=settings.top_k, min_length=case.min_length,
+        max_length=MAX_LENGTH, num_return_sequences=NUM_CAPTIONS, repetition_penalty=settings.repetition_penalty,
+    )  # fmt: skip
+
+
+# --- captioning, pixels to texts ------------------------------------------------------------------------
+
+
+def our_captioning(case: Case) -> Pass:
+    """Pictures to ten texts."""
+    from capfilt.curate.captioner import BlipCaptioner
+
+    captioner, pictures = BlipCaptioner(case.caption_settings()), case.draw_pictures()
+    keys = [str(number) for number in range(len(pictures))]
+    return lambda: captioner.caption(pictures, keys)
+
+
+def transformers_captioning(case: Case) -> Pass:
+    """Processor, `generate`, decoded texts."""
+    from transformers import BlipProcessor
+
+    model, pictures = _transformers_captioner(case), case.draw_pictures()
+    processor: Any = BlipProcessor.from_pretrained(case.captioner)
+
+    @torch.inference_mode()
+    def work() -> object:
+        pixels = processor(images=pictures, return_tensors="pt").pixel_values.to(case.torch_dtype)
+        features = model.vision_model(pixel_values=pixels).last_hidden_state
+        return processor.batch_decode(_generate(model, features, case), skip_special_tokens=True)
+
+    return work
+
+
+# --- image-text matching ------------------------------------------------------------------------------------
+
+
+def our_matching(case: Case) -> Pass:
+    """ITM scores of every picture with `num_texts` texts."""
+    from capfilt.curate.scorers import ItmScorer
+
+    scorer = ItmScorer(
+        FilterSettings(filter_model=case.filter, dtype=case.dtype, batch_size=case.batch_size, device="cpu")
+    )
+    pictures, texts = case.draw_pictures(), list(TEXTS[: case.num_texts])
+    return lambda: scorer.score([scorer.prepare(picture) for picture in pictures], [texts] * len(pictures))
+
+
+def _transformers_filter(case: Case) -> tuple[Any, Any]:
+    from transformers import BlipForImageTextRetrieval, BlipProcessor
+
+    model: Any = BlipForImageTextRetrieval.from_pretrained(case.filter, dtype=case.torch_dtype).eval()
+    return model, BlipProcessor.from_pretrained(case.filter)
+
+
+def transformers_matching_of_pairs(case: Case) -> Pass:
+    """As transformers' documentation shows it: one picture with one text at a time."""
+    model, processor = _transformers_filter(case)
+    pictures, texts = case.draw_pictures(), TEXTS[: case.num_texts]
+
+    @torch.inference_mode()
+    def work() -> object:
+        scores = []
+        for picture in pictures:
+            for text in texts:
+                inputs = processor(images=picture, text=text, return_tensors="pt")
+                inputs["pixel_values"] = inputs["pixel_values"].to(case.torch_dtype)
+                scores.append(model(**inputs, use_itm_head=True)[0].float().softmax(1)[:, 1])
+        return scores
+
+    return work
+
+
+def transformers_matching_encoded_once(case: Case) -> Pass:
+    """A careful user's: a picture is encoded once, its features repeated for its texts, one batch of all."""
+    model, processor = _transformers_filter(case)
+    pictures, texts = case.draw_pictures(), list(TEXTS[: case.num_texts])
+
+    @torch.inference_mode()
+    def work() -> object:
+        pixels = processor(images=pictures, return_tensors="pt").pixel_values.to(case.torch_dtype)
+        features = model.vision_model(pixel_values=pixels).last_hidden_state.repeat_interleave(len(texts), 0)
+        tokens = processor.tokenizer(texts * len(pictures), padding=True, return_tensors="pt")
+        hidden = model.text_encoder(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=features,
+            encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long),
+        ).last_hidden_state  # fmt: skip
+        return model.itm_head(hidden[:, 0]).float().softmax(1)[:, 1]
+
+    return work
+
+
+# --- CLIP -----------------------------------------------------------------------------------------------
+
+
+def our_clip(case: Case) -> Pass:
+    """CLIP scores of every picture with ten texts of its own."""
+    from capfilt.curate.scorers import ClipScorer
+
+    scorer = ClipScorer(
+        RankSettings(
+            clip_model="ViT-L-14", clip_weights=str(case.models / "clip.safetensors"), dtype=case.dtype,
+            batch_size=case.batch_size, device="cpu",
+        )
+    )  # fmt: skip
+    pictures = case.draw_pictures()
+    texts = _own_texts(len(pictures))
+    return lambda: scorer.score([scorer.prepare(picture) for picture in pictures], texts)
+
+
+def open_clip_scores(case: Case) -> Pass:
+    """As open_clip's documentation shows it: texts padded to the context."""
+    import open_clip
+
+    weights, precision = str(case.models / "clip.safetensors"), {"float32": "fp32", "bfloat16": "bf16"}[case.dtype]
+    model, _, transform = open_clip.create_model_and_transforms("ViT-L-14", pretrained=weights, precision=precision)
+    prepare: Any = transform
+    tokenize, pictures = open_clip.get_tokenizer("ViT-L-14"), case.draw_pictures()
+    texts = [text for own in _own_texts(len(pictures)) for text in own]
+    network: Any = model.eval()
+
+    @torch.inference_mode()
+    def work() -> object:
+        pixels = torch.stack([prepare(picture) for picture in pictures]).to(case.torch_dtype)
+        images_BE = network.encode_image(pixels, normalize=True)
+        texts_NE = network.encode_text(tokenize(texts), normalize=True)
+        return (texts_NE.view(len(pictures), -1, images_BE.shape[1]) * images_BE[:, None]).sum(2)
+
+    return work
+
+
+def _own_texts(num_pictures: int) -> list[list[str]]:
+    """Ten texts for each picture, all of them different."""
+    return [[f"{text} {number}" for text in TEXTS[:NUM_CAPTIONS]] for number in range(num_pictures)]
+
+
+SIDES: dict[str, dict[str, Callable[[Case], Pass]]] = {
+    "decode": {"capfilt": our_decoding, "transformers": transformers_decoding},
+    "caption": {"capfilt": our_captioning, "transformers": transformers_captioning},
+    "itm": {
+        "capfilt": our_matching, "transformers, pair by pair": transformers_matching_of_pairs,
+        "transformers, image once": transformers_matching_encoded_once,
+    },
+    "clip": {"capfilt": our_clip, "open_clip": open_clip_scores},
+}  # fmt: skip
+"""Work → side → what builds it."""

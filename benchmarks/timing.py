@@ -1,0 +1,103 @@
+"""Two or more sides of one piece of work, timed in turns, each in a process of its own.
+
+In: the name of the work, a `Case`, how many rounds. Out: seconds of every pass of every side, and the peak of its
+resident memory. One side computes at a time; in a round every side does one pass, so that a machine's slower
+moments meet all of them.
+
+    python -m benchmarks.timing WORK SIDE CASE_AS_JSON      (one side; the parent starts it)
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from benchmarks.sides import SIDES, Case
+
+READY = "ready"
+
+
+@dataclass
+class Timed:
+    """What one side took."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Of each pass."""
+    peak_mib: float = 0.0
+    """Largest resident memory of the process, loading included."""
+
+    @property
+    def median(self) -> float:
+        """Seconds of a pass."""
+        return statistics.median(self.seconds)
+
+    @property
+    def minimum(self) -> float:
+        """Seconds of the quickest pass."""
+        return min(self.seconds)
+
+
+class _Side:
+    """A process that does a pass whenever it is asked to."""
+
+    def __init__(self, work: str, side: str, case: Case) -> None:
+        asked = json.dumps(asdict(case) | {"models": str(case.models)})
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.timing", work, side, asked],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if self.read() != READY:
+            raise RuntimeError(f"{side} of {work} did not start; see above")
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def ask(self) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return float(self.read())
+
+    def end(self) -> float:
+        """Peak resident memory in MiB."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        peak = float(self.read())
+        self.process.wait()
+        return peak
+
+
+def time_sides(work: str, case: Case, rounds: int, sides: list[str] | None = None) -> dict[str, Timed]:
+    """Each side's passes; one more before them warms up."""
+    names = sides or list(SIDES[work])
+    found = {name: Timed() for name in names}
+    running = {name: _Side(work, name, case) for name in names}
+    for _ in range(rounds):
+        for name, side in running.items():
+            found[name].seconds.append(side.ask())
+    for name, side in running.items():
+        found[name].peak_mib = side.end()
+    return found
+
+
+def _serve(work: str, side: str, asked: str) -> None:
+    options = json.loads(asked)
+    run = SIDES[work][side](Case(**options | {"models": Path(options["models"])}))
+    run()
+    print(READY, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print(time.perf_counter() - start, flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
