@@ -2,7 +2,8 @@
 
 Out: a folder with BLIP captioners and ITM filters (base and large) in transformers' layout, and open_clip's ViT-L-14.
 Captions are nonsense; shapes, files, vocabulary and the work they make are the real ones. `ends.json` says what to
-add to a captioner's [SEP] bias for captions of MEAN_NEW_TOKENS, as people's are.
+add to a captioner's [SEP] bias for captions about as long as people's; `features-SIZE.safetensors` holds image
+features to decode from.
 """
 
 from __future__ import annotations
@@ -10,8 +11,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
 
+from capfilt.curate.captioner import normalise, to_square
 from capfilt.models.decoding import write_captions
 from capfilt.models.med import Captioner
 from capfilt.models.packed import pack_linears
@@ -19,14 +25,16 @@ from capfilt.settings import CaptionSettings
 from capfilt.weights.blip import load_blip
 from tests import full_size
 
-MEAN_NEW_TOKENS = 8.5
-"""Mean length of a caption after the prompt in realistic captions, [SEP] included."""
 PROMPT_IDS = [30522, 1037, 3861, 1997]
 """[DEC] a picture of."""
 MAX_LENGTH = 24
 """20 tokens after the prompt."""
-
-_CALIBRATION_IMAGES = 4
+MEAN_NEW_TOKENS = 8.5
+"""Mean length of a caption after the prompt where captions end by themselves, [SEP] included; from
+MIN_NEW_TOKENS on each token may be the last, so that of eighty captions the longest has about 16."""
+MIN_NEW_TOKENS = 5
+"""Shortest such caption, [SEP] not included."""
+NUM_PICTURES = 8
 
 
 def make_models(folder: Path, size: str) -> None:
@@ -42,7 +50,16 @@ def make_models(folder: Path, size: str) -> None:
         (folder / "clip.partial").rename(folder / "clip.safetensors")
     ends = folder / f"captioner-{size}" / "ends.json"
     if not ends.exists():
-        ends.write_text(json.dumps({"bias": _find_end_bias(folder / f"captioner-{size}")}))
+        features, bias = _measure_captioner(folder / f"captioner-{size}")
+        save_file({"features": features}, folder / f"features-{size}.safetensors")
+        ends.write_text(json.dumps({"bias": bias}))
+
+
+def draw_pictures(num: int = NUM_PICTURES) -> list[Image.Image]:
+    """Random pictures of the size of a small photograph, always the same."""
+    generator = np.random.default_rng(0)
+    coarse = [generator.integers(0, 256, (6, 8, 3), dtype=np.uint8) for _ in range(num)]
+    return [Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC) for pixels in coarse]
 
 
 def read_end_bias(captioner_dir: Path) -> float:
@@ -51,20 +68,21 @@ def read_end_bias(captioner_dir: Path) -> float:
 
 
 @torch.inference_mode()
-def _find_end_bias(captioner_dir: Path) -> float:
-    """By bisection, on captions of random pictures."""
+def _measure_captioner(captioner_dir: Path) -> tuple[Tensor, float]:
+    """Features of the random pictures, and the bias of [SEP] that gives realistic lengths, by bisection."""
     loaded = load_blip(str(captioner_dir), "captioner", device=torch.device("cpu"), dtype=torch.float32)
     model = loaded.model
     assert isinstance(model, Captioner)
+    pack_linears(model.vision)
+    side = model.vision.config.image_size_px
+    prepared = [to_square(picture, side) for picture in draw_pictures()]
+    features = model.vision(normalise(prepared, loaded.preparation, model.vision.class_embedding))
     bias = model.head.vocabulary.bias
     start, end = bias.clone(), model.decoder.config.sep_token_id
-    torch.manual_seed(0)
-    side = model.vision.config.image_size_px
-    features = model.vision(torch.randn(_CALIBRATION_IMAGES, 3, side, side))
-    keys = [str(number) for number in range(_CALIBRATION_IMAGES)]
-    settings = CaptionSettings(captioner="", max_length=MAX_LENGTH, min_length=len(PROMPT_IDS) + 2)
     pack_linears(model.decoder)
-    low, high = -40.0, 40.0
+    keys = [str(number) for number in range(len(features))]
+    settings = CaptionSettings(captioner="", max_length=MAX_LENGTH, min_length=len(PROMPT_IDS) + MIN_NEW_TOKENS)
+    low, high, middle = -40.0, 40.0, 0.0
     for _ in range(12):
         middle = (low + high) / 2
         bias.copy_(start)
@@ -72,4 +90,4 @@ def _find_end_bias(captioner_dir: Path) -> float:
         texts = [text for own in write_captions(model, features, keys, PROMPT_IDS, settings) for text in own]
         mean = sum(min(len(text) + 1, MAX_LENGTH - len(PROMPT_IDS)) for text in texts) / len(texts)
         low, high = (middle, high) if mean > MEAN_NEW_TOKENS else (low, middle)
-    return middle
+    return features, middle

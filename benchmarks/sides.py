@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.models import MAX_LENGTH, PROMPT_IDS, read_end_bias
+from benchmarks.models import MAX_LENGTH, MIN_NEW_TOKENS, PROMPT_IDS, draw_pictures, read_end_bias
 from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
 
 NUM_CAPTIONS = 10
@@ -63,7 +62,7 @@ class Case:
     @property
     def min_length(self) -> int:
         """Shortest caption, prompt included."""
-        return len(PROMPT_IDS) + 2 if self.realistic_ends else MAX_LENGTH
+        return len(PROMPT_IDS) + MIN_NEW_TOKENS if self.realistic_ends else MAX_LENGTH
 
     def caption_settings(self) -> CaptionSettings:
         """Ten captions by nucleus sampling."""
@@ -71,12 +70,6 @@ class Case:
             captioner=self.captioner, num_captions=NUM_CAPTIONS, min_length=self.min_length, max_length=MAX_LENGTH,
             dtype=self.dtype, batch_size=self.batch_size, device="cpu",
         )  # fmt: skip
-
-    def draw_pictures(self) -> list[Image.Image]:
-        """A batch of photograph-sized random pictures."""
-        generator = np.random.default_rng(0)
-        coarse = [generator.integers(0, 256, (6, 8, 3), dtype=np.uint8) for _ in range(self.batch_size)]
-        return [Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC) for pixels in coarse]
 
 
 Pass = Callable[[], object]
@@ -96,7 +89,7 @@ def our_decoding(case: Case) -> Pass:
     assert isinstance(model, Captioner)
     if case.realistic_ends:
         model.head.vocabulary.bias[model.decoder.config.sep_token_id] += read_end_bias(Path(case.captioner))
-    features = _draw_features(case, model.vision.config.num_patches + 1, model.vision.config.width)
+    features = read_features(case)
     del model.vision
     pack_linears(model)
     keys, settings = [str(number) for number in range(case.batch_size)], case.caption_settings()
@@ -105,16 +98,16 @@ def our_decoding(case: Case) -> Pass:
 
 def transformers_decoding(case: Case) -> Pass:
     """The text decoder's `generate`, ten sequences returned for each image."""
-    model = _transformers_captioner(case)
-    vision = model.config.vision_config
-    features = _draw_features(case, (vision.image_size // vision.patch_size) ** 2 + 1, vision.hidden_size)
+    model, features = _transformers_captioner(case), read_features(case)
     del model.vision_model
     return lambda: _generate(model, features, case)
 
 
-def _draw_features(case: Case, num_patches: int, width: int) -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(case.batch_size, num_patches, width).to(case.torch_dtype)
+def read_features(case: Case) -> Tensor:
+    """Image features (B, P + 1, D) that both sides decode from."""
+    return load_file(case.models / f"features-{case.size}.safetensors")["features"][: case.batch_size].to(
+        case.torch_dtype
+    )
 
 
 def _transformers_captioner(case: Case) -> Any:
@@ -147,7 +140,7 @@ def our_captioning(case: Case) -> Pass:
     """Pictures to ten texts."""
     from capfilt.curate.captioner import BlipCaptioner
 
-    captioner, pictures = BlipCaptioner(case.caption_settings()), case.draw_pictures()
+    captioner, pictures = BlipCaptioner(case.caption_settings()), draw_pictures(case.batch_size)
     keys = [str(number) for number in range(len(pictures))]
     return lambda: captioner.caption(pictures, keys)
 
@@ -156,7 +149,7 @@ def transformers_captioning(case: Case) -> Pass:
     """Processor, `generate`, decoded texts."""
     from transformers import BlipProcessor
 
-    model, pictures = _transformers_captioner(case), case.draw_pictures()
+    model, pictures = _transformers_captioner(case), draw_pictures(case.batch_size)
     processor: Any = BlipProcessor.from_pretrained(case.captioner)
 
     @torch.inference_mode()
@@ -178,7 +171,7 @@ def our_matching(case: Case) -> Pass:
     scorer = ItmScorer(
         FilterSettings(filter_model=case.filter, dtype=case.dtype, batch_size=case.batch_size, device="cpu")
     )
-    pictures, texts = case.draw_pictures(), list(TEXTS[: case.num_texts])
+    pictures, texts = draw_pictures(case.batch_size), list(TEXTS[: case.num_texts])
     return lambda: scorer.score([scorer.prepare(picture) for picture in pictures], [texts] * len(pictures))
 
 
@@ -192,7 +185,7 @@ def _transformers_filter(case: Case) -> tuple[Any, Any]:
 def transformers_matching_of_pairs(case: Case) -> Pass:
     """As transformers' documentation shows it: one picture with one text at a time."""
     model, processor = _transformers_filter(case)
-    pictures, texts = case.draw_pictures(), TEXTS[: case.num_texts]
+    pictures, texts = draw_pictures(case.batch_size), TEXTS[: case.num_texts]
 
     @torch.inference_mode()
     def work() -> object:
@@ -210,7 +203,7 @@ def transformers_matching_of_pairs(case: Case) -> Pass:
 def transformers_matching_encoded_once(case: Case) -> Pass:
     """A careful user's: a picture is encoded once, its features repeated for its texts, one batch of all."""
     model, processor = _transformers_filter(case)
-    pictures, texts = case.draw_pictures(), list(TEXTS[: case.num_texts])
+    pictures, texts = draw_pictures(case.batch_size), list(TEXTS[: case.num_texts])
 
     @torch.inference_mode()
     def work() -> object:
@@ -239,7 +232,7 @@ def our_clip(case: Case) -> Pass:
             batch_size=case.batch_size, device="cpu",
         )
     )  # fmt: skip
-    pictures = case.draw_pictures()
+    pictures = draw_pictures(case.batch_size)
     texts = _own_texts(len(pictures))
     return lambda: scorer.score([scorer.prepare(picture) for picture in pictures], texts)
 
@@ -251,7 +244,7 @@ def open_clip_scores(case: Case) -> Pass:
     weights, precision = str(case.models / "clip.safetensors"), {"float32": "fp32", "bfloat16": "bf16"}[case.dtype]
     model, _, transform = open_clip.create_model_and_transforms("ViT-L-14", pretrained=weights, precision=precision)
     prepare: Any = transform
-    tokenize, pictures = open_clip.get_tokenizer("ViT-L-14"), case.draw_pictures()
+    tokenize, pictures = open_clip.get_tokenizer("ViT-L-14"), draw_pictures(case.batch_size)
     texts = [text for own in _own_texts(len(pictures)) for text in own]
     network: Any = model.eval()
 

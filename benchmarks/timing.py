@@ -18,6 +18,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import transformers
+
 from benchmarks.sides import SIDES, Case
 
 READY = "ready"
@@ -88,6 +90,7 @@ def time_sides(work: str, case: Case, rounds: int, sides: list[str] | None = Non
 
 
 def _serve(work: str, side: str, asked: str) -> None:
+    transformers.logging.disable_progress_bar()
     options = json.loads(asked)
     run = SIDES[work][side](Case(**options | {"models": Path(options["models"])}))
     run()
