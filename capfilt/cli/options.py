@@ -18,7 +18,7 @@ Generation = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time; does not change the results.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 where it is fast), float32, bfloat16 or float16.")]
 Threshold = Annotated[float, typer.Option("--threshold", help="Pairs with a lower ITM score are dropped.")]
 Keep = Annotated[int, typer.Option("--keep", min=1, help="Ranked captions kept for each image, best CLIP score first.")]
 Output = Annotated[

@@ -105,7 +105,7 @@ def annotate(
         counts = {shard: read_commit_record(run.stage_file("shards", shard)).rows_kept for shard in shards}
         commands = {COMMANDS[stage] for stage in plan.stages}
         name = commands.pop() if len(commands) == 1 else "annotate"
-        progress.start(name, sum(counts.values()), "images")
+        progress.start(f"{name} ({plan.computing})" if plan.computing else name, sum(counts.values()), "images")
         for shard in shards:
             _annotate_shard(plan, shard, counts[shard], progress)
         progress.finish()
@@ -163,10 +163,29 @@ class _Plan:
 
     def load_models(self) -> None:
         """Load what the stages need: their fingerprints cover the models' files."""
-        models = {"captions": "captioner", "clip": "clip_scorer", "itm": "itm_scorer"}
         for stage in self.stages:
-            if stage in models:
-                getattr(self, models[stage])
+            self.model(stage)
+        if self.shares_vision:
+            self.itm_scorer.use_vision(self.captioner.vision)
+
+    def model(self, stage: str) -> Any:
+        """What fills a stage; None for the manifest."""
+        names = {"captions": "captioner", "clip": "clip_scorer", "itm": "itm_scorer"}
+        return getattr(self, names[stage]) if stage in names else None
+
+    @property
+    def computing(self) -> str:
+        """In which precision the models work, and where."""
+        models = [self.model(stage) for stage in self.stages if stage != "manifest"]
+        return ", ".join(dict.fromkeys(model.computing for model in models))
+
+    @cached_property
+    def shares_vision(self) -> bool:
+        """Whether captioner and filter see a picture with the same image encoder."""
+        if not {"captions", "itm"} <= set(self.stages):
+            return False
+        digest = getattr(self.itm_scorer, "vision_digest", "")
+        return bool(digest) and digest == self.captioner.vision_digest
 
     def ranking(self, shard: str) -> tuple[int, bool]:
         """(keep, include_web) that a shard is ranked with: of the settings, or as the CLIP stage recorded."""
@@ -189,20 +208,24 @@ class _Plan:
             return fields | self.clip_scorer.fields | {"keep": keep, "include_web": include_web}
         return fields | self.itm_scorer.fields
 
-    def lane(self, stage: str, shard: str) -> Lane:
-        """The lane of a stage in the pass over a shard."""
-        if stage == "captions":
-            return CaptionLane(self.captioner)
-        keep, include_web = self.ranking(shard)
-        if stage == "clip":
-            return ClipLane(self.clip_scorer, include_web=include_web)
-        return ItmLane(self.itm_scorer, keep=keep, include_web=include_web)
+    def lanes(self, stages: Sequence[str], shard: str) -> list[Lane]:
+        """The lanes of some stages in the pass over a shard."""
+        shares = self.shares_vision and {"captions", "itm"} <= set(stages)
+        lanes: list[Lane] = []
+        if "captions" in stages:
+            lanes.append(CaptionLane(self.captioner, keeps_features=shares))
+        if "clip" in stages:
+            lanes.append(ClipLane(self.clip_scorer, include_web=self.ranking(shard)[1]))
+        if "itm" in stages:
+            keep, include_web = self.ranking(shard)
+            lanes.append(ItmLane(self.itm_scorer, keep=keep, include_web=include_web, uses_features=shares))
+        return lanes
 
 
 def _annotate_shard(plan: _Plan, shard: str, num_images: int, progress: Progress) -> None:
     """Bring one shard up to date; every stage is committed before the next shard begins."""
     todo = _find_todo(plan, shard)
-    lanes = [plan.lane(stage, shard) for stage in todo if stage != "manifest"]
+    lanes = plan.lanes(todo, shard)
     if lanes:
         items: list[Item] = []
         for item in run_lanes(_read_items(plan.run, shard, lanes[0].stage), lanes):

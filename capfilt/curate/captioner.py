@@ -21,7 +21,7 @@ from capfilt.models.med import Captioner
 from capfilt.models.packed import pack_linears
 from capfilt.settings import CaptionSettings
 from capfilt.weights.blip import load_blip
-from capfilt.weights.devices import choose_device, choose_dtype
+from capfilt.weights.devices import choose_device, choose_inference_dtype, describe_computing
 from capfilt.weights.model_files import ImagePreparation
 
 
@@ -33,11 +33,12 @@ class BlipCaptioner:
         self.settings = settings
         self.batch_size = settings.batch_size
         self._device = choose_device(settings.device)
-        dtype = choose_dtype(settings.dtype, self._device)
+        dtype = choose_inference_dtype(settings.dtype, self._device)
         loaded = load_blip(settings.captioner, "captioner", device=self._device, dtype=dtype)
         assert isinstance(loaded.model, Captioner)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         pack_linears(self._model)
+        self.vision, self.vision_digest = loaded.model.vision, loaded.vision_digest
         self.preparation = loaded.preparation
         self.prompt = loaded.prompt if settings.prompt is None else settings.prompt
         config = loaded.model.decoder.config
@@ -50,6 +51,7 @@ class BlipCaptioner:
                 f"tokens of the prompt {self.prompt!r}, and at most {config.max_positions}, the model's. "
                 "Give --max-length."
             )
+        self.computing = describe_computing(dtype, self._device)
         self.fields: dict[str, Any] = {
             **{name: getattr(settings, name) for name in settings.fingerprint_fields},
             "prompt": self.prompt,
@@ -63,14 +65,16 @@ class BlipCaptioner:
 
     def caption(self, images: Sequence[Image], keys: Sequence[str]) -> list[list[str]]:
         """Captions of RGB pictures, `settings.num_captions` of each."""
-        return self.caption_prepared([self.prepare(image) for image in images], keys)
+        return self.caption_features(self.encode([self.prepare(image) for image in images]), keys)
 
-    def caption_prepared(self, images: Sequence[Tensor], keys: Sequence[str]) -> list[list[str]]:
-        """Captions of pictures from `prepare`."""
-        with torch.inference_mode():
-            batch = normalise(images, self.preparation, self._model.vision.class_embedding)
-            features = self._model.vision(batch)
-        written = write_captions(self._model, features, keys, self._prompt_ids, self.settings)
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Tensor]) -> Tensor:
+        """Image features (B, P + 1, D) of pictures from `prepare`."""
+        return self.vision(normalise(images, self.preparation, self.vision.class_embedding))
+
+    def caption_features(self, features_BPD: Tensor, keys: Sequence[str]) -> list[list[str]]:
+        """Captions of pictures that `encode` has seen."""
+        written = write_captions(self._model, features_BPD, keys, self._prompt_ids, self.settings)
         return [[self._decode(tokens) for tokens in texts] for texts in written]
 
     def _decode(self, tokens: list[int]) -> str:

@@ -1,7 +1,7 @@
 """Scores of image-text pairs: CLIP similarity and ITM probability. A scorer never drops.
 
 In: pictures and their texts. Out: a number for each pair, higher is better. A new scorer is a class with
-`prepare`, `score`, `fields` and `batch_size`, and an entry in SCORERS.
+`prepare`, `score`, `fields`, `computing` and `batch_size`, and an entry in SCORERS.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from capfilt.models.clip import Clip
 from capfilt.models.matching import match_probabilities
 from capfilt.models.med import Filter
 from capfilt.models.packed import pack_linears
+from capfilt.models.vit import VisionTransformer
 from capfilt.settings import EMBEDDED, FilterSettings, RankSettings
 from capfilt.weights.blip import load_blip
-from capfilt.weights.devices import choose_device, choose_dtype
+from capfilt.weights.devices import choose_device, choose_inference_dtype, describe_computing
 from capfilt.weights.find import find_embedded, is_offline
 
 ITM_MAX_TOKENS = 35
@@ -44,6 +45,8 @@ class Scorer(Protocol):
 
     batch_size: int
     """Images scored at a time."""
+    computing: str
+    """Precision and device, for people."""
     fields: dict[str, Any]
     """What changes the scores, for the fingerprint."""
 
@@ -63,9 +66,10 @@ class ClipScorer:
         """Load the model. Raises UsageError for an unknown name, and for weights that cannot be had."""
         self.batch_size = settings.batch_size
         self._device = choose_device(settings.device)
-        self._dtype = choose_dtype(settings.dtype, self._device)
+        self._dtype = choose_inference_dtype(settings.dtype, self._device)
         source = _find_clip(settings)
         self._towers, self._transform, self._tokenize = _load_towers(source, self._device, self._dtype)
+        self.computing = describe_computing(self._dtype, self._device)
         self.fields: dict[str, Any] = {
             "dtype": str(self._dtype).removeprefix("torch."),
             "model": source.digests(),
@@ -98,16 +102,18 @@ class ItmScorer:
         """Load `settings.filter_model`. Raises UsageError where it cannot be had."""
         self.batch_size = settings.batch_size
         self._device = choose_device(settings.device)
-        dtype = choose_dtype(settings.dtype, self._device)
+        dtype = choose_inference_dtype(settings.dtype, self._device)
         loaded = load_blip(settings.filter_model, "filter", device=self._device, dtype=dtype)
         assert isinstance(loaded.model, Filter)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         pack_linears(self._model)
+        self.vision, self.vision_digest = loaded.model.vision, loaded.vision_digest
         self._preparation = loaded.preparation
         config = loaded.model.encoder.config
         is_enc = settings.first_token == "enc"
         self._first_token_id = config.enc_token_id if is_enc else self._tokenizer.cls_token_id
         self._max_tokens = min(ITM_MAX_TOKENS, config.max_positions // 8 * 8)
+        self.computing = describe_computing(dtype, self._device)
         self.fields: dict[str, Any] = {
             **{name: getattr(settings, name) for name in settings.fingerprint_fields},
             "max_tokens": self._max_tokens,
@@ -120,11 +126,22 @@ class ItmScorer:
         return to_square(image, self._preparation.image_size_px)
 
     @torch.inference_mode()
+    def encode(self, images: Sequence[Tensor]) -> Tensor:
+        """Image features (B, P + 1, D) of pictures from `prepare`."""
+        return self.vision(normalise(images, self._preparation, self.vision.class_embedding))
+
     def score(self, images: Sequence[Tensor], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """softmax(ITM logits)[1] in [0, 1]. Texts are prepared as in BLIP's training (`clean_caption`)."""
-        batch = normalise(images, self._preparation, self._model.vision.class_embedding)
+        return self.score_features(list(self.encode(images)), texts)
+
+    def score_features(self, features: Sequence[Tensor], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """`score` of image features (P + 1, D) by `encode`, or by a captioner of the same `vision_digest`."""
         tokens = [[self._tokens(text) for text in own] for own in texts]
-        return match_probabilities(self._model, self._model.vision(batch), tokens)
+        return match_probabilities(self._model, torch.stack(list(features)), tokens)
+
+    def use_vision(self, vision: VisionTransformer) -> None:
+        """Encode with another model's image encoder, which must have the same `vision_digest`; ours is let go."""
+        self.vision = self._model.vision = vision
 
     def _tokens(self, text: str) -> list[int]:
         encoded = self._tokenizer(clean_caption(text), truncation=True, max_length=self._max_tokens).input_ids

@@ -1,5 +1,7 @@
 """One pass over the images of a shard: each is decoded once, then captioned, ranked and filtered as asked.
 
+Where captioner and filter have the same image encoder, the filter takes the captioner's features.
+
 In: samples in the order of their keys, and a lane for each stage. Out: the same samples in the same order,
 with what the stages found or why one of them failed. A lane works on batches of its own size, always the same
 ones, so that a stage finds the same alone, together with others, and after an interruption.
@@ -45,6 +47,8 @@ class Item:
     """(caption_index, ITM score) of the captions the filter looked at."""
     prepared: dict[str, Any] = field(default_factory=dict)
     """Lane → the picture as its model wants it."""
+    features: Any = None
+    """Image features (P + 1, D) by the captioner, for a filter that sees with the same image encoder."""
     failed_stage: str = ""
     failure: Quarantined | None = None
 
@@ -60,6 +64,7 @@ class Item:
             key=self.key, reason=reason, detail=detail, sha256=self.sha256, num_bytes=self.num_bytes
         )
         self.prepared.clear()
+        self.features = None
 
 
 class Lane(Protocol):
@@ -68,9 +73,8 @@ class Lane(Protocol):
     stage: str
     batch_size: int
 
-    def prepare(self, image: Any, /) -> Any:
-        """An RGB picture as the model wants it; called in a decoding thread."""
-        ...
+    prepare: Callable[[Any], Any] | None
+    """An RGB picture as the model wants it; called in a decoding thread. None where it needs no picture."""
 
     def work(self, items: Sequence[Item], /) -> None:
         """Fill in what the stage finds in items that did not fail."""
@@ -78,21 +82,23 @@ class Lane(Protocol):
 
 
 class CaptionLane:
-    """Fills `captions`."""
+    """Fills `captions`, and `features` for a filter that can use them."""
 
     stage = "captions"
 
-    def __init__(self, captioner: Any) -> None:
+    def __init__(self, captioner: Any, *, keeps_features: bool = False) -> None:
         self._captioner = captioner
+        self._keeps_features = keeps_features
         self.batch_size: int = captioner.batch_size
-        self.prepare: Callable[[Any], Any] = captioner.prepare
+        self.prepare: Callable[[Any], Any] | None = captioner.prepare
 
     def work(self, items: Sequence[Item]) -> None:
         """Write the captions of a batch."""
-        images = [item.prepared.pop(self.stage) for item in items]
-        texts = self._captioner.caption_prepared(images, [item.key for item in items])
-        for item, own in zip(items, texts, strict=True):
+        features_BPD = self._captioner.encode([item.prepared.pop(self.stage) for item in items])
+        texts = self._captioner.caption_features(features_BPD, [item.key for item in items])
+        for item, own, features_PD in zip(items, texts, features_BPD, strict=True):
             item.captions = own
+            item.features = features_PD if self._keeps_features else None
 
 
 class ClipLane:
@@ -104,7 +110,7 @@ class ClipLane:
         self._scorer = scorer
         self._include_web = include_web
         self.batch_size: int = scorer.batch_size
-        self.prepare: Callable[[Any], Any] = scorer.prepare
+        self.prepare: Callable[[Any], Any] | None = scorer.prepare
 
     def work(self, items: Sequence[Item]) -> None:
         """Score and rank the captions of a batch. An empty text has no score."""
@@ -128,18 +134,22 @@ class ItmLane:
 
     stage = "itm"
 
-    def __init__(self, scorer: Any, *, keep: int, include_web: bool) -> None:
+    def __init__(self, scorer: Any, *, keep: int, include_web: bool, uses_features: bool = False) -> None:
         self._scorer = scorer
         self._keep, self._include_web = keep, include_web
         self.batch_size: int = scorer.batch_size
-        self.prepare: Callable[[Any], Any] = scorer.prepare
+        self.prepare: Callable[[Any], Any] | None = None if uses_features else scorer.prepare
 
     def work(self, items: Sequence[Item]) -> None:
         """Score a batch. A sample without any text has one row without a score, and so is accounted for."""
         chosen = [captions_to_filter(item.ranked, keep=self._keep, include_web=self._include_web) for item in items]
-        images = [item.prepared.pop(self.stage) for item in items]
-        scores = self._scorer.score(images, [[caption.text for caption in own] for own in chosen])
+        texts = [[caption.text for caption in own] for own in chosen]
+        if self.prepare is None:
+            scores = self._scorer.score_features([item.features for item in items], texts)
+        else:
+            scores = self._scorer.score([item.prepared.pop(self.stage) for item in items], texts)
         for item, own, found in zip(items, chosen, scores, strict=True):
+            item.features = None
             if not all(map(math.isfinite, found)):
                 item.fail(self.stage, "scoring_failed", "an ITM score is not finite")
             elif own:
@@ -201,4 +211,4 @@ def _prepare(item: Item, lanes: Sequence[Lane]) -> None:
     except ImageRefused as refused:
         item.fail(lanes[0].stage, refused.reason, refused.detail)
         return
-    item.prepared = {lane.stage: lane.prepare(image) for lane in lanes}
+    item.prepared = {lane.stage: lane.prepare(image) for lane in lanes if lane.prepare is not None}

@@ -2,7 +2,8 @@
 
 In: image features and token ids. Out: a probability of a match for each text.
 
-- an image's cross-attention keys and values are computed once and shared by its texts
+- an image's cross-attention keys and values are computed once and shared by its texts; equal texts of an image
+  are scored once
 - a text is padded to the next multiple of eight tokens, whatever its neighbours; texts of one padded length
   go together. In float32 on a CPU a score does not depend on the batch around it, to the bit.
 
@@ -36,23 +37,21 @@ def match_probabilities(
     Returns:
         Probabilities in [0, 1] by image and text.
     """
-    places = [(image, index) for image, own in enumerate(texts) for index in range(len(own))]
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    for image, index in places:
-        padded = -(-len(texts[image][index]) // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
-        by_length.setdefault(padded, []).append((image, index))
-    key_values = model.encoder.image_key_values(features_BPD) if places else []
-    scores = [[0.0] * len(own) for own in texts]
+    pairs = dict.fromkeys((image, tuple(text)) for image, own in enumerate(texts) for text in own)
+    by_length: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+    for image, text in pairs:
+        padded = -(-len(text) // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
+        by_length.setdefault(padded, []).append((image, text))
+    key_values = model.encoder.image_key_values(features_BPD) if pairs else []
+    scores: dict[tuple[int, tuple[int, ...]], float] = {}
     for padded, group in by_length.items():
-        rows = [texts[image][index] for image, index in group]
-        found = _match_rows(model, key_values, rows, [image for image, _ in group], padded)
-        for (image, index), score in zip(group, found, strict=True):
-            scores[image][index] = score
-    return scores
+        rows, images = [text for _, text in group], [image for image, _ in group]
+        scores |= zip(group, _match_rows(model, key_values, rows, images, padded), strict=True)
+    return [[scores[image, tuple(text)] for text in own] for image, own in enumerate(texts)]
 
 
 def _match_rows(
-    model: Filter, key_values: list[KeyValue], rows: list[Sequence[int]], images: list[int], padded: int
+    model: Filter, key_values: list[KeyValue], rows: Sequence[Sequence[int]], images: list[int], padded: int
 ) -> list[float]:
     """Probabilities of texts that are padded to one length."""
     device = key_values[0][0].device

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capfilt.models.attention import attend, for_attention
 from capfilt.models.packed import activated
 from capfilt.models.vit import VisionTransformer, initialise
 
@@ -130,7 +131,7 @@ class Attention(nn.Module):
         if query_BHTd.shape[2] == 1 and mask is None and query_BHTd.device.type == "cpu":
             attended = _attend_once(query_BHTd, *key_value)
         else:
-            attended = F.scaled_dot_product_attention(query_BHTd, *key_value, attn_mask=mask, is_causal=is_causal)
+            attended = attend(query_BHTd, *key_value, mask, is_causal=is_causal)
         attended_BTD = attended.transpose(1, 2).flatten(2)
         if layout is not None:
             attended_BTD = layout.by_row(attended_BTD)
@@ -243,7 +244,8 @@ class TextTransformer(nn.Module):
 
     def image_key_values(self, features_BPD: Tensor) -> list[KeyValue]:
         """Cross-attention keys and values of images, one pair per layer, to be shared by their texts."""
-        return [cast(TextLayer, layer).cross_attention.key_value(features_BPD) for layer in self.layers]
+        pairs = (cast(TextLayer, layer).cross_attention.key_value(features_BPD) for layer in self.layers)
+        return [(for_attention(key), for_attention(value)) for key, value in pairs]
 
     def new_cache(self, rows: int, max_length: int) -> list[LayerCache]:
         """An empty self-attention cache for `rows` texts of at most `max_length` tokens."""

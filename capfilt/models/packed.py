@@ -56,7 +56,8 @@ def pack_linears(module: nn.Module) -> None:
     Layers elsewhere than on a CPU, of other dtypes, or where torch has no such operators stay as they are. The plain
     weights are let go, unless something else holds them (a vocabulary that is the word embedding).
     """
-    for parent in list(module.modules()):
+    # A list of all modules would hold the plain layers, and their weights, to the end.
+    for parent in [part for part in module.modules() if type(part) is not nn.Linear]:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and _can_pack(child.weight):
                 setattr(parent, name, PackedLinear(child))

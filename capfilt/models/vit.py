@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from capfilt.models.attention import attend
 from capfilt.models.packed import Activation, activated
 
 
@@ -70,7 +70,7 @@ def attend_heads(query_key_value_BPE: Tensor, num_heads: int, *, is_causal: bool
     """Multi-head attention, causal or not: (B, P, 3D) → (B, P, D)."""
     heads = query_key_value_BPE.unflatten(2, (3, num_heads, -1))
     query, key, value = heads.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal).transpose(1, 2).flatten(2)
+    return attend(query, key, value, is_causal=is_causal).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
@@ -89,10 +89,10 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, mlp_width)
         self.fc2 = nn.Linear(mlp_width, width)
 
-    def forward(self, features_BPD: Tensor, attend: Attend = attend_all) -> Tensor:
-        """(B, P, D) → (B, P, D), or as `attend` lays them out."""
+    def forward(self, features_BPD: Tensor, attend_with: Attend = attend_all) -> Tensor:
+        """(B, P, D) → (B, P, D), or as `attend_with` lays them out."""
         query_key_value = self.query_key_value(self.norm1(features_BPD))
-        features_BPD = features_BPD + self.projection(attend(query_key_value, self.num_heads))
+        features_BPD = features_BPD + self.projection(attend_with(query_key_value, self.num_heads))
         return features_BPD + self.fc2(activated(self.fc1, self.norm2(features_BPD), self.activation))
 
 

@@ -104,7 +104,7 @@ class CaptionSettings:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: str = "auto"
-    """auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or float16."""
+    """auto (bfloat16 on a GPU and on a CPU that is fast at it, else float32), float32, bfloat16 or float16."""
 
     def __post_init__(self) -> None:
         require(self.decoding in DECODINGS, "decoding", self.decoding, f"one of {', '.join(DECODINGS)}")
@@ -141,7 +141,7 @@ class RankSettings:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: str = "auto"
-    """auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or float16."""
+    """auto (bfloat16 on a GPU and on a CPU that is fast at it, else float32), float32, bfloat16 or float16."""
 
     def __post_init__(self) -> None:
         require(self.keep >= 1, "keep", self.keep, "at least 1")
@@ -167,7 +167,7 @@ class FilterSettings:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: str = "auto"
-    """auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or float16."""
+    """auto (bfloat16 on a GPU and on a CPU that is fast at it, else float32), float32, bfloat16 or float16."""
 
     def __post_init__(self) -> None:
         require(0 <= self.threshold <= 1, "threshold", self.threshold, "0 to 1")

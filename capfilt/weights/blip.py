@@ -6,6 +6,7 @@ tokenizer and image preparation; and back to a folder. No code of a checkpoint r
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,9 @@ class LoadedBlip:
     """Text that captions continue; of no meaning for a filter."""
     digests: dict[str, str] = field(default_factory=dict)
     """File name → sha256 of every file that was read, for the fingerprint of what is made with the model."""
+    vision_digest: str = ""
+    """sha256 of what the image encoder computes from a picture: its sizes, preparation, dtype and weights. Models of
+    one digest give the same image features."""
 
 
 def load_blip(name: str, kind: Kind, *, device: torch.device, dtype: torch.dtype) -> LoadedBlip:
@@ -83,7 +87,7 @@ def load_blip(name: str, kind: Kind, *, device: torch.device, dtype: torch.dtype
         preparation = ImagePreparation(sizes[0].image_size_px)
     else:
         config, sizes = read_config(path), read_sizes(path)
-        state, weight_files, side_dir = read_weights(path), find_weights(path), path
+        state, weight_files, side_dir = read_weights(path, dtype), find_weights(path), path
         preparation = read_preparation(path, sizes[0].image_size_px)
         _refuse_other_resizing(path, preparation)
     with torch.device("meta"):
@@ -98,7 +102,16 @@ def load_blip(name: str, kind: Kind, *, device: torch.device, dtype: torch.dtype
         preparation=preparation,
         prompt=str(config.get("capfilt_prompt", BLIP_PROMPT)),
         digests={file.name: file_sha256(file) for file in files},
+        vision_digest=_digest_vision(model.vision, preparation),
     )
+
+
+def _digest_vision(vision: VisionTransformer, preparation: ImagePreparation) -> str:
+    digest = hashlib.sha256(repr((vision.config, preparation)).encode())
+    for name, tensor in sorted(vision.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_trainable_blip(folder: Path, kind: Kind) -> LoadedBlip:

@@ -35,3 +35,23 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return _TORCH_DTYPES[name]
+
+
+def choose_inference_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`choose_dtype`, but `auto` is bfloat16 on a CPU that is fast at it: one with AVX512_BF16 or AMX."""
+    if name == "auto" and device.type == "cpu" and _multiplies_bfloat16():
+        return torch.bfloat16
+    return choose_dtype(name, device)
+
+
+def describe_computing(dtype: torch.dtype, device: torch.device) -> str:
+    """For people: `bfloat16 on cpu`."""
+    return f"{str(dtype).removeprefix('torch.')} on {device.type}"
+
+
+def _multiplies_bfloat16() -> bool:
+    """Without such instructions bfloat16 is computed by detours, slower than float32."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.cpu, "get_capabilities")):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from capfilt.data.commit import file_sha256
 from capfilt.data.texts import first_line
@@ -26,6 +26,7 @@ from capfilt.weights.find import SIDE_FILES
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+_TENSORS_AT_ONCE = 16
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """Endings of names as BERT was published with them → as transformers has them now."""
 
@@ -52,12 +53,22 @@ def find_weights(folder: Path) -> list[Path]:
     raise UsageError(f"{folder} has no model.safetensors. Give a model in transformers' layout.")
 
 
-def read_weights(folder: Path) -> State:
-    """All tensors of a folder, by transformers' names, those that BERT's published weights have older names for too."""
+def read_weights(folder: Path, dtype: torch.dtype | None = None) -> State:
+    """All tensors of a folder, by transformers' names, those that BERT's published weights have older names for too.
+
+    With a dtype, floating-point tensors are brought to it as they are read.
+    """
     state: State = {}
     for file in find_weights(folder):
-        state |= _read_safetensors(file) if file.suffix == ".safetensors" else read_torch_file(file)
+        if file.suffix == ".safetensors":
+            state |= _read_safetensors(file, dtype)
+        else:
+            state |= {name: _in_dtype(tensor, dtype) for name, tensor in read_torch_file(file).items()}
     return {_present_name(name): tensor for name, tensor in state.items()}
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def _present_name(name: str) -> str:
@@ -67,9 +78,21 @@ def _present_name(name: str) -> str:
     return name
 
 
-def _read_safetensors(path: Path) -> State:
+def _read_safetensors(path: Path, dtype: torch.dtype | None) -> State:
+    """Copies of a file's tensors.
+
+    The file is mapped anew for every few of them: what was mapped stays in memory until it is closed, and the whole
+    file would lie there beside the copies.
+    """
+    state: State = {}
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        for start in range(0, len(names), _TENSORS_AT_ONCE):
+            with safe_open(path, framework="pt") as file:
+                for name in names[start : start + _TENSORS_AT_ONCE]:
+                    state[name] = _in_dtype(file.get_tensor(name), dtype).clone()
+        return state
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"The weights in {path} cannot be read ({error}). Fetch them again.") from error
 

@@ -29,15 +29,17 @@ class Models:
 
     def caption(self, **changes: object) -> CaptionSettings:
         """Four captions by nucleus sampling."""
-        return CaptionSettings(**{"captioner": str(self.root / "captioner"), "num_captions": 4, **changes})  # type: ignore[arg-type]
+        return CaptionSettings(
+            **{"captioner": str(self.root / "captioner"), "num_captions": 4, "dtype": "float32", **changes}
+        )  # type: ignore[arg-type]
 
     def rank(self, **changes: object) -> RankSettings:
         """The top two."""
-        return RankSettings(**{"clip_model": str(self.root / "clip"), **changes})  # type: ignore[arg-type]
+        return RankSettings(**{"clip_model": str(self.root / "clip"), "dtype": "float32", **changes})  # type: ignore[arg-type]
 
     def filter(self, **changes: object) -> FilterSettings:
         """At 0.5."""
-        return FilterSettings(**{"filter_model": str(self.root / "filter"), **changes})  # type: ignore[arg-type]
+        return FilterSettings(**{"filter_model": str(self.root / "filter"), "dtype": "float32", **changes})  # type: ignore[arg-type]
 
 
 def save_models(root: Path) -> Models:

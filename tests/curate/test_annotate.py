@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from capfilt.curate.annotate import annotate
 from capfilt.curate.selection import reselect
@@ -17,6 +18,7 @@ from capfilt.data.commit import read_quarantine, read_table
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from capfilt.errors import FingerprintMismatchError, UsageError
+from capfilt.models.vit import VisionTransformer
 from tests.curate.small_runs import Models, make_run, read_all, save_models
 
 ALL = ("captions", "clip", "itm", "manifest")
@@ -53,6 +55,43 @@ def test_single_commands_give_the_rows_of_one_pass(finished: RunDir, models: Mod
     annotate(run, ["clip"], rank=models.rank())
     annotate(run, ["itm", "manifest"], filter=models.filter())
     assert read_all(run) == read_all(finished)
+
+
+def test_an_image_encoder_that_captioner_and_filter_share_sees_a_picture_once(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twins = save_models(tmp_path / "models")
+    _copy_image_encoder(twins.root / "captioner", twins.root / "filter")
+    num_seen = _count_images_of_blip(monkeypatch)
+    runs = [make_run(tmp_path / name) for name in ("once", "apart")]
+    annotate_all(runs[0], twins)
+    assert num_seen.pop() == 14
+    annotate(runs[1], ["captions"], caption=twins.caption())
+    annotate(runs[1], ["clip"], rank=twins.rank(batch_size=3))
+    annotate(runs[1], ["itm", "manifest"], filter=twins.filter(batch_size=4))
+    assert num_seen.pop() == 28
+    assert read_all(runs[0]) == read_all(runs[1])
+    annotate_all(make_run(tmp_path / "strangers"), models)
+    assert num_seen.pop() == 28
+
+
+def _copy_image_encoder(source: Path, target: Path) -> None:
+    weights, own = (load_file(folder / "model.safetensors") for folder in (source, target))
+    own |= {name: tensor for name, tensor in weights.items() if name.startswith("vision_model.")}
+    save_file(own, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def _count_images_of_blip(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list whose only number grows with every picture that a BLIP's image encoder sees; emptied, it begins anew."""
+    plain, counts = VisionTransformer.forward, []
+
+    def forward(self: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+        if not self.config.norm_first:  # CLIP's has the same class
+            counts[:] = [sum(counts) + len(images)]
+        return plain(self, images)
+
+    monkeypatch.setattr(VisionTransformer, "forward", forward)
+    return counts
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, **changes: Any) -> BlipCaptioner:
-    return BlipCaptioner(CaptionSettings(captioner=str(folder), **changes))
+    return BlipCaptioner(CaptionSettings(**{"captioner": str(folder), "dtype": "float32", **changes}))
 
 
 def test_pictures_are_prepared_as_transformers_does(folder: Path) -> None:

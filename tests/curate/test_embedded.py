@@ -30,7 +30,7 @@ def test_greedy_captions_are_those_of_plain_transformers() -> None:
     folder = FOLDERS["captioner"]
     model = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ours = BlipCaptioner(CaptionSettings(captioner=EMBEDDED, decoding="greedy", num_captions=1))
+    ours = BlipCaptioner(CaptionSettings(captioner=EMBEDDED, dtype="float32", decoding="greedy", num_captions=1))
     pixels = BlipImageProcessor.from_pretrained(folder)(PICTURES, return_tensors="pt").pixel_values
     prompt = tokenizer(ours.prompt, return_tensors="pt").input_ids
     outputs = model.generate(
@@ -48,7 +48,7 @@ def test_itm_scores_are_those_of_plain_transformers() -> None:
     model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pixels = BlipImageProcessor.from_pretrained(folder)(PICTURES, return_tensors="pt").pixel_values
-    ours = ItmScorer(FilterSettings(filter_model=EMBEDDED))
+    ours = ItmScorer(FilterSettings(filter_model=EMBEDDED, dtype="float32"))
     found = ours.score([ours.prepare(picture) for picture in PICTURES], [TEXTS] * len(PICTURES))
     for number, text in enumerate(TEXTS):
         tokens = tokenizer(text, return_tensors="pt").input_ids
@@ -65,14 +65,14 @@ def test_clip_scores_are_those_of_plain_open_clip() -> None:
     tokens = open_clip.get_tokenizer(name)(TEXTS)
     images = torch.stack([torch.as_tensor(transform(picture)) for picture in PICTURES])
     image, text = model.eval().encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
-    ours = ClipScorer(RankSettings(clip_model=EMBEDDED))
+    ours = ClipScorer(RankSettings(clip_model=EMBEDDED, dtype="float32"))
     found = ours.score([ours.prepare(picture) for picture in PICTURES], [TEXTS] * len(PICTURES))
     torch.testing.assert_close(torch.tensor(found), image @ text.T, atol=1e-4, rtol=0)
 
 
 @pytest.fixture(scope="module")
 def captioner() -> BlipCaptioner:
-    return BlipCaptioner(CaptionSettings(captioner=EMBEDDED))
+    return BlipCaptioner(CaptionSettings(captioner=EMBEDDED, dtype="float32"))
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def open_clip_scores(name: str, weights: str | None = None) -> torch.Tensor:
 
 
 def test_clip_scores_are_those_of_open_clip(clip_folder: Path) -> None:
-    scorer = ClipScorer(RankSettings(clip_model=str(clip_folder)))
+    scorer = ClipScorer(RankSettings(clip_model=str(clip_folder), dtype="float32"))
     found = score(scorer)
     torch.testing.assert_close(flat(found), open_clip_scores(f"local-dir:{clip_folder}"), atol=1e-5, rtol=0)
     assert found[0][0] == found[0][2]
@@ -84,7 +84,7 @@ def test_clip_scores_in_bfloat16_are_near(clip_folder: Path, name: str) -> None:
 
 
 def test_clip_scores_do_not_depend_on_the_batch(clip_folder: Path) -> None:
-    scorer = ClipScorer(RankSettings(clip_model=str(clip_folder)))
+    scorer = ClipScorer(RankSettings(clip_model=str(clip_folder), dtype="float32"))
     whole = score(scorer)
     for chosen in ([0], [4, 2], [6, 0, 3]):
         torch.testing.assert_close(flat(score(scorer, chosen)), flat([whole[n] for n in chosen]), atol=1e-6, rtol=0)
@@ -98,7 +98,7 @@ def test_clip_by_name_and_local_file(clip_folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     weights = tmp_path / "weights.pt"
     torch.save(open_clip.create_model("tiny-for-tests").state_dict(), weights)
-    scorer = ClipScorer(RankSettings(clip_model="tiny-for-tests", clip_weights=str(weights)))
+    scorer = ClipScorer(RankSettings(clip_model="tiny-for-tests", clip_weights=str(weights), dtype="float32"))
     torch.testing.assert_close(flat(score(scorer)), open_clip_scores("tiny-for-tests", str(weights)), atol=1e-5, rtol=0)
     assert scorer.fields["model"].keys() == {"weights.pt", "tiny-for-tests.json"}
     weights.write_bytes(b"nothing")
@@ -157,14 +157,14 @@ def test_itm_scores_are_those_of_transformers(filter_folder: Path, first_token: 
             if first_token == "enc":
                 tokens[:, 0] = len(factories.VOCABULARY) + 1
             expected.append(model(pixel_values=pixels, input_ids=tokens).itm_score.softmax(1)[0, 1].item())
-    scorer = ItmScorer(FilterSettings(filter_model=str(filter_folder), first_token=first_token))
+    scorer = ItmScorer(FilterSettings(filter_model=str(filter_folder), first_token=first_token, dtype="float32"))
     found = flat(score(scorer))
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
     assert found.std() > 0.02
 
 
 def test_itm_scores_are_equal_to_the_bit_in_any_batch(filter_folder: Path) -> None:
-    scorer = ItmScorer(FilterSettings(filter_model=str(filter_folder)))
+    scorer = ItmScorer(FilterSettings(filter_model=str(filter_folder), dtype="float32"))
     whole = score(scorer)
     for chosen in ([0], [2], [4, 1, 5], [6, 0, 3, 3]):
         assert score(scorer, chosen) == [whole[n] for n in chosen]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from capfilt.errors import UsageError
-from capfilt.weights.devices import choose_device, choose_dtype
+from capfilt.weights.devices import choose_device, choose_dtype, choose_inference_dtype
 
 CPU = torch.device("cpu")
 
@@ -26,3 +26,18 @@ def test_device_and_dtype() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="no cuda device"):
             choose_device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)],
+)
+def test_auto_is_bfloat16_on_processors_that_multiply_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_inference_dtype("auto", CPU) is expected
+    assert choose_inference_dtype("float32", CPU) is torch.float32
+    assert choose_inference_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert choose_inference_dtype("auto", CPU) is torch.float32
