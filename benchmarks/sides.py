@@ -7,17 +7,29 @@ and texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipImageProcessor,
+    BlipProcessor,
+)  # fmt: skip
 
 from benchmarks.models import MAX_LENGTH, MIN_NEW_TOKENS, PROMPT_IDS, draw_pictures, read_end_bias
-from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
+from capfilt.settings import EMBEDDED, CaptionSettings, FilterSettings, RankSettings
+from capfilt.weights.blip import BLIP_PROMPT
+from capfilt.weights.find import find_embedded
+from capfilt.weights.model_files import read_config
 
 NUM_CAPTIONS = 10
 TEXTS = (
@@ -36,11 +48,13 @@ class Case:
     models: Path
     """Folder of `benchmarks.models`."""
     size: str
-    """base or large."""
+    """base, large or embedded."""
     dtype: str
     """float32 or bfloat16."""
     batch_size: int
     num_texts: int = 3
+    num_images: int = 8
+    """Of a pass over a shard."""
     realistic_ends: bool = False
     """Captions end by themselves, not at their longest."""
 
@@ -52,24 +66,53 @@ class Case:
     @property
     def captioner(self) -> str:
         """Folder of the captioner."""
-        return str(self.models / f"captioner-{self.size}")
+        return self._folder("captioner")
 
     @property
     def filter(self) -> str:
         """Folder of the ITM filter."""
-        return str(self.models / f"filter-{self.size}")
+        return self._folder("filter")
+
+    def _folder(self, kind: str) -> str:
+        return str(find_embedded(kind) if self.is_embedded else self.models / f"{kind}-{self.size}")
+
+    @property
+    def is_embedded(self) -> bool:
+        """The small trained models of the package."""
+        return self.size == "embedded"
+
+    @property
+    def clip(self) -> tuple[str, str | None]:
+        """open_clip's name of the CLIP, and its weights."""
+        if self.is_embedded:
+            return f"local-dir:{find_embedded('clip')}", None
+        return "ViT-L-14", str(self.models / "clip.safetensors")
 
     @property
     def min_length(self) -> int:
         """Shortest caption, prompt included."""
+        if self.is_embedded:
+            return CaptionSettings.min_length
         return len(PROMPT_IDS) + MIN_NEW_TOKENS if self.realistic_ends else MAX_LENGTH
 
     def caption_settings(self) -> CaptionSettings:
         """Ten captions by nucleus sampling."""
         return CaptionSettings(
-            captioner=self.captioner, num_captions=NUM_CAPTIONS, min_length=self.min_length, max_length=MAX_LENGTH,
+            captioner=self.captioner, num_captions=NUM_CAPTIONS, min_length=self.min_length,
+            max_length=CaptionSettings.max_length if self.is_embedded else MAX_LENGTH,
             dtype=self.dtype, batch_size=self.batch_size, device="cpu",
         )  # fmt: skip
+
+    def rank_settings(self) -> RankSettings:
+        """CLIP scores; the best two are kept."""
+        model, weights = (EMBEDDED, None) if self.is_embedded else self.clip
+        return RankSettings(
+            clip_model=model, clip_weights=weights, dtype=self.dtype, batch_size=self.batch_size, device="cpu"
+        )
+
+    def filter_settings(self) -> FilterSettings:
+        """ITM scores."""
+        return FilterSettings(filter_model=self.filter, dtype=self.dtype, batch_size=self.batch_size, device="cpu")
 
 
 Pass = Callable[[], object]
@@ -111,8 +154,6 @@ def read_features(case: Case) -> Tensor:
 
 
 def _transformers_captioner(case: Case) -> Any:
-    from transformers import BlipForConditionalGeneration
-
     model: Any = BlipForConditionalGeneration.from_pretrained(case.captioner, dtype=case.torch_dtype).eval()
     if case.realistic_ends:
         with torch.no_grad():
@@ -121,15 +162,26 @@ def _transformers_captioner(case: Case) -> Any:
     return model
 
 
+@cache
+def prompt_ids(case: Case) -> list[int]:
+    """[DEC] and the prompt; the embedded models have a vocabulary of their own."""
+    if not case.is_embedded:
+        return PROMPT_IDS
+    config = read_config(Path(case.captioner))
+    start = config["text_config"]["bos_token_id"]
+    return [start, *_tokenizer(case.captioner)(config.get("capfilt_prompt", BLIP_PROMPT)).input_ids[1:-1]]
+
+
 @torch.inference_mode()
 def _generate(model: Any, features_BPD: Tensor, case: Case) -> Tensor:
     settings = case.caption_settings()
     return model.text_decoder.generate(
-        input_ids=torch.tensor([PROMPT_IDS]).expand(len(features_BPD), -1), encoder_hidden_states=features_BPD,
+        input_ids=torch.tensor([prompt_ids(case)]).expand(len(features_BPD), -1), encoder_hidden_states=features_BPD,
         encoder_attention_mask=torch.ones(features_BPD.shape[:2], dtype=torch.long),
         eos_token_id=model.config.text_config.sep_token_id, pad_token_id=model.config.text_config.pad_token_id,
         do_sample=True, top_p=settings.top_p, top_k=settings.top_k, min_length=case.min_length,
-        max_length=MAX_LENGTH, num_return_sequences=NUM_CAPTIONS, repetition_penalty=settings.repetition_penalty,
+        max_length=settings.max_length, num_return_sequences=NUM_CAPTIONS,
+        repetition_penalty=settings.repetition_penalty,
     )  # fmt: skip
 
 
@@ -147,18 +199,26 @@ def our_captioning(case: Case) -> Pass:
 
 def transformers_captioning(case: Case) -> Pass:
     """Processor, `generate`, decoded texts."""
-    from transformers import BlipProcessor
+    write_captions, pictures = transformers_captioner(case), draw_pictures(case.batch_size)
+    return lambda: write_captions(pictures)
 
-    model, pictures = _transformers_captioner(case), draw_pictures(case.batch_size)
-    processor: Any = BlipProcessor.from_pretrained(case.captioner)
+
+def transformers_captioner(case: Case) -> Callable[[Sequence[Image.Image]], list[str]]:
+    """Pictures to texts, ten of each, one image after another."""
+    model = _transformers_captioner(case)
+    images, tokenizer = BlipImageProcessor.from_pretrained(case.captioner), _tokenizer(case.captioner)
 
     @torch.inference_mode()
-    def work() -> object:
-        pixels = processor(images=pictures, return_tensors="pt").pixel_values.to(case.torch_dtype)
+    def write(pictures: Sequence[Image.Image]) -> list[str]:
+        pixels = images(list(pictures), return_tensors="pt").pixel_values.to(case.torch_dtype)
         features = model.vision_model(pixel_values=pixels).last_hidden_state
-        return processor.batch_decode(_generate(model, features, case), skip_special_tokens=True)
+        return tokenizer.batch_decode(_generate(model, features, case), skip_special_tokens=True)
 
-    return work
+    return write
+
+
+def _tokenizer(folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
 
 
 # --- image-text matching ------------------------------------------------------------------------------------
@@ -168,23 +228,20 @@ def our_matching(case: Case) -> Pass:
     """ITM scores of every picture with `num_texts` texts."""
     from capfilt.curate.scorers import ItmScorer
 
-    scorer = ItmScorer(
-        FilterSettings(filter_model=case.filter, dtype=case.dtype, batch_size=case.batch_size, device="cpu")
-    )
+    scorer = ItmScorer(case.filter_settings())
     pictures, texts = draw_pictures(case.batch_size), list(TEXTS[: case.num_texts])
     return lambda: scorer.score([scorer.prepare(picture) for picture in pictures], [texts] * len(pictures))
 
 
-def _transformers_filter(case: Case) -> tuple[Any, Any]:
-    from transformers import BlipForImageTextRetrieval, BlipProcessor
-
+def transformers_filter(case: Case) -> tuple[Any, Any]:
+    """The model and what prepares pictures and texts for it."""
     model: Any = BlipForImageTextRetrieval.from_pretrained(case.filter, dtype=case.torch_dtype).eval()
-    return model, BlipProcessor.from_pretrained(case.filter)
+    return model, BlipProcessor(BlipImageProcessor.from_pretrained(case.filter), _tokenizer(case.filter))
 
 
 def transformers_matching_of_pairs(case: Case) -> Pass:
     """As transformers' documentation shows it: one picture with one text at a time."""
-    model, processor = _transformers_filter(case)
+    model, processor = transformers_filter(case)
     pictures, texts = draw_pictures(case.batch_size), TEXTS[: case.num_texts]
 
     @torch.inference_mode()
@@ -202,21 +259,25 @@ def transformers_matching_of_pairs(case: Case) -> Pass:
 
 def transformers_matching_encoded_once(case: Case) -> Pass:
     """A careful user's: a picture is encoded once, its features repeated for its texts, one batch of all."""
-    model, processor = _transformers_filter(case)
+    model, processor = transformers_filter(case)
     pictures, texts = draw_pictures(case.batch_size), list(TEXTS[: case.num_texts])
+    return lambda: match_texts(model, processor, pictures, texts * len(pictures), case.torch_dtype)
 
-    @torch.inference_mode()
-    def work() -> object:
-        pixels = processor(images=pictures, return_tensors="pt").pixel_values.to(case.torch_dtype)
-        features = model.vision_model(pixel_values=pixels).last_hidden_state.repeat_interleave(len(texts), 0)
-        tokens = processor.tokenizer(texts * len(pictures), padding=True, return_tensors="pt")
-        hidden = model.text_encoder(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=features,
-            encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long),
-        ).last_hidden_state  # fmt: skip
-        return model.itm_head(hidden[:, 0]).float().softmax(1)[:, 1]
 
-    return work
+@torch.inference_mode()
+def match_texts(
+    model: Any, processor: Any, pictures: Sequence[Image.Image], texts: Sequence[str], dtype: torch.dtype
+) -> Tensor:
+    """ITM probabilities (N,) of N texts, as many of each picture, one picture after another."""
+    pixels = processor(images=list(pictures), return_tensors="pt").pixel_values.to(dtype)
+    features = model.vision_model(pixel_values=pixels).last_hidden_state
+    features = features.repeat_interleave(len(texts) // len(pictures), 0)
+    tokens = processor.tokenizer(list(texts), padding=True, truncation=True, max_length=35, return_tensors="pt")
+    hidden = model.text_encoder(
+        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=features,
+        encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long),
+    ).last_hidden_state  # fmt: skip
+    return model.itm_head(hidden[:, 0]).float().softmax(1)[:, 1]
 
 
 # --- CLIP -----------------------------------------------------------------------------------------------
@@ -226,50 +287,38 @@ def our_clip(case: Case) -> Pass:
     """CLIP scores of every picture with ten texts of its own."""
     from capfilt.curate.scorers import ClipScorer
 
-    scorer = ClipScorer(
-        RankSettings(
-            clip_model="ViT-L-14", clip_weights=str(case.models / "clip.safetensors"), dtype=case.dtype,
-            batch_size=case.batch_size, device="cpu",
-        )
-    )  # fmt: skip
+    scorer = ClipScorer(case.rank_settings())
     pictures = draw_pictures(case.batch_size)
     texts = _own_texts(len(pictures))
     return lambda: scorer.score([scorer.prepare(picture) for picture in pictures], texts)
 
 
 def open_clip_scores(case: Case) -> Pass:
-    """As open_clip's documentation shows it: texts padded to the context."""
+    """Every picture with ten texts of its own."""
+    score, pictures = open_clip_model(case), draw_pictures(case.batch_size)
+    texts = _own_texts(len(pictures))
+    return lambda: score(pictures, texts)
+
+
+def open_clip_model(case: Case) -> Callable[[Sequence[Image.Image], Sequence[Sequence[str]]], Tensor]:
+    """Scores (B, N) of N texts of each of B pictures, as open_clip's documentation shows it: texts are padded."""
     import open_clip
 
-    weights, precision = str(case.models / "clip.safetensors"), {"float32": "fp32", "bfloat16": "bf16"}[case.dtype]
-    model, _, transform = open_clip.create_model_and_transforms("ViT-L-14", pretrained=weights, precision=precision)
+    (name, weights), precision = case.clip, {"float32": "fp32", "bfloat16": "bf16"}[case.dtype]
+    model, _, transform = open_clip.create_model_and_transforms(name, pretrained=weights, precision=precision)
     prepare: Any = transform
-    tokenize, pictures = open_clip.get_tokenizer("ViT-L-14"), draw_pictures(case.batch_size)
-    texts = [text for own in _own_texts(len(pictures)) for text in own]
-    network: Any = model.eval()
+    tokenize, network = open_clip.get_tokenizer(name), cast(Any, model.eval())
 
     @torch.inference_mode()
-    def work() -> object:
+    def score(pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> Tensor:
         pixels = torch.stack([prepare(picture) for picture in pictures]).to(case.torch_dtype)
         images_BE = network.encode_image(pixels, normalize=True)
-        texts_NE = network.encode_text(tokenize(texts), normalize=True)
+        texts_NE = network.encode_text(tokenize([text for own in texts for text in own]), normalize=True)
         return (texts_NE.view(len(pictures), -1, images_BE.shape[1]) * images_BE[:, None]).sum(2)
 
-    return work
+    return score
 
 
 def _own_texts(num_pictures: int) -> list[list[str]]:
     """Ten texts for each picture, all of them different."""
     return [[f"{text} {number}" for text in TEXTS[:NUM_CAPTIONS]] for number in range(num_pictures)]
-
-
-SIDES: dict[str, dict[str, Callable[[Case], Pass]]] = {
-    "decode": {"capfilt": our_decoding, "transformers": transformers_decoding},
-    "caption": {"capfilt": our_captioning, "transformers": transformers_captioning},
-    "itm": {
-        "capfilt": our_matching, "transformers, pair by pair": transformers_matching_of_pairs,
-        "transformers, image once": transformers_matching_encoded_once,
-    },
-    "clip": {"capfilt": our_clip, "open_clip": open_clip_scores},
-}  # fmt: skip
-"""Work → side → what builds it."""

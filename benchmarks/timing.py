@@ -20,7 +20,8 @@ from pathlib import Path
 
 import transformers
 
-from benchmarks.sides import SIDES, Case
+from benchmarks.sides import Case
+from benchmarks.works import SIDES
 
 READY = "ready"
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +19,7 @@ import pyarrow as pa
 from capfilt.curate.require_images import require_images
 from capfilt.curate.selection import RankedCaption, commit_manifest, manifest_fields
 from capfilt.curate.shard_pass import CaptionLane, ClipLane, Item, ItmLane, Lane, run_lanes
+from capfilt.curate.stage_models import MODELS, StageModels
 from capfilt.data.commit import commit_stage, input_digest, read_commit_record, read_table, stage_state
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
@@ -80,17 +80,20 @@ def annotate(
     rank: RankSettings | None = None,
     filter: FilterSettings | None = None,  # noqa: A002 - the stage's name
     progress: Progress | None = None,
+    *,
+    models: StageModels | None = None,
 ) -> AnnotateSummary:
     """Make the given stages of every shard.
 
     Args:
         run: an open run.
         stages: some of captions, clip, itm, manifest; each needs its settings (the manifest, the filter's).
+        models: the settings with their models, where several runs use them; the settings are then left out.
 
     Raises UsageError for missing settings, models, shards or earlier stages; FingerprintMismatchError where a
     stage is there with other parameters; CorruptionError for damage. An image that fails is quarantined.
     """
-    plan = _Plan(run, stages, caption, rank, filter)
+    plan = _Plan(run, stages, models or StageModels(caption, rank, filter))
     progress = progress or NullProgress()
     started = time.monotonic()
     with run.lock():
@@ -101,11 +104,12 @@ def annotate(
                 f"`capfilt import TARS {run.path}` first."
             )
         require_images(run)
-        plan.load_models()
+        loaded = plan.load_models()
         counts = {shard: read_commit_record(run.stage_file("shards", shard)).rows_kept for shard in shards}
         commands = {COMMANDS[stage] for stage in plan.stages}
         name = commands.pop() if len(commands) == 1 else "annotate"
-        progress.start(f"{name} ({plan.computing})" if plan.computing else name, sum(counts.values()), "images")
+        computing = ", ".join(dict.fromkeys(model.computing for model in loaded))
+        progress.start(f"{name} ({computing})" if computing else name, sum(counts.values()), "images")
         for shard in shards:
             _annotate_shard(plan, shard, counts[shard], progress)
         progress.finish()
@@ -113,17 +117,10 @@ def annotate(
 
 
 class _Plan:
-    """The stages asked for, their settings and their models."""
+    """The stages asked for, and what makes them."""
 
-    def __init__(
-        self,
-        run: RunDir,
-        stages: Sequence[str],
-        caption: CaptionSettings | None,
-        rank: RankSettings | None,
-        filter_: FilterSettings | None,
-    ) -> None:
-        needed = {"captions": caption, "clip": rank, "itm": filter_, "manifest": filter_}
+    def __init__(self, run: RunDir, stages: Sequence[str], models: StageModels) -> None:
+        needed = {"captions": models.caption, "clip": models.rank, "itm": models.filter, "manifest": models.filter}
         unknown = [stage for stage in stages if stage not in needed]
         lacking = [stage for stage in stages if stage in needed and needed[stage] is None]
         if unknown or lacking or not stages:
@@ -131,94 +128,45 @@ class _Plan:
                 f"The stages asked for are {', '.join(stages) or 'none'}; expected some of "
                 f"{', '.join(needed)}, each with its settings."
             )
-        self.run = run
+        self.run, self.models = run, models
         self.stages = [stage for stage in STAGES if stage in stages]
-        self.caption, self.rank, self.filter = caption, rank, filter_
         self.new_shards: dict[str, set[str]] = {stage: set() for stage in self.stages}
         self.num_quarantined = 0
 
-    @cached_property
-    def captioner(self) -> Any:
-        """Loaded once."""
-        from capfilt.curate.captioner import BlipCaptioner
-
-        assert self.caption is not None
-        return BlipCaptioner(self.caption)
-
-    @cached_property
-    def clip_scorer(self) -> Any:
-        """Loaded once."""
-        from capfilt.curate.scorers import SCORERS
-
-        assert self.rank is not None
-        return SCORERS["clip"](self.rank)
-
-    @cached_property
-    def itm_scorer(self) -> Any:
-        """Loaded once."""
-        from capfilt.curate.scorers import SCORERS
-
-        assert self.filter is not None
-        return SCORERS["itm"](self.filter)
-
-    def load_models(self) -> None:
-        """Load what the stages need: their fingerprints cover the models' files."""
-        for stage in self.stages:
-            self.model(stage)
-        if self.shares_vision:
-            self.itm_scorer.use_vision(self.captioner.vision)
-
-    def model(self, stage: str) -> Any:
-        """What fills a stage; None for the manifest."""
-        names = {"captions": "captioner", "clip": "clip_scorer", "itm": "itm_scorer"}
-        return getattr(self, names[stage]) if stage in names else None
-
-    @property
-    def computing(self) -> str:
-        """In which precision the models work, and where."""
-        models = [self.model(stage) for stage in self.stages if stage != "manifest"]
-        return ", ".join(dict.fromkeys(model.computing for model in models))
-
-    @cached_property
-    def shares_vision(self) -> bool:
-        """Whether captioner and filter see a picture with the same image encoder."""
-        if not {"captions", "itm"} <= set(self.stages):
-            return False
-        digest = getattr(self.itm_scorer, "vision_digest", "")
-        return bool(digest) and digest == self.captioner.vision_digest
+    def load_models(self) -> list[Any]:
+        """What the stages need: their fingerprints cover the models' files."""
+        return [self.models.of(stage) for stage in self.stages if stage in MODELS]
 
     def ranking(self, shard: str) -> tuple[int, bool]:
         """(keep, include_web) that a shard is ranked with: of the settings, or as the CLIP stage recorded."""
-        if self.rank is not None and "clip" in self.stages:
-            return self.rank.keep, self.rank.include_web
+        if self.models.rank is not None and "clip" in self.stages:
+            return self.models.rank.keep, self.models.rank.include_web
         fields = read_commit_record(self.run.read_file("clip", shard)).fields
         return int(fields["keep"]), bool(fields["include_web"])
 
     def fields(self, stage: str, shard: str) -> dict[str, Any]:
         """What the fingerprint of a stage covers."""
         if stage == "manifest":
-            assert self.filter is not None
+            assert self.models.filter is not None
             keep, include_web = self.ranking(shard)
-            return manifest_fields(threshold=self.filter.threshold, keep=keep, include_web=include_web)
-        fields: dict[str, Any] = {"stage_version": STAGE_VERSIONS[stage]}
-        if stage == "captions":
-            return fields | self.captioner.fields
+            return manifest_fields(threshold=self.models.filter.threshold, keep=keep, include_web=include_web)
+        fields = {"stage_version": STAGE_VERSIONS[stage]} | self.models.of(stage).fields
         if stage == "clip":
             keep, include_web = self.ranking(shard)
-            return fields | self.clip_scorer.fields | {"keep": keep, "include_web": include_web}
-        return fields | self.itm_scorer.fields
+            fields |= {"keep": keep, "include_web": include_web}
+        return fields
 
     def lanes(self, stages: Sequence[str], shard: str) -> list[Lane]:
         """The lanes of some stages in the pass over a shard."""
-        shares = self.shares_vision and {"captions", "itm"} <= set(stages)
+        shares = {"captions", "itm"} <= set(stages) and self.models.share_vision
         lanes: list[Lane] = []
         if "captions" in stages:
-            lanes.append(CaptionLane(self.captioner, keeps_features=shares))
+            lanes.append(CaptionLane(self.models.captioner, keeps_features=shares))
         if "clip" in stages:
-            lanes.append(ClipLane(self.clip_scorer, include_web=self.ranking(shard)[1]))
+            lanes.append(ClipLane(self.models.clip_scorer, include_web=self.ranking(shard)[1]))
         if "itm" in stages:
             keep, include_web = self.ranking(shard)
-            lanes.append(ItmLane(self.itm_scorer, keep=keep, include_web=include_web, uses_features=shares))
+            lanes.append(ItmLane(self.models.itm_scorer, keep=keep, include_web=include_web, uses_features=shares))
         return lanes
 
 
@@ -260,11 +208,11 @@ def _find_todo(plan: _Plan, shard: str) -> list[str]:
         except FingerprintMismatchError as error:
             if stage != "manifest":
                 raise
-            assert plan.filter is not None
+            assert plan.models.filter is not None
             keep, _ = plan.ranking(shard)
             advice = (
                 f"Or let this choice replace it, from the stored scores: `capfilt select {run.path} "
-                f"--threshold {plan.filter.threshold:g} --keep {keep}{run.generation_option}`."
+                f"--threshold {plan.models.filter.threshold:g} --keep {keep}{run.generation_option}`."
             )
             raise FingerprintMismatchError(f"{error} {advice}") from error
         if todo or state != "done":
