@@ -16,7 +16,14 @@ Generation = Annotated[
     typer.Option("--generation", metavar="NAME", help="Work in a named generation of results beside the default one."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time; does not change the results.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        help="Images at a time; does not change the results. Unset: 32, on a GPU as many as its memory holds.",
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 where it is fast), float32, bfloat16 or float16.")]
 Threshold = Annotated[float, typer.Option("--threshold", help="Pairs with a lower ITM score are dropped.")]

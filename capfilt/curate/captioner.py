@@ -17,11 +17,12 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from capfilt.errors import UsageError
 from capfilt.models.decoding import write_captions
-from capfilt.models.med import Captioner
+from capfilt.models.med import Captioner, count_image_bytes, count_row_bytes
 from capfilt.models.packed import pack_linears
+from capfilt.models.vit import count_encoder_bytes
 from capfilt.settings import CaptionSettings
 from capfilt.weights.blip import load_blip
-from capfilt.weights.devices import choose_device, choose_inference_dtype, describe_computing
+from capfilt.weights.devices import choose_batch_size, choose_device, choose_inference_dtype, describe_computing
 from capfilt.weights.model_files import ImagePreparation
 
 
@@ -31,10 +32,9 @@ class BlipCaptioner:
     def __init__(self, settings: CaptionSettings) -> None:
         """Load `settings.captioner`. Raises UsageError where it cannot be had, or the prompt is too long."""
         self.settings = settings
-        self.batch_size = settings.batch_size
-        self._device = choose_device(settings.device)
-        dtype = choose_inference_dtype(settings.dtype, self._device)
-        loaded = load_blip(settings.captioner, "captioner", device=self._device, dtype=dtype)
+        self.device = choose_device(settings.device)
+        dtype = choose_inference_dtype(settings.dtype, self.device)
+        loaded = load_blip(settings.captioner, "captioner", device=self.device, dtype=dtype)
         assert isinstance(loaded.model, Captioner)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         pack_linears(self._model)
@@ -51,7 +51,11 @@ class BlipCaptioner:
                 f"tokens of the prompt {self.prompt!r}, and at most {config.max_positions}, the model's. "
                 "Give --max-length."
             )
-        self.computing = describe_computing(dtype, self._device)
+        vision, size = self.vision.config, dtype.itemsize
+        image_bytes = count_encoder_bytes(vision, size) + count_image_bytes(config, vision.num_patches + 1, size)
+        row_bytes = count_row_bytes(config, settings.max_length, size) * settings.num_captions
+        self.batch_size = choose_batch_size(settings.batch_size, self.device, image_bytes + row_bytes)
+        self.computing = describe_computing(dtype, self.device)
         self.fields: dict[str, Any] = {
             **{name: getattr(settings, name) for name in settings.fingerprint_fields},
             "prompt": self.prompt,

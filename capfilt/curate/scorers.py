@@ -22,18 +22,19 @@ from capfilt.data.texts import first_line
 from capfilt.errors import UsageError
 from capfilt.models.clip import Clip
 from capfilt.models.matching import match_probabilities
-from capfilt.models.med import Filter
+from capfilt.models.med import Filter, count_image_bytes
 from capfilt.models.packed import pack_linears
-from capfilt.models.vit import VisionTransformer
+from capfilt.models.vit import VisionTransformer, count_encoder_bytes
 from capfilt.settings import EMBEDDED, FilterSettings, RankSettings
 from capfilt.weights.blip import load_blip
-from capfilt.weights.devices import choose_device, choose_inference_dtype, describe_computing
+from capfilt.weights.devices import choose_batch_size, choose_device, choose_inference_dtype, describe_computing
 from capfilt.weights.find import find_embedded, is_offline
 
 ITM_MAX_TOKENS = 35
 """Longest text given to the filter, special tokens included (BLIP's released code: 35)."""
 DEFAULT_CLIP_WEIGHTS = "openai"
 
+_CLIP_BYTES_PER_IMAGE = 64 * 2**20  # of the largest of open_clip's models, roughly
 _PADDED_TEXTS_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
@@ -64,12 +65,12 @@ class ClipScorer:
 
     def __init__(self, settings: RankSettings) -> None:
         """Load the model. Raises UsageError for an unknown name, and for weights that cannot be had."""
-        self.batch_size = settings.batch_size
-        self._device = choose_device(settings.device)
-        self._dtype = choose_inference_dtype(settings.dtype, self._device)
+        self.device = choose_device(settings.device)
+        self._dtype = choose_inference_dtype(settings.dtype, self.device)
         source = _find_clip(settings)
-        self._towers, self._transform, self._tokenize = _load_towers(source, self._device, self._dtype)
-        self.computing = describe_computing(self._dtype, self._device)
+        self._towers, self._transform, self._tokenize = _load_towers(source, self.device, self._dtype)
+        self.batch_size = choose_batch_size(settings.batch_size, self.device, _CLIP_BYTES_PER_IMAGE)
+        self.computing = describe_computing(self._dtype, self.device)
         self.fields: dict[str, Any] = {
             "dtype": str(self._dtype).removeprefix("torch."),
             "model": source.digests(),
@@ -86,7 +87,7 @@ class ClipScorer:
         if not distinct:
             return [[] for _ in texts]
         row = {text: number for number, text in enumerate(distinct)}
-        batch = torch.stack(list(images)).to(device=self._device, dtype=self._dtype)
+        batch = torch.stack(list(images)).to(device=self.device, dtype=self._dtype)
         image_BE = self._towers.embed_images(batch).float()
         text_NE = self._towers.embed_texts(self._tokenize(distinct)).float()
         return [
@@ -100,10 +101,9 @@ class ItmScorer:
 
     def __init__(self, settings: FilterSettings) -> None:
         """Load `settings.filter_model`. Raises UsageError where it cannot be had."""
-        self.batch_size = settings.batch_size
-        self._device = choose_device(settings.device)
-        dtype = choose_inference_dtype(settings.dtype, self._device)
-        loaded = load_blip(settings.filter_model, "filter", device=self._device, dtype=dtype)
+        self.device = choose_device(settings.device)
+        dtype = choose_inference_dtype(settings.dtype, self.device)
+        loaded = load_blip(settings.filter_model, "filter", device=self.device, dtype=dtype)
         assert isinstance(loaded.model, Filter)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         pack_linears(self._model)
@@ -113,7 +113,10 @@ class ItmScorer:
         is_enc = settings.first_token == "enc"
         self._first_token_id = config.enc_token_id if is_enc else self._tokenizer.cls_token_id
         self._max_tokens = min(ITM_MAX_TOKENS, config.max_positions // 8 * 8)
-        self.computing = describe_computing(dtype, self._device)
+        vision, size = self.vision.config, dtype.itemsize
+        image_bytes = count_encoder_bytes(vision, size) + count_image_bytes(config, vision.num_patches + 1, size)
+        self.batch_size = choose_batch_size(settings.batch_size, self.device, image_bytes)
+        self.computing = describe_computing(dtype, self.device)
         self.fields: dict[str, Any] = {
             **{name: getattr(settings, name) for name in settings.fingerprint_fields},
             "max_tokens": self._max_tokens,

@@ -13,20 +13,26 @@ held at a time, whatever the size of the shard.
 from __future__ import annotations
 
 import math
+import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from capfilt.curate.selection import RankedCaption, captions_to_filter, rank_captions
 from capfilt.data.images import ImageRefused, decode_image
 from capfilt.data.reasons import Quarantined
 from capfilt.data.samples import Sample
 from capfilt.data.schemas import WEB_CAPTION_INDEX
+from capfilt.data.texts import first_line
+from capfilt.errors import CapfiltError
 
 NUM_DECODERS = 2
-"""Threads that decode; one feeds a CPU, two a small model."""
+"""Threads that decode for models on a CPU; one feeds a large model, two a small one."""
+MOST_DECODERS = 16
+"""Threads that decode for a GPU, where there are as many cores."""
 
 
 @dataclass(slots=True)
@@ -67,56 +73,66 @@ class Item:
         self.features = None
 
 
-class Lane(Protocol):
-    """One stage of the pass."""
+class Lane(ABC):
+    """One stage of the pass, filled by a model: its batches are the model's, and become smaller with the model's."""
 
     stage: str
-    batch_size: int
 
-    prepare: Callable[[Any], Any] | None
-    """An RGB picture as the model wants it; called in a decoding thread. None where it needs no picture."""
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.prepare: Callable[[Any], Any] | None = model.prepare
+        """An RGB picture as the model wants it; called in a decoding thread. None where it needs no picture."""
 
+    @abstractmethod
     def work(self, items: Sequence[Item], /) -> None:
-        """Fill in what the stage finds in items that did not fail."""
-        ...
+        """Fill in what the stage finds in items that did not fail. Done again after an error, it gives the same."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images at a time."""
+        return self.model.batch_size
+
+    @batch_size.setter
+    def batch_size(self, number: int) -> None:
+        self.model.batch_size = number
+
+    def prepared(self, items: Sequence[Item]) -> list[Any]:
+        """The pictures of a batch."""
+        return [item.prepared[self.stage] for item in items]
 
 
-class CaptionLane:
+class CaptionLane(Lane):
     """Fills `captions`, and `features` for a filter that can use them."""
 
     stage = "captions"
 
     def __init__(self, captioner: Any, *, keeps_features: bool = False) -> None:
-        self._captioner = captioner
+        super().__init__(captioner)
         self._keeps_features = keeps_features
-        self.batch_size: int = captioner.batch_size
-        self.prepare: Callable[[Any], Any] | None = captioner.prepare
 
     def work(self, items: Sequence[Item]) -> None:
         """Write the captions of a batch."""
-        features_BPD = self._captioner.encode([item.prepared.pop(self.stage) for item in items])
-        texts = self._captioner.caption_features(features_BPD, [item.key for item in items])
+        features_BPD = self.model.encode(self.prepared(items))
+        texts = self.model.caption_features(features_BPD, [item.key for item in items])
         for item, own, features_PD in zip(items, texts, features_BPD, strict=True):
             item.captions = own
             item.features = features_PD if self._keeps_features else None
 
 
-class ClipLane:
+class ClipLane(Lane):
     """Fills `ranked`: scores of every text, ranks of the distinct ones."""
 
     stage = "clip"
 
     def __init__(self, scorer: Any, *, include_web: bool) -> None:
-        self._scorer = scorer
+        super().__init__(scorer)
         self._include_web = include_web
-        self.batch_size: int = scorer.batch_size
-        self.prepare: Callable[[Any], Any] | None = scorer.prepare
 
     def work(self, items: Sequence[Item]) -> None:
         """Score and rank the captions of a batch. An empty text has no score."""
         texts = [[item.web_caption, *item.captions] for item in items]
         asked = [[text for text in own if text.strip()] for own in texts]
-        scores = self._scorer.score([item.prepared.pop(self.stage) for item in items], asked)
+        scores = self.model.score(self.prepared(items), asked)
         for item, own, found in zip(items, texts, scores, strict=True):
             if not all(map(math.isfinite, found)):
                 item.fail(self.stage, "scoring_failed", "a CLIP score is not finite")
@@ -129,25 +145,25 @@ class ClipLane:
             item.ranked = rank_captions(captions, include_web=self._include_web)
 
 
-class ItmLane:
+class ItmLane(Lane):
     """Fills `itm_scores`: of the top K, and of the web caption unless it was ranked."""
 
     stage = "itm"
 
     def __init__(self, scorer: Any, *, keep: int, include_web: bool, uses_features: bool = False) -> None:
-        self._scorer = scorer
+        super().__init__(scorer)
         self._keep, self._include_web = keep, include_web
-        self.batch_size: int = scorer.batch_size
-        self.prepare: Callable[[Any], Any] | None = None if uses_features else scorer.prepare
+        if uses_features:
+            self.prepare = None
 
     def work(self, items: Sequence[Item]) -> None:
         """Score a batch. A sample without any text has one row without a score, and so is accounted for."""
         chosen = [captions_to_filter(item.ranked, keep=self._keep, include_web=self._include_web) for item in items]
         texts = [[caption.text for caption in own] for own in chosen]
         if self.prepare is None:
-            scores = self._scorer.score_features([item.features for item in items], texts)
+            scores = self.model.score_features([item.features for item in items], texts)
         else:
-            scores = self._scorer.score([item.prepared.pop(self.stage) for item in items], texts)
+            scores = self.model.score(self.prepared(items), texts)
         for item, own, found in zip(items, chosen, scores, strict=True):
             item.features = None
             if not all(map(math.isfinite, found)):
@@ -176,13 +192,43 @@ def _in_batches(items: Iterator[Item], lane: Lane) -> Iterator[Item]:
     for item in items:
         waiting.append(item)
         num_sound += item.failure is None
-        if num_sound == lane.batch_size:
-            lane.work([one for one in waiting if one.failure is None])
+        if num_sound >= lane.batch_size:
+            _work(lane, [one for one in waiting if one.failure is None])
             yield from waiting
             waiting, num_sound = [], 0
     if num_sound:
-        lane.work([one for one in waiting if one.failure is None])
+        _work(lane, [one for one in waiting if one.failure is None])
     yield from waiting
+
+
+def _work(lane: Lane, items: Sequence[Item]) -> None:
+    """Send a batch through a lane; where a GPU's memory does not hold it, in halves, and so from then on."""
+    if not _fits(lane, items):
+        half = (len(items) + 1) // 2
+        lane.batch_size = half
+        _work(lane, items[:half])
+        _work(lane, items[half:])
+        return
+    for item in items:
+        item.prepared.pop(lane.stage, None)
+
+
+def _fits(lane: Lane, items: Sequence[Item]) -> bool:
+    """Whether the lane did its work; False where memory ran out and fewer items at a time may do."""
+    try:
+        lane.work(items)
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        if len(items) == 1:
+            raise CapfiltError(
+                f"The device's memory does not hold one image in the stage {lane.stage} ({first_line(error)}). Give "
+                "--device cpu, a smaller model, or --dtype bfloat16; what is committed stays."
+            ) from error
+        return False
+    return True
 
 
 def _decode_ahead(items: Iterable[Item], lanes: Sequence[Lane]) -> Iterator[Item]:
@@ -190,7 +236,7 @@ def _decode_ahead(items: Iterable[Item], lanes: Sequence[Lane]) -> Iterator[Item
     num_ahead = 2 * lanes[0].batch_size
     source = iter(items)
     under_way: deque[tuple[Item, Future[None]]] = deque()
-    with ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(_count_decoders(lanes), thread_name_prefix="decode") as pool:
         try:
             while True:
                 while len(under_way) < num_ahead and (item := next(source, None)) is not None:
@@ -202,6 +248,11 @@ def _decode_ahead(items: Iterable[Item], lanes: Sequence[Lane]) -> Iterator[Item
                 yield item
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _count_decoders(lanes: Sequence[Lane]) -> int:
+    devices = {lane.model.device.type for lane in lanes}
+    return NUM_DECODERS if devices == {"cpu"} else min(MOST_DECODERS, os.cpu_count() or NUM_DECODERS)
 
 
 def _prepare(item: Item, lanes: Sequence[Lane]) -> None:

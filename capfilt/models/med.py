@@ -63,6 +63,16 @@ class MEDConfig:
     """[ENC], first token of a text in the image-grounded encoder."""
 
 
+def count_image_bytes(config: MEDConfig, num_features: int, element_size: int) -> int:
+    """Memory in bytes of one image's cross-attention keys and values, all layers."""
+    return 2 * config.depth * num_features * config.width * element_size
+
+
+def count_row_bytes(config: MEDConfig, max_length: int, element_size: int) -> int:
+    """Memory in bytes of one text under way: its cache, and its logits with what sampling makes of them."""
+    return 2 * config.depth * max_length * config.width * element_size + 5 * 4 * config.vocab_size
+
+
 class TextLayout:
     """Which rows of text belong to which image, where images have different numbers of texts.
 

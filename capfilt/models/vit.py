@@ -57,6 +57,11 @@ class ViTConfig:
         return (self.image_size_px // self.patch_size_px) ** 2
 
 
+def count_encoder_bytes(config: ViTConfig, element_size: int) -> int:
+    """Memory in bytes that one image takes in a block at most: its features, what attention and feed-forward add."""
+    return (config.num_patches + 1) * (6 * config.width + 2 * config.mlp_width) * element_size
+
+
 Attend = Callable[[Tensor, int], Tensor]
 """(queries, keys and values side by side (..., 3D), number of heads) → attended values (..., D)."""
 

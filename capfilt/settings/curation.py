@@ -99,8 +99,8 @@ class CaptionSettings:
     """Text the captions continue; None takes the model's own ("a picture of " for BLIP)."""
     seed: int = 0
     """With the sample's key and the caption's index it fixes every draw."""
-    batch_size: int = 32
-    """Images captioned at a time; does not change the captions."""
+    batch_size: int | None = None
+    """Images captioned at a time; does not change the captions. None: 32, on a GPU as many as its memory holds."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: str = "auto"
@@ -115,7 +115,7 @@ class CaptionSettings:
         require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "more than 0")
         require(self.num_beams >= 1, "num_beams", self.num_beams, "at least 1")
         require(1 <= self.min_length <= self.max_length, "min_length", self.min_length, "1 to max_length")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         single = self.decoding in ("greedy", "beam")
@@ -136,8 +136,8 @@ class RankSettings:
     """Captions kept for each image, best CLIP score first."""
     include_web: bool = False
     """Rank the web caption among the synthetic ones (BLIP-2's recipe) instead of passing it to the filter."""
-    batch_size: int = 32
-    """Images scored at a time."""
+    batch_size: int | None = None
+    """Images scored at a time; does not change the scores. None: 32, on a GPU as many as its memory holds."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: str = "auto"
@@ -145,7 +145,7 @@ class RankSettings:
 
     def __post_init__(self) -> None:
         require(self.keep >= 1, "keep", self.keep, "at least 1")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
 
@@ -162,8 +162,8 @@ class FilterSettings:
     """Pairs with a lower ITM score are dropped (BLIP's author: 0.5 on softmax(logits)[1])."""
     first_token: str = "enc"
     """First text token: `enc` ([ENC], as trained) or `cls` (as transformers feeds it)."""
-    batch_size: int = 32
-    """Images scored at a time."""
+    batch_size: int | None = None
+    """Images scored at a time; does not change the scores. None: 32, on a GPU as many as its memory holds."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: str = "auto"
@@ -172,6 +172,6 @@ class FilterSettings:
     def __post_init__(self) -> None:
         require(0 <= self.threshold <= 1, "threshold", self.threshold, "0 to 1")
         require(self.first_token in ("enc", "cls"), "first_token", self.first_token, "enc or cls")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")

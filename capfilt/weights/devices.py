@@ -1,4 +1,7 @@
-"""Where a model runs and in which precision. In: settings' words. Out: torch's device and dtype."""
+"""Where a model runs, in which precision, and on how many images at a time.
+
+In: settings' words. Out: torch's device and dtype, and a number.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,11 @@ import torch
 
 from capfilt.errors import UsageError
 from capfilt.settings import DEVICES
+
+DEFAULT_BATCH_SIZE = 32
+"""On a CPU, where larger batches gain nothing."""
+LARGEST_BATCH_SIZE = 256
+_SHARE_OF_FREE_MEMORY = 0.4  # three models may work side by side
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,6 +50,26 @@ def choose_inference_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto" and device.type == "cpu" and _multiplies_bfloat16():
         return torch.bfloat16
     return choose_dtype(name, device)
+
+
+def choose_batch_size(wanted: int | None, device: torch.device, bytes_per_image: int) -> int:
+    """Images at a time: as wanted, else DEFAULT_BATCH_SIZE, else on a GPU what fits into a part of its free memory.
+
+    Call it when the model is loaded. What it says may still be too much beside other models: `curate.shard_pass`
+    halves a batch that does not fit.
+    """
+    if wanted is not None:
+        return wanted
+    if device.type != "cuda":
+        return DEFAULT_BATCH_SIZE
+    free, _ = torch.cuda.mem_get_info(device)
+    return fit_batch(int(free * _SHARE_OF_FREE_MEMORY), bytes_per_image)
+
+
+def fit_batch(num_bytes: int, bytes_per_image: int) -> int:
+    """The largest power of two of images that fit, at least 1 and at most LARGEST_BATCH_SIZE."""
+    fitting = max(1, min(LARGEST_BATCH_SIZE, num_bytes // bytes_per_image))
+    return 1 << (fitting.bit_length() - 1)
 
 
 def describe_computing(dtype: torch.dtype, device: torch.device) -> str:
