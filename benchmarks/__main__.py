@@ -1,10 +1,12 @@
 """`make bench`: capfilt beside what a user could pick instead, same weights, same precision, in one run.
 
-    python -m benchmarks [--full] [--only WORK,...] [--rounds 5] [--models build/bench-models] [--json FILE]
+    python -m benchmarks [--full] [--only WORK,...] [--rounds N] [--models build/bench-models] [--json FILE]
+                         [--data-juicer PYTHON]
 
 In: nothing but the package and the tests' factories. Out: a table of ratios with the goals of each, the seconds and
-the peak memory behind them, and the same as JSON. The short form takes BLIP-base and a quarter of an hour on two
-cores; `--full` adds BLIP-large and larger batches. `benchmarks/LOG.md` keeps what was measured where and when.
+the peak memory behind them, and the same as JSON. The short form takes BLIP-base in float32, three rounds, and a
+quarter of an hour on two cores; `--full` takes bfloat16 and BLIP-large too, five rounds, and an hour.
+`benchmarks/LOG.md` keeps what was measured where and when.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +25,18 @@ from typing import Any
 import torch
 
 from benchmarks.models import make_models
-from benchmarks.sides import Case
-from benchmarks.timing import Timed, time_sides
+from benchmarks.sides import Case, data_juicer_captioning
+from benchmarks.timing import Timed, find_floor, time_sides
+from benchmarks.works import SIDES
 
 DTYPES = ("float32", "bfloat16")
 PACKAGES = ("torch", "transformers", "open_clip_torch")
 OURS = "capfilt"
+DATA_JUICER = "data-juicer"
+DATA_JUICER_MISSING = """Left out: data-juicer. It wants an environment of its own:
+  uv venv --python 3.11 build/data-juicer
+  uv pip install --python build/data-juicer py-data-juicer==1.6.1 torch==2.8.0 torchvision transformers==4.57.1 ray
+  python -m benchmarks --data-juicer build/data-juicer/bin/python"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +45,20 @@ class Row:
 
     name: str
     work: str
-    goals: dict[str, tuple[float, float]]
-    """Side → goals in float32 and bfloat16."""
+    goals: dict[str, tuple[float | None, ...]]
+    """Side → goals in each of `dtypes`; None where the ratio is only reported."""
     batch_size: int
     size: str = "base"
     num_texts: int = 3
+    num_images: int = 8
     realistic_ends: bool = False
+    dtypes: tuple[str, ...] = DTYPES
     full: bool = False
     """Measured with --full alone."""
 
 
 _PAIRS, _ONCE = "transformers, pair by pair", "transformers, image once"
+_SCRIPT, _ALONE, _FLOOR = "script", "models alone", "floor"
 ROWS = (
     Row(name="decode 10 x 20 tokens", work="decode", goals={"transformers": (6.0, 4.5)}, batch_size=8),
     Row(
@@ -54,31 +66,51 @@ ROWS = (
         realistic_ends=True,
     ),
     Row(name="caption, pixels to texts", work="caption", goals={"transformers": (3.3, 2.4)}, batch_size=4),
-    Row(name="ITM, 3 texts", work="itm", goals={_PAIRS: (3.8, 3.8), _ONCE: (1.4, 1.4)}, batch_size=2),
-    Row(name="ITM, 12 texts", work="itm", goals={_PAIRS: (13.0, 13.0), _ONCE: (2.3, 2.3)}, batch_size=2, num_texts=12),
+    Row(name="ITM, 3 texts", work="itm", goals={_PAIRS: (3.8, None), _ONCE: (1.4, None)}, batch_size=2),
+    Row(
+        name="ITM, 12 texts", work="itm", goals={_PAIRS: (13.0, None), _ONCE: (2.3, None)}, batch_size=2, num_texts=12
+    ),
     Row(name="CLIP ViT-L/14, 10 texts", work="clip", goals={"open_clip": (2.2, 3.5)}, batch_size=4),
+    Row(
+        name="run, JPEG to manifest", work="run", batch_size=8,
+        goals={_SCRIPT: (2.7, 2.4), _ALONE: (1 / 1.03, 1 / 1.03), _FLOOR: (1 / 1.2, 1 / 1.2)},
+    ),
+    Row(
+        name="run, JPEG to manifest", work="run", batch_size=32, num_images=256, size="embedded",
+        goals={_SCRIPT: (5.0, None), _ALONE: (None, None)},
+    ),
+    Row(
+        name="caption, pixels to texts", work="caption", goals={DATA_JUICER: (None,)}, batch_size=8,
+        dtypes=("float32",), full=True,
+    ),
     Row(
         name="caption, pixels to texts", work="caption", goals={"transformers": (2.0, 1.7)}, batch_size=4,
         size="large", full=True,
     ),
 )  # fmt: skip
+"""A ratio beside the models alone, or the floor, is at most 1: what they take, over what we take."""
 
 
-def measure(row: Row, dtype: str, models: Path, rounds: int) -> dict[str, Any]:
-    """The row's figures in one precision."""
+def measure(row: Row, dtype: str, models: Path, rounds: int, data_juicer: str = "") -> dict[str, Any]:
+    """The row's figures in one precision; `data_juicer` is the interpreter of the row that has it."""
     case = Case(
         models=models, size=row.size, dtype=dtype, batch_size=row.batch_size, num_texts=row.num_texts,
-        realistic_ends=row.realistic_ends,
+        num_images=row.num_images, realistic_ends=row.realistic_ends,
     )  # fmt: skip
-    timed = time_sides(row.work, case, rounds)
+    others = {DATA_JUICER: data_juicer_captioning(data_juicer, case)} if DATA_JUICER in row.goals else {}
+    sides = [OURS, *(name for name in row.goals if name in SIDES[row.work])]
+    timed = time_sides(row.work, case, rounds, sides, others)
+    if _FLOOR in row.goals:
+        timed[_FLOOR] = Timed([find_floor(case)])
     ours = timed[OURS]
+    num_images = row.num_images if row.work == "run" else row.batch_size
     return {
         "name": row.name, "size": row.size, "dtype": dtype, "batch_size": row.batch_size,
-        "sides": {name: _figures(side, row.batch_size) for name, side in timed.items()},
+        "sides": {name: _figures(side, num_images) for name, side in timed.items()},
         "ratios": {
             name: {
                 "median": timed[name].median / ours.median, "minimum": timed[name].minimum / ours.minimum,
-                "goal": goals[DTYPES.index(dtype)],
+                "goal": goals[row.dtypes.index(dtype)],
             }
             for name, goals in row.goals.items()
         },
@@ -105,14 +137,14 @@ def table(found: Sequence[dict[str, Any]]) -> str:
             cells = [
                 row["name"], row["size"], row["dtype"], name,
                 f"{other['median_seconds_per_image']:.3f}", f"{ours['median_seconds_per_image']:.3f}",
-                f"{ratio['median']:.1f} ({ratio['minimum']:.1f})", f"{ratio['goal']:.1f}",
-                f"{other['peak_mib']:,.0f}", f"{ours['peak_mib']:,.0f}",
+                f"{ratio['median']:.2f} ({ratio['minimum']:.2f})", f"{ratio['goal']:.2f}" if ratio["goal"] else "",
+                f"{other['peak_mib']:,.0f}" if other["peak_mib"] else "", f"{ours['peak_mib']:,.0f}",
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
+def machine(data_juicer: str = "") -> dict[str, Any]:
     """What it was measured on."""
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
@@ -124,31 +156,44 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-    } | versions
+        **versions,
+        **({DATA_JUICER: _read_versions(data_juicer)} if data_juicer else {}),
+    }
+
+
+def _read_versions(data_juicer: str) -> dict[str, str]:
+    code = "import json, benchmarks.data_juicer as side; print(json.dumps(side.read_versions()))"
+    return json.loads(subprocess.run([data_juicer, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="BLIP-large too")
-    parser.add_argument("--only", default="", help="names of works, with commas: decode, caption, itm, clip")
-    parser.add_argument("--rounds", type=int, default=5, help="passes of each side, after one that warms up")
+    parser.add_argument("--full", action="store_true", help="bfloat16 and BLIP-large too")
+    parser.add_argument("--only", default="", help=f"names of works, with commas: {', '.join(SIDES)}")
+    parser.add_argument("--rounds", type=int, help="passes of each side, after one that warms up; 3, with --full 5")
     parser.add_argument("--models", type=Path, default=Path("build/bench-models"), help="where the models are made")
+    parser.add_argument("--data-juicer", default="", metavar="PYTHON", help="interpreter of its environment")
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"), help="where the figures are written")
     options = parser.parse_args()
     works = set(options.only.split(",")) - {""}
     rows = [row for row in ROWS if (options.full or not row.full) and (not works or row.work in works)]
+    if not options.data_juicer and any(DATA_JUICER in row.goals for row in rows):
+        rows = [row for row in rows if DATA_JUICER not in row.goals]
+        print(DATA_JUICER_MISSING, flush=True)
     options.models.mkdir(parents=True, exist_ok=True)
-    for size in sorted({row.size for row in rows}):
+    for size in sorted({row.size for row in rows} - {"embedded"}):
         make_models(options.models, size)
     found = []
     for row in rows:
-        for dtype in DTYPES:
-            found.append(measure(row, dtype, options.models, options.rounds))
+        for dtype in row.dtypes if options.full else row.dtypes[:1]:
+            rounds = options.rounds or (5 if options.full else 3)
+            found.append(measure(row, dtype, options.models, rounds, options.data_juicer))
             print(*table(found[-1:]).splitlines()[2:], sep="\n", flush=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": machine(), "rows": found}, indent=2) + "\n")
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    measured_on = machine(options.data_juicer)
+    options.json.write_text(json.dumps({"machine": measured_on, "rows": found}, indent=2) + "\n")
+    print(", ".join(f"{name} {value}" for name, value in measured_on.items()))
     print(table(found))
 
 

@@ -62,6 +62,14 @@ def draw_pictures(num: int = NUM_PICTURES) -> list[Image.Image]:
     return [Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC) for pixels in coarse]
 
 
+def write_pictures(folder: Path, num: int) -> Path:
+    """The random pictures as .png, for a side that reads files; gives back the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(draw_pictures(num)):
+        picture.save(folder / f"{number:02}.png")
+    return folder
+
+
 def read_end_bias(captioner_dir: Path) -> float:
     """What to add to the bias of [SEP] for captions of realistic length."""
     return float(json.loads((captioner_dir / "ends.json").read_text())["bias"])

@@ -7,6 +7,7 @@ and texts.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,7 @@ from transformers import (
     BlipProcessor,
 )  # fmt: skip
 
-from benchmarks.models import MAX_LENGTH, MIN_NEW_TOKENS, PROMPT_IDS, draw_pictures, read_end_bias
+from benchmarks.models import MAX_LENGTH, MIN_NEW_TOKENS, PROMPT_IDS, draw_pictures, read_end_bias, write_pictures
 from capfilt.settings import EMBEDDED, CaptionSettings, FilterSettings, RankSettings
 from capfilt.weights.blip import BLIP_PROMPT
 from capfilt.weights.find import find_embedded
@@ -219,6 +220,20 @@ def transformers_captioner(case: Case) -> Callable[[Sequence[Image.Image]], list
 
 def _tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder)
+
+
+def data_juicer_captioning(python: str, case: Case) -> list[str]:
+    """Command of data-juicer's side, with the decoding that the others have; `python` is its environment's."""
+    settings = case.caption_settings()
+    generate = {
+        "top_p": settings.top_p, "top_k": settings.top_k, "repetition_penalty": settings.repetition_penalty,
+        "min_new_tokens": case.min_length - len(PROMPT_IDS), "max_new_tokens": MAX_LENGTH - len(PROMPT_IDS),
+    }  # fmt: skip
+    pictures = write_pictures(case.models / f"pictures-{case.batch_size}", case.batch_size)
+    return [
+        python, "-m", "benchmarks.data_juicer", case.captioner, str(pictures), "--num-captions", str(NUM_CAPTIONS),
+        "--generate", json.dumps(generate),
+    ]  # fmt: skip
 
 
 # --- image-text matching ------------------------------------------------------------------------------------

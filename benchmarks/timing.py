@@ -49,14 +49,10 @@ class Timed:
 class _Side:
     """A process that does a pass whenever it is asked to."""
 
-    def __init__(self, work: str, side: str, case: Case) -> None:
-        asked = json.dumps(asdict(case) | {"models": str(case.models)})
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.timing", work, side, asked],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    def __init__(self, name: str, command: list[str]) -> None:
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if self.read() != READY:
-            raise RuntimeError(f"{side} of {work} did not start; see above")
+            raise RuntimeError(f"{name} did not start; see above")
 
     def read(self) -> str:
         assert self.process.stdout is not None
@@ -77,17 +73,34 @@ class _Side:
         return peak
 
 
-def time_sides(work: str, case: Case, rounds: int, sides: list[str] | None = None) -> dict[str, Timed]:
-    """Each side's passes; one more before them warms up."""
-    names = sides or list(SIDES[work])
-    found = {name: Timed() for name in names}
-    running = {name: _Side(work, name, case) for name in names}
+def time_sides(
+    work: str, case: Case, rounds: int, sides: list[str] | None = None, others: dict[str, list[str]] | None = None
+) -> dict[str, Timed]:
+    """Each side's passes; one more before them warms up. `others` are sides that an environment of their own runs:
+    name → command that answers as this module does."""
+    asked = _as_json(case)
+    commands = {
+        name: [sys.executable, "-m", "benchmarks.timing", work, name, asked] for name in sides or list(SIDES[work])
+    } | (others or {})
+    found = {name: Timed() for name in commands}
+    running = {name: _Side(f"{name} of {work}", command) for name, command in commands.items()}
     for _ in range(rounds):
         for name, side in running.items():
             found[name].seconds.append(side.ask())
     for name, side in running.items():
         found[name].peak_mib = side.end()
     return found
+
+
+def _as_json(case: Case) -> str:
+    return json.dumps(asdict(case) | {"models": str(case.models)})
+
+
+def find_floor(case: Case) -> float:
+    """Seconds that the matrix products of a pass over a shard take at the processor's best."""
+    command = [sys.executable, "-m", "benchmarks.floor", _as_json(case)]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return found["gflop"] / found["peak_gflop_per_s"]
 
 
 def _serve(work: str, side: str, asked: str) -> None:
