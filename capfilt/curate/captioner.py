@@ -19,6 +19,7 @@ from capfilt.errors import UsageError
 from capfilt.models.decoding import write_captions
 from capfilt.models.med import Captioner, count_image_bytes, count_row_bytes
 from capfilt.models.packed import pack_linears
+from capfilt.models.static_rows import DecodingSteps
 from capfilt.models.vit import count_encoder_bytes
 from capfilt.settings import CaptionSettings
 from capfilt.weights.blip import load_blip
@@ -38,6 +39,7 @@ class BlipCaptioner:
         assert isinstance(loaded.model, Captioner)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         pack_linears(self._model)
+        self._steps = DecodingSteps(loaded.model) if self.device.type == "cuda" else None
         self.vision, self.vision_digest = loaded.model.vision, loaded.vision_digest
         self.preparation = loaded.preparation
         self.prompt = loaded.prompt if settings.prompt is None else settings.prompt
@@ -78,7 +80,7 @@ class BlipCaptioner:
 
     def caption_features(self, features_BPD: Tensor, keys: Sequence[str]) -> list[list[str]]:
         """Captions of pictures that `encode` has seen."""
-        written = write_captions(self._model, features_BPD, keys, self._prompt_ids, self.settings)
+        written = write_captions(self._model, features_BPD, keys, self._prompt_ids, self.settings, self._steps)
         return [[self._decode(tokens) for tokens in texts] for texts in written]
 
     def _decode(self, tokens: list[int]) -> str:
@@ -94,7 +96,10 @@ def to_square(image: Image, side_px: int) -> Tensor:
 
 def normalise(images: Sequence[Tensor], preparation: ImagePreparation, like: Tensor) -> Tensor:
     """Pictures of uint8 (3, S, S) as one normalised batch (B, 3, S, S), of the device and dtype of `like`."""
-    batch = torch.stack(list(images)).to(like.device).float()
+    batch = torch.stack(list(images))
+    if like.device.type == "cuda":  # pinned, the copy runs beside what the GPU does
+        batch = batch.pin_memory()
+    batch = batch.to(like.device, non_blocking=True).float()
     mean = torch.tensor(preparation.mean, device=like.device).view(3, 1, 1)
     std = torch.tensor(preparation.std, device=like.device).view(3, 1, 1)
     return ((batch / 255 - mean) / std).to(like.dtype)

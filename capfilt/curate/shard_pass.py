@@ -203,14 +203,15 @@ def _in_batches(items: Iterator[Item], lane: Lane) -> Iterator[Item]:
 
 def _work(lane: Lane, items: Sequence[Item]) -> None:
     """Send a batch through a lane; where a GPU's memory does not hold it, in halves, and so from then on."""
-    if not _fits(lane, items):
-        half = (len(items) + 1) // 2
-        lane.batch_size = half
-        _work(lane, items[:half])
-        _work(lane, items[half:])
-        return
-    for item in items:
-        item.prepared.pop(lane.stage, None)
+    done = 0
+    while done < len(items):
+        part = items[done : done + lane.batch_size]
+        if not _fits(lane, part):
+            lane.batch_size = (len(part) + 1) // 2
+            continue
+        for item in part:
+            item.prepared.pop(lane.stage, None)
+        done += len(part)
 
 
 def _fits(lane: Lane, items: Sequence[Item]) -> bool:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capfilt.models.decoding import filled
 from capfilt.models.packed import Activation
+from capfilt.models.rows import filled
 from capfilt.models.vit import Block, VisionTransformer, ViTConfig, attend_heads
 
 

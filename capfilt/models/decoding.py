@@ -3,11 +3,11 @@
 In: image features, a prompt, settings. Out: token ids of every caption, prompt and [SEP] left out.
 
 - an image's cross-attention keys and values are computed once and shared by its captions; the prompt is read
-  once an image; a caption leaves the batch when it ends
+  once an image; a caption leaves the batch when it ends (`models.rows`), or on a GPU is no longer looked at, where
+  shapes stay the same for CUDA graphs (`models.static_rows`)
 - beam search is transformers' (early_stopping False, length penalty 1), whose scores count the repetition
   penalty and divide by the number of tokens after the prompt
-- in float32 on a CPU a caption does not depend on the batch around it, to the bit: matrix products of four or
-  more rows do not, so rows are kept at a multiple of four
+- on a CPU a caption does not depend on the batch around it, to the bit
 
 Legend: B images, N captions per image, R rows of text, T tokens, V vocabulary, P patches, D width.
 """
@@ -20,57 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capfilt.models.med import Captioner, TextLayout
+from capfilt.models.med import Captioner
+from capfilt.models.rows import Rows
 from capfilt.models.sampling import adjust_logits, choose_tokens, uniforms
+from capfilt.models.static_rows import DecodingSteps, StaticRows
 from capfilt.settings import CaptionSettings
 
-_ROWS_MULTIPLE = 4
 _IMPOSSIBLE = -1e9  # score of a beam that is none
-
-
-class _Rows:
-    """Rows of text under way: their cache, and the images they look at.
-
-    At first there is a row per image, which has read the prompt; `keep` repeats and drops rows.
-    """
-
-    def __init__(self, model: Captioner, features_BPD: Tensor, prompt: Sequence[int], max_length: int) -> None:
-        self._model = model
-        self._image = model.decoder.image_key_values(features_BPD)
-        device, batch = features_BPD.device, len(features_BPD)
-        padded = -(-len(prompt) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
-        tokens_T = torch.full((padded,), model.decoder.config.pad_token_id, device=device)
-        tokens_T[: len(prompt)] = torch.tensor(list(prompt), device=device)
-        self._cache = model.decoder.new_cache(batch, max(max_length, padded))
-        hidden_BTD = model.decoder(tokens_T.expand(batch, -1), image=self._image, cache=self._cache)
-        for layer in self._cache:
-            layer.truncate(len(prompt))
-        self.logits_BV = self._logits(hidden_BTD[:, len(prompt) - 1])
-        self._image_of_row = torch.arange(batch, device=device)
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order; filled up to a multiple of four with repetitions."""
-        rows = filled(rows)
-        for layer in self._cache:
-            layer.select(rows)
-        self._image_of_row = self._image_of_row[rows]
-        images = self._image_of_row.unique()
-        num_images = self._image[0][0].shape[0]
-        if len(images) <= num_images // 2:  # copying the others is worth it
-            self._image = [(key[images], value[images]) for key, value in self._image]
-            self._image_of_row = torch.searchsorted(images, self._image_of_row)
-            num_images = len(images)
-        self._layout = TextLayout(self._image_of_row, num_images=num_images, num_tokens=1)
-
-    def append(self, tokens_R: Tensor) -> Tensor:
-        """Read one more token of each row; next-token logits (R, V), float32, without the filling rows."""
-        hidden_RTD = self._model.decoder(
-            filled(tokens_R)[:, None], image=self._image, cache=self._cache, layout=self._layout
-        )
-        return self._logits(hidden_RTD[:, 0])[: len(tokens_R)]
-
-    def _logits(self, hidden_RD: Tensor) -> Tensor:
-        return self._model.head(filled(hidden_RD)[:, None])[: len(hidden_RD), 0].float()
 
 
 def write_captions(
@@ -79,6 +35,7 @@ def write_captions(
     keys: Sequence[str],
     prompt: Sequence[int],
     settings: CaptionSettings,
+    steps: DecodingSteps | None = None,
 ) -> list[list[list[int]]]:
     """Write `settings.num_captions` captions of each image.
 
@@ -88,6 +45,7 @@ def write_captions(
         keys: B keys of the samples; with the seed they fix the draws.
         prompt: token ids the captions continue, [DEC] first, fewer than `settings.max_length`.
         settings: decoding and its parameters; lengths count the prompt.
+        steps: of `model`, where shapes are to stay the same from step to step; beam search does without.
 
     Returns:
         Token ids by image and caption, without prompt and [SEP].
@@ -98,7 +56,7 @@ def write_captions(
         if settings.decoding == "beam":
             written = _search_beams(model, features_BPD, prompt, settings)
         else:
-            written = _sample(model, features_BPD, keys, prompt, settings)
+            written = _sample(model, features_BPD, keys, prompt, settings, steps)
     end = model.decoder.config.sep_token_id
     texts = [_until(row, end) for row in written[:, len(prompt) :].tolist()]
     per_image = len(texts) // len(features_BPD)
@@ -111,26 +69,33 @@ def _sample(
     keys: Sequence[str],
     prompt: Sequence[int],
     settings: CaptionSettings,
+    steps: DecodingSteps | None,
 ) -> Tensor:
     """Nucleus, top-k or greedy: (B·N, max_length) token ids, filled up with [SEP]."""
     end, start, num = model.decoder.config.sep_token_id, len(prompt), settings.num_captions
-    rows = _Rows(model, features_BPD, prompt, settings.max_length)
+    if steps is None:
+        rows = Rows(model, features_BPD, prompt, settings.max_length)
+    else:
+        rows = StaticRows(model, features_BPD, prompt, settings.max_length, steps)
     image_of_row = torch.arange(len(keys), device=features_BPD.device).repeat_interleave(num)
     written = image_of_row.new_full((len(image_of_row), settings.max_length), end)
     written[:, :start] = torch.tensor(list(prompt), device=written.device)
-    steps = settings.max_length - start
-    draws = np.stack([uniforms(settings.seed, key, index, steps) for key in keys for index in range(num)])
-    draws_RT = torch.from_numpy(draws)
+    num_steps = settings.max_length - start
+    draws = np.stack([uniforms(settings.seed, key, index, num_steps) for key in keys for index in range(num)])
+    device = features_BPD.device
+    draw_on = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
+    draws_RT = torch.from_numpy(draws).to(draw_on)
     caption_of_row = torch.arange(len(written), device=written.device)  # the captions still under way
     logits_RV = rows.logits_BV[image_of_row]
-    rows.keep(image_of_row)
+    rows.repeat(num)
     for length in range(start, settings.max_length):
         tokens_RT = written[caption_of_row, :length]
         adjust_logits(
             logits_RV, tokens_RT, end_token_id=end, repetition_penalty=settings.repetition_penalty,
             min_length=settings.min_length,
         )  # fmt: skip
-        next_R = choose_tokens(logits_RV, draws_RT[caption_of_row.cpu(), length - start], settings)
+        draws_R = draws_RT[caption_of_row.to(draw_on), length - start]
+        next_R = choose_tokens(logits_RV.to(draw_on), draws_R, settings).to(device)
         written[caption_of_row, length] = next_R
         live = (next_R != end).nonzero()[:, 0]
         if length + 1 == settings.max_length or not len(live):
@@ -146,7 +111,7 @@ def _search_beams(model: Captioner, features_BPD: Tensor, prompt: Sequence[int],
     """Beam search: (B, max_length) token ids of each image's best text, filled up with [SEP]."""
     config, start, beams, device = model.decoder.config, len(prompt), settings.num_beams, features_BPD.device
     end, batch = config.sep_token_id, len(features_BPD)
-    rows = _Rows(model, features_BPD, prompt, settings.max_length)
+    rows = Rows(model, features_BPD, prompt, settings.max_length)
     best = torch.full((batch, settings.max_length), end, device=device)
     image_of_group = torch.arange(batch, device=device)  # the images still under way, `beams` rows each
     running = best[:, None].repeat(1, beams, 1)
@@ -155,7 +120,7 @@ def _search_beams(model: Captioner, features_BPD: Tensor, prompt: Sequence[int],
     running_scores = torch.full((batch, beams), _IMPOSSIBLE, device=device)
     running_scores[:, 0] = 0.0  # the beams are equal at first: only one may grow
     logits_RV = rows.logits_BV.repeat_interleave(beams, 0)
-    rows.keep(image_of_group.repeat_interleave(beams))
+    rows.repeat(beams)
     for length in range(start, settings.max_length):
         scores_RV = adjust_logits(
             logits_RV.log_softmax(dim=1), running.flatten(0, 1)[:, :length], end_token_id=end,
@@ -202,12 +167,6 @@ def _finish(
 
 def _pick(texts_BNT: Tensor, index_BN: Tensor) -> Tensor:
     return texts_BNT.gather(1, index_BN[:, :, None].expand(-1, -1, texts_BNT.shape[2]))
-
-
-def filled(rows: Tensor) -> Tensor:
-    """Rows, the last repeated up to a multiple of four."""
-    missing = -len(rows) % _ROWS_MULTIPLE
-    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
 def _until(tokens: list[int], end: int) -> list[int]:

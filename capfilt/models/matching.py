@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from capfilt.models.decoding import filled
 from capfilt.models.med import Filter, KeyValue, TextLayout
+from capfilt.models.rows import filled
 
 _TOKENS_MULTIPLE = 8
 

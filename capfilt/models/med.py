@@ -16,6 +16,7 @@ P patches, D width, H heads, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -192,7 +193,7 @@ class TextLayer(nn.Module):
         hidden_BTD: Tensor,
         mask: Tensor | None,
         image: KeyValue | None,
-        cache: LayerCache | None,
+        cache: LayerCache | StaticLayerCache | None,
         *,
         is_causal: bool,
         layout: TextLayout | None = None,
@@ -222,6 +223,10 @@ class LayerCache:
         shape = (rows, config.num_heads, max_length, config.width // config.num_heads)
         self.key, self.value, self.length = like.new_empty(shape), like.new_empty(shape), 0
 
+    def next_positions(self, num_tokens: int) -> Tensor:
+        """Positions (T,) of the tokens that come next."""
+        return torch.arange(self.length, self.length + num_tokens, device=self.key.device)
+
     def append(self, key_value: KeyValue) -> KeyValue:
         """Store the keys and values of new tokens; return those of all tokens so far."""
         end = self.length + key_value[0].shape[2]
@@ -236,6 +241,29 @@ class LayerCache:
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) the given rows, in this order."""
         self.key, self.value = self.key[rows], self.value[rows]
+
+
+class StaticLayerCache:
+    """The same for one token at a time with shapes that do not change: what is not written yet must be masked.
+
+    `position` (1,) is where the next token goes; it may be shared by layers, and whoever holds it counts it up.
+    """
+
+    def __init__(self, rows: int, config: MEDConfig, max_length: int, like: Tensor, position: Tensor) -> None:
+        shape = (rows, config.num_heads, max_length, config.width // config.num_heads)
+        self.key, self.value, self.position = like.new_zeros(shape), like.new_zeros(shape), position
+        self.length = max_length
+
+    def next_positions(self, num_tokens: int) -> Tensor:
+        """The position of the next token."""
+        assert num_tokens == 1, "one token at a time"
+        return self.position
+
+    def append(self, key_value: KeyValue) -> KeyValue:
+        """Store the keys and values of the next token; return the whole buffers."""
+        self.key.index_copy_(2, self.position, key_value[0])
+        self.value.index_copy_(2, self.position, key_value[1])
+        return self.key, self.value
 
 
 class TextTransformer(nn.Module):
@@ -268,7 +296,7 @@ class TextTransformer(nn.Module):
         *,
         mask_BT: Tensor | None = None,
         image: list[KeyValue] | None = None,
-        cache: list[LayerCache] | None = None,
+        cache: Sequence[LayerCache] | Sequence[StaticLayerCache] | None = None,
         layout: TextLayout | None = None,
     ) -> Tensor:
         """Encode texts.
@@ -276,7 +304,7 @@ class TextTransformer(nn.Module):
         Args:
             tokens_BT: (B·N, T) token ids; with a cache, only the tokens that follow the cached ones.
             mask_BT: (B·N, T) boolean, True at tokens, False at padding; not for the decoder, whose padding
-                comes last and is never attended to.
+                comes last and is never attended to, but (1, max_length) with a static cache: True where written.
             image: from `image_key_values`, B entries; None for the unimodal encoder.
             cache: from `new_cache`; is extended.
             layout: whose text each row is; None where every image has the same number, in order.
@@ -284,13 +312,16 @@ class TextTransformer(nn.Module):
         Returns:
             (B·N, T, D) text features.
         """
-        start = cache[0].length if cache else 0
-        positions = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
+        num_tokens = tokens_BT.shape[1]
+        is_causal = self.causal and num_tokens > 1
+        if cache:
+            positions = cache[0].next_positions(num_tokens)
+            assert not (is_causal and cache[0].length), "more than one token at a time only into an empty cache"
+        else:
+            positions = torch.arange(num_tokens, device=tokens_BT.device)
         hidden_BTD = self.word_embedding(tokens_BT) + self.position_embedding(positions)
         hidden_BTD = self.dropout(self.embedding_norm(hidden_BTD))
         mask = None if mask_BT is None else mask_BT[:, None, None, :].bool()
-        is_causal = self.causal and tokens_BT.shape[1] > 1
-        assert not (is_causal and start), "more than one token at a time only into an empty cache"
         for index, layer in enumerate(self.layers):
             hidden_BTD = layer(
                 hidden_BTD,

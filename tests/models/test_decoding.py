@@ -9,12 +9,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from capfilt.models.convert_blip import from_transformers, sizes_from_config
 from capfilt.models.decoding import write_captions
-from capfilt.models.med import Captioner, Filter
+from capfilt.models.med import Captioner, Filter, MEDConfig
 from capfilt.models.packed import pack_linears
-from capfilt.models.vit import VisionTransformer
+from capfilt.models.static_rows import DecodingStep, DecodingSteps
+from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.settings import CaptionSettings
 from tests import factories
 
@@ -138,6 +140,35 @@ def test_captions_do_not_depend_on_the_batch(
     decoding = CaptionSettings(num_captions=num, seed=5)
     found = write_captions(captioners[1], features, keys, PROMPT, decoding)
     assert found == [captions[index][:num] for index in chosen]
+
+
+@pytest.mark.parametrize("decoding", ["nucleus", "greedy"])
+def test_static_shapes_give_the_same_captions(captioners: Any, features: Tensor, decoding: str) -> None:
+    """What a GPU runs as CUDA graphs; buffers serve batch after batch, of two sizes here."""
+    settings = CaptionSettings(decoding=decoding, num_captions=1 if decoding == "greedy" else 5, seed=5)
+    steps, lengths = DecodingSteps(captioners[1]), set()
+    for numbers in (range(8), range(8, 16), range(16, 19), range(8), range(2)):
+        part, keys = features[list(numbers)], [KEYS[n] for n in numbers]
+        expected = write_captions(captioners[1], part, keys, PROMPT, settings)
+        assert write_captions(captioners[1], part, keys, PROMPT, settings, steps) == expected
+        lengths |= {len(text) for own in expected for text in own}
+    assert len(lengths) > 1 or decoding == "greedy"
+
+
+def test_a_step_of_static_shapes_stays_on_its_device() -> None:
+    """Run by torch's shadow of a GPU: a tensor made elsewhere, or a value read back, would be refused."""
+    with torch.device("meta"):
+        model = Captioner(VisionTransformer(ViTConfig(depth=2)), MEDConfig(depth=2)).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        model = model.to_empty(device="cuda")
+        image = model.decoder.image_key_values(model.vision(torch.randn(4, 3, 384, 384, device="cuda")))
+        step = DecodingStep(model, image, num_texts=10, max_length=20)
+        prompt_cache = model.decoder.new_cache(4, 20)
+        model.decoder(torch.ones(4, 4, dtype=torch.long, device="cuda"), image=image, cache=prompt_cache)
+        step.start(image, prompt_cache)
+        step.compute()
+        assert step.logits_RV.shape == (40, 30524)
+        assert step.logits_RV.device.type == "cuda"
 
 
 def test_seed_and_key_change_captions(captioners: Any, features: Tensor, captions: list[list[list[int]]]) -> None:

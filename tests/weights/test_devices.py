@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from capfilt.errors import UsageError
-from capfilt.weights.devices import choose_device, choose_dtype, choose_inference_dtype
+from capfilt.weights.devices import (
+    DEFAULT_BATCH_SIZE,
+    LARGEST_BATCH_SIZE,
+    choose_batch_size,
+    choose_device,
+    choose_dtype,
+    choose_inference_dtype,
+    fit_batch,
+)  # fmt: skip
 
 CPU = torch.device("cpu")
 
@@ -41,3 +49,10 @@ def test_auto_is_bfloat16_on_processors_that_multiply_it(
     assert choose_inference_dtype("auto", torch.device("cuda")) is torch.bfloat16
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert choose_inference_dtype("auto", CPU) is torch.float32
+
+
+def test_batch_size_is_what_was_asked_for_or_fits() -> None:
+    assert choose_batch_size(7, CPU, 1) == choose_batch_size(7, torch.device("cuda"), 1) == 7
+    assert choose_batch_size(None, CPU, 10**12) == DEFAULT_BATCH_SIZE
+    assert [fit_batch(100, size) for size in (1000, 100, 30, 25, 1)] == [1, 1, 2, 4, 64]
+    assert fit_batch(10**12, 1) == LARGEST_BATCH_SIZE

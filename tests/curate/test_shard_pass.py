@@ -1,0 +1,76 @@
+"""One pass over a shard: batches that do not fit into a device's memory, decoders, and what is held meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from capfilt.curate.shard_pass import CaptionLane, ClipLane, Item, run_lanes
+from capfilt.errors import CapfiltError
+from tests.curate.small_runs import encode_picture
+
+PICTURE = encode_picture(0)
+
+
+class SmallDevice:
+    """Stands for a captioner and for a CLIP whose device holds `capacity` images; texts and scores tell the picture."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, batch_size: int, capacity: int) -> None:
+        self.batch_size, self.capacity = batch_size, capacity
+        self.seen: list[int] = []
+
+    def prepare(self, image: Any) -> Any:
+        return image.size
+
+    def encode(self, images: Sequence[Any]) -> torch.Tensor:
+        self.seen.append(len(images))
+        if len(images) > self.capacity:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return torch.zeros(len(images), 1)
+
+    def caption_features(self, features: torch.Tensor, keys: Sequence[str]) -> list[list[str]]:
+        assert len(features) == len(keys)
+        return [[f"picture {key}"] for key in keys]
+
+    def score(self, images: Sequence[Any], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        self.encode(images)
+        return [[len(text) / 100 for text in own] for own in texts]
+
+
+def items(number: int) -> Iterator[Item]:
+    for index in range(number):
+        image = b"no picture" if index % 5 == 3 else PICTURE
+        yield Item(f"{index:09d}", "a web caption", image, "", len(image))
+
+
+def test_batch_that_does_not_fit_is_halved_from_then_on() -> None:
+    captioner, clip = SmallDevice(batch_size=16, capacity=5), SmallDevice(batch_size=8, capacity=8)
+    found = list(run_lanes(items(50), [CaptionLane(captioner), ClipLane(clip, include_web=False)]))
+    assert [item.key for item in found] == [f"{index:09d}" for index in range(50)]
+    sound = [item for item in found if item.failure is None]
+    assert len(sound) == 40
+    assert [item.captions for item in sound] == [[f"picture {item.key}"] for item in sound]
+    assert all(len(item.ranked) == 2 and not item.prepared for item in sound)
+    assert captioner.seen[:4] == [16, 8, 4, 4]
+    assert max(captioner.seen[4:]) <= 5
+    assert captioner.batch_size == 4
+    assert (clip.batch_size, max(clip.seen)) == (8, 8)
+
+
+def test_a_device_that_holds_not_even_one_image_is_named_with_what_to_do() -> None:
+    with pytest.raises(CapfiltError, match=r"one image in the stage captions \(CUDA out of memory.*--device cpu"):
+        list(run_lanes(items(3), [CaptionLane(SmallDevice(batch_size=2, capacity=0))]))
+
+
+def test_other_errors_of_a_model_are_not_taken_for_lack_of_memory() -> None:
+    class Broken(SmallDevice):
+        def encode(self, images: Sequence[Any]) -> torch.Tensor:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        list(run_lanes(items(3), [CaptionLane(Broken(batch_size=2, capacity=2))]))
