@@ -12,6 +12,7 @@ UV := $(or $(UV_ON_PATH),$(UV_DIR)/bin/uv)
 
 CAPFILT_TEST_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)))' 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 export NO_ALBUMENTATIONS_UPDATE := 1
 export WANDB_MODE := disabled
@@ -40,8 +41,8 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## measure every stage on this machine, beside plain transformers
-	$(BIN)/python examples/bench.py
+bench: $(INSTALLED) ## measure every stage beside transformers and open_clip (a quarter of an hour; BENCH_ARGS=--full: an hour)
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 assets: $(INSTALLED) ## rebuild the embedded models from nothing (resumable, up to three hours on two cores)
 	$(BIN)/python -m capfilt.assets

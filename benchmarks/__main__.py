@@ -77,7 +77,7 @@ ROWS = (
     ),
     Row(
         name="run, JPEG to manifest", work="run", batch_size=32, num_images=256, size="embedded",
-        goals={_SCRIPT: (5.0, None), _ALONE: (None, None)},
+        goals={_SCRIPT: (5.0,)}, dtypes=("float32",),
     ),
     Row(
         name="caption, pixels to texts", work="caption", goals={DATA_JUICER: (None,)}, batch_size=8,

@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +35,7 @@ from capfilt.curate.annotate import annotate
 from capfilt.curate.import_shards import import_shards
 from capfilt.curate.selection import captions_to_filter, rank_captions
 from capfilt.curate.stage_models import StageModels
+from capfilt.data.commit import read_table
 from capfilt.data.images import decode_image
 from capfilt.data.rundir import RunDir
 from capfilt.data.shards import read_samples
@@ -66,20 +67,30 @@ def _stage_models(case: Case) -> StageModels:
     return StageModels(case.caption_settings(), case.rank_settings(), case.filter_settings())
 
 
-def our_run(case: Case) -> Pass:
+class OurRun:
     """The pass over the shard that `capfilt run` makes, committed to a new generation each time."""
-    folder, models = _temporary_folder(), _stage_models(case)
-    run = RunDir.create(folder / "run")
-    import_shards([str(write_shard(case, folder))], run)
-    numbers = itertools.count()
 
-    def work() -> object:
-        generation = f"pass-{next(numbers)}"
-        summary = annotate(RunDir.open(run.path, generation), _ALL, models=models)
-        assert summary.num_pairs == case.num_images * (NUM_CAPTIONS + 1)
+    def __init__(self, case: Case) -> None:
+        folder = _temporary_folder()
+        self._models, self._num_passes = _stage_models(case), 0
+        self._num_pairs = case.num_images * (NUM_CAPTIONS + 1)
+        self._path = RunDir.create(folder / "run").path
+        import_shards([str(write_shard(case, folder))], RunDir.open(self._path))
+
+    def __call__(self) -> object:
+        """One pass."""
+        self._num_passes += 1
+        summary = annotate(self._open(), _ALL, models=self._models)
+        assert summary.num_pairs == self._num_pairs
         return summary
 
-    return work
+    def read_manifest(self) -> list[dict[str, Any]]:
+        """Rows of the last pass."""
+        run = self._open()
+        return [row for shard in run.shard_names() for row in read_table(run.read_file("manifest", shard)).to_pylist()]
+
+    def _open(self) -> RunDir:
+        return RunDir.open(self._path, f"pass-{self._num_passes}")
 
 
 def our_models_alone(case: Case) -> Pass:
@@ -148,10 +159,11 @@ def _matcher(case: Case) -> Callable[[Sequence[Image.Image], list[str]], Tensor]
     return lambda pictures, texts: match_texts(model, processor, pictures, texts, case.torch_dtype)
 
 
-def _read_batches(tar: Path, batch_size: int) -> Iterator[tuple[list[str], list[Image.Image], list[str]]]:
-    import webdataset as wds
-
-    samples = wds.WebDataset(str(tar), shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "txt")
-    for batch in samples.batched(batch_size, collation_fn=list):
-        keys, pictures, texts = zip(*batch, strict=True)
-        yield list(keys), [picture.convert("RGB") for picture in pictures], list(texts)
+def _read_batches(path: Path, batch_size: int) -> Iterator[tuple[list[str], list[Image.Image], list[str]]]:
+    """Keys, pictures and web captions."""
+    with tarfile.open(path) as tar:
+        members = iter(tar)
+        while batch := list(itertools.islice(members, 2 * batch_size)):
+            data = [cast(IO[bytes], tar.extractfile(member)).read() for member in batch]
+            pictures = [Image.open(io.BytesIO(jpeg)).convert("RGB") for jpeg in data[::2]]
+            yield [Path(member.name).stem for member in batch[::2]], pictures, [text.decode() for text in data[1::2]]

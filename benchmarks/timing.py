@@ -70,6 +70,8 @@ class _Side:
         self.process.stdin.close()
         peak = float(self.read())
         self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         return peak
 
 

@@ -16,7 +16,7 @@ SIDES: dict[str, dict[str, Callable[[Case], Pass]]] = {
     },
     "clip": {"capfilt": sides.our_clip, "open_clip": sides.open_clip_scores},
     "run": {
-        "capfilt": curation.our_run, "script": curation.plain_script, "models alone": curation.our_models_alone,
+        "capfilt": curation.OurRun, "script": curation.plain_script, "models alone": curation.our_models_alone,
     },
 }  # fmt: skip
 """Work → side → what builds it."""

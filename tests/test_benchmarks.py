@@ -1,0 +1,67 @@
+"""The benchmarks' own parts: sides that compute the same, the protocol between processes, the count of operations."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import curation, floor
+from benchmarks.__main__ import ROWS, table
+from benchmarks.sides import Case
+from benchmarks.timing import time_sides
+from benchmarks.works import SIDES
+from capfilt.weights.find import EMBEDDED_DIR, EMBEDDED_FOLDERS
+
+CASE = Case(models=Path("nowhere"), size="embedded", dtype="float32", batch_size=2, num_images=3)
+
+pytestmark = pytest.mark.skipif(
+    not all((EMBEDDED_DIR / folder).is_dir() for folder in EMBEDDED_FOLDERS.values()),
+    reason="the embedded models are not built (make assets)",
+)
+
+
+def test_every_row_has_sides_and_a_goal_for_each_precision() -> None:
+    for row in ROWS:
+        assert {"capfilt", *row.goals} - set(SIDES[row.work]) <= {"floor", "data-juicer"}
+        assert {len(goals) for goals in row.goals.values()} == {len(row.dtypes)}
+
+
+def test_the_script_finds_the_scores_of_the_run() -> None:
+    """Captions are drawn differently, but the web captions' scores must be those of `capfilt run`."""
+    script = curation.plain_script(CASE)()
+    assert isinstance(script, dict)
+    run = curation.OurRun(CASE)
+    run()
+    web = {row["key"]: row for row in run.read_manifest() if row["source"] == "web"}
+    assert len(web) == len(script) == 3
+    for ours, theirs in zip(web.values(), script.values(), strict=True):
+        assert ours["text"] == theirs["texts"][0]
+        assert ours["clip_score"] == pytest.approx(theirs["clip_scores"][0], abs=1e-4)
+        assert len(theirs["texts"]) == 11
+
+
+def test_operations_grow_with_the_images_and_are_those_of_the_image_encoders() -> None:
+    one, three = (floor.count_gflop(replace(CASE, num_images=number, batch_size=1)) for number in (1, 3))
+    assert 2.5 < three / one < 3.5
+    assert 0.1 < one < 10
+    assert floor.measure_peak(torch.float32) > 1
+
+
+def test_sides_answer_from_processes_of_their_own() -> None:
+    timed = time_sides("run", CASE, 2, ["capfilt", "models alone"])
+    assert [len(side.seconds) for side in timed.values()] == [2, 2]
+    assert all(side.peak_mib > 100 and side.minimum > 0 for side in timed.values())
+
+
+def test_table_has_a_line_for_each_ratio() -> None:
+    side = {"median_seconds_per_image": 1.0, "minimum_seconds_per_image": 0.5, "peak_mib": 10.0, "seconds": [1.0]}
+    ratio = {"median": 6.0, "minimum": 5.0, "goal": None}
+    row = {
+        "name": "run", "size": "base", "dtype": "float32", "sides": {"capfilt": side, "a": side, "b": side},
+        "ratios": dict(zip("ab", itertools.repeat(ratio), strict=False)),
+    }  # fmt: skip
+    assert [line.count("|") for line in table([row, row]).splitlines()] == [11] * 6
