@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capfilt.models.attention import attend, for_attention
 from capfilt.models.packed import activated
 from capfilt.models.vit import VisionTransformer, initialise
 
@@ -142,7 +141,7 @@ class Attention(nn.Module):
         if query_BHTd.shape[2] == 1 and mask is None and query_BHTd.device.type == "cpu":
             attended = _attend_once(query_BHTd, *key_value)
         else:
-            attended = attend(query_BHTd, *key_value, mask, is_causal=is_causal)
+            attended = F.scaled_dot_product_attention(query_BHTd, *key_value, attn_mask=mask, is_causal=is_causal)
         attended_BTD = attended.transpose(1, 2).flatten(2)
         if layout is not None:
             attended_BTD = layout.by_row(attended_BTD)
@@ -282,8 +281,7 @@ class TextTransformer(nn.Module):
 
     def image_key_values(self, features_BPD: Tensor) -> list[KeyValue]:
         """Cross-attention keys and values of images, one pair per layer, to be shared by their texts."""
-        pairs = (cast(TextLayer, layer).cross_attention.key_value(features_BPD) for layer in self.layers)
-        return [(for_attention(key), for_attention(value)) for key, value in pairs]
+        return [cast(TextLayer, layer).cross_attention.key_value(features_BPD) for layer in self.layers]
 
     def new_cache(self, rows: int, max_length: int) -> list[LayerCache]:
         """An empty self-attention cache for `rows` texts of at most `max_length` tokens."""

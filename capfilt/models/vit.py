@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from capfilt.models.attention import attend
 from capfilt.models.packed import Activation, activated
 
 
@@ -75,7 +75,7 @@ def attend_heads(query_key_value_BPE: Tensor, num_heads: int, *, is_causal: bool
     """Multi-head attention, causal or not: (B, P, 3D) → (B, P, D)."""
     heads = query_key_value_BPE.unflatten(2, (3, num_heads, -1))
     query, key, value = heads.permute(2, 0, 3, 1, 4)
-    return attend(query, key, value, is_causal=is_causal).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
