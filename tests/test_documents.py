@@ -34,7 +34,7 @@ def test_the_tree_has_a_line_for_every_file() -> None:
 
 
 def test_files_that_contributing_names_are_there() -> None:
-    named = re.findall(r"`((?:capfilt|tests|pipelines|examples)/[\w./]*)`", CONTRIBUTING)
+    named = re.findall(r"`((?:capfilt|tests|pipelines|examples|benchmarks)/[\w./]*)`", CONTRIBUTING)
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
 
