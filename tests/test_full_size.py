@@ -30,7 +30,6 @@ from capfilt.errors import UsageError
 from capfilt.models import decoding
 from capfilt.models.clip import Clip
 from capfilt.models.convert_blip import (
-    ORIGINAL_LAYER_NORM_EPS,
     Kind,
     from_transformers,
     original_to_transformers,
@@ -375,7 +374,7 @@ def check_original(kind: Kind, model: Model, tmp_path: Path) -> None:
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
     vision = original.model.vision
-    assert vision.config.layer_norm_eps == ORIGINAL_LAYER_NORM_EPS
+    assert vision.config.layer_norm_eps == 1e-6
     assert replace(vision.config, layer_norm_eps=1e-5) == folder.model.vision.config
     texts = [part.decoder if isinstance(part, Captioner) else part.encoder for part in (original.model, folder.model)]
     assert texts[0].config == texts[1].config
@@ -385,7 +384,7 @@ def check_original(kind: Kind, model: Model, tmp_path: Path) -> None:
     norms = [part for part in model.theirs.vision_model.modules() if isinstance(part, torch.nn.LayerNorm)]
     assert {norm.eps for norm in norms} == {1e-5}
     for norm in norms:
-        norm.eps = ORIGINAL_LAYER_NORM_EPS
+        norm.eps = 1e-6
     expected = model.theirs.vision_model(model.images[:1]).last_hidden_state
     for norm in norms:
         norm.eps = 1e-5
