@@ -1,8 +1,8 @@
 """Captioner, filter and CLIP at the released sizes, beside transformers and open_clip with the same files.
 
 The weights are random, the layouts, sizes and vocabulary the published ones; float32 on a CPU. By default BLIP-base and
-CLIP look at a few pictures; CAPFILT_FULL_SIZE=1 takes BLIP-large too, 200 pictures and many batches (about an hour on
-one core). `pytest -rP` shows what was measured.
+CLIP look at a few pictures; CAPFILT_FULL_SIZE=1 takes BLIP-large too, 200 pictures and many batches (more than an hour
+on one core, 11 GB of memory). `pytest -rP` shows what was measured.
 """
 
 from __future__ import annotations
