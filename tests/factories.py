@@ -120,7 +120,10 @@ def read_bert_vocabulary() -> list[str]:
 
 
 def save_original(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """The original release's .pth of a transformers state dict, training-only entries included."""
+    """The original release's .pth of a transformers state dict, training-only entries included.
+
+    Those of a filter are its momentum copies and queues, all zero: who reads them instead sees nothing.
+    """
     renamed = {}
     for name, tensor in state.items():
         name = name.replace("vision_model.embeddings.class_embedding", "visual_encoder.cls_token")
@@ -132,11 +135,23 @@ def save_original(path: Path, state: dict[str, torch.Tensor]) -> None:
         name = name.replace("self_attn.qkv", "attn.qkv").replace("self_attn.projection", "attn.proj")
         renamed[name] = tensor
     text = "text_decoder.bert" if "text_decoder.bert.embeddings.LayerNorm.bias" in renamed else "text_encoder"
-    renamed[f"{text}.embeddings.position_ids"] = torch.arange(64)[None]
+    num_positions = len(renamed[f"{text}.embeddings.position_embeddings.weight"])
+    renamed[f"{text}.embeddings.position_ids"] = torch.arange(num_positions)[None]
     if text == "text_encoder":
-        extra = {f"visual_encoder_m{k[14:]}": v for k, v in renamed.items() if k.startswith("visual_encoder.")}
-        renamed |= extra | {"temp": torch.tensor(0.07), "image_queue": torch.zeros(4, 4)}
+        renamed |= _training_only(renamed)
     torch.save({"model": renamed}, path)
+
+
+def _training_only(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the release's retrieval checkpoints hold besides the weights, by the shapes they have there."""
+    num_queued, width = 57_600, len(state["vision_proj.bias"])
+    shapes = {"temp": (), "image_queue": (width, num_queued), "text_queue": (width, num_queued)}
+    shapes |= {"idx_queue": (1, num_queued), "ptr_queue": (1,)}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        if part in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
+            shapes[f"{part}_m.{rest}"] = tensor.shape
+    return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}  # a number each in the file
 
 
 def save_clip(folder: Path, *, seed: int = 0) -> None:

@@ -42,10 +42,10 @@ def blip_config(size: str = "base") -> Any:
     return BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=256, initializer_range=0.02)
 
 
-def save_captioner(folder: Path, size: str = "base") -> None:
-    """BLIP's captioner, base or large."""
+def save_captioner(folder: Path, size: str = "base", *, end_bias: float = 10.0) -> None:
+    """BLIP's captioner, base or large; the higher `end_bias`, the shorter its captions."""
     vocabulary = factories.read_bert_vocabulary()
-    model = factories.save_captioner(folder, config=blip_config(size), end_bias=10.0)
+    model = factories.save_captioner(folder, config=blip_config(size), end_bias=end_bias)
     assert model.num_parameters() == NUM_WEIGHTS["captioner", size]
     factories.save_tokenizer(folder, vocabulary)
 
@@ -59,8 +59,8 @@ def save_filter(folder: Path, size: str = "base") -> None:
 
 
 @torch.no_grad()
-def save_clip(path: Path) -> None:
-    """The checkpoint of open_clip's ViT-L-14, 428 million weights, as `--clip-weights` takes it."""
+def save_clip(path: Path) -> Any:
+    """The checkpoint of open_clip's ViT-L-14, 428 million weights, as `--clip-weights` takes it; gives the model."""
     import open_clip
     from safetensors.torch import save_file
 
@@ -69,3 +69,4 @@ def save_clip(path: Path) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 427_616_513
     model.token_embedding.weight.mul_(20)  # texts differ
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    return model

@@ -74,7 +74,6 @@ def test_probabilities_are_those_of_transformers(top_k: int, top_p: float, tempe
 @pytest.mark.parametrize(("top_k", "top_p", "temperature", "penalty"), COMBINATIONS)
 def test_draws_follow_the_distribution(top_k: int, top_p: float, temperature: float, penalty: float) -> None:
     """Chi-square of 20,000 draws on fixed logits against the probabilities by brute force."""
-    num = 20_000
     tokens = torch.tensor([[7, 8, 9, 7]])
     logits = draw_logits(5, rows=1)
     expected = their_probabilities(logits, tokens, top_k, top_p, temperature, penalty, 0)[0].numpy()
@@ -82,6 +81,34 @@ def test_draws_follow_the_distribution(top_k: int, top_p: float, temperature: fl
         decoding="nucleus", top_k=top_k, top_p=top_p, temperature=temperature, repetition_penalty=penalty
     )
     adjusted = adjust_logits(logits.clone(), tokens, end_token_id=END, repetition_penalty=penalty, min_length=0)
+    check_draws(adjusted, decoding, expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("min_length", [4, 5])
+@pytest.mark.parametrize("top_k", [5, 50, 0])
+@pytest.mark.parametrize("decoding", ["nucleus", "top-k"])
+def test_draws_follow_the_distribution_with_and_without_an_end(
+    decoding: str, top_k: int, min_length: int, temperature: float
+) -> None:
+    """The end is the likeliest token after four; `top-k` takes no notice of top_p."""
+    tokens = torch.tensor([[7, 8, 9, 7]])
+    logits = draw_logits(6, rows=1, scale=1.5)
+    logits[0, END] = logits.max() + 1
+    top_p = 0.8 if decoding == "nucleus" else 1.0
+    expected = their_probabilities(logits, tokens, top_k, top_p, temperature, 1.3, min_length)[0].numpy()
+    assert (expected[END] > 0.05) == (min_length == 4)
+    chosen = CaptionSettings(
+        decoding=decoding, top_k=top_k, top_p=0.8, temperature=temperature, repetition_penalty=1.3,
+        min_length=min_length,
+    )  # fmt: skip
+    adjusted = adjust_logits(logits.clone(), tokens, end_token_id=END, repetition_penalty=1.3, min_length=min_length)
+    check_draws(adjusted, chosen, expected)
+
+
+def check_draws(adjusted: Tensor, decoding: CaptionSettings, expected: np.ndarray) -> None:
+    """Chi-square of 20,000 draws from one row of logits against their probabilities."""
+    num = 20_000
     draws = torch.from_numpy(np.concatenate([uniforms(0, str(key), 0, 8) for key in range(num // 8)]))
     found = np.zeros(VOCAB_SIZE)
     for part in draws.split(4000):
