@@ -140,6 +140,8 @@ class Attention(nn.Module):
         query_BHTd = self._split(query_BTD)
         if query_BHTd.shape[2] == 1 and mask is None and query_BHTd.device.type == "cpu":
             attended = _attend_once(query_BHTd, *key_value)
+        elif mask is None and not is_causal and _is_for_products(key_value[0]):
+            attended = _attend_by_products(query_BHTd, *key_value)
         else:
             attended = F.scaled_dot_product_attention(query_BHTd, *key_value, attn_mask=mask, is_causal=is_causal)
         attended_BTD = attended.transpose(1, 2).flatten(2)
@@ -158,6 +160,21 @@ def _attend_once(query_BH1d: Tensor, key_BHSd: Tensor, value_BHSd: Tensor) -> Te
     """
     scores_BHS = (query_BH1d * key_BHSd).sum(-1) * query_BH1d.shape[-1] ** -0.5
     return (scores_BHS.softmax(-1).unsqueeze(-1) * value_BHSd).sum(2, keepdim=True)
+
+
+def _is_for_products(states: Tensor) -> bool:
+    return states.dtype == torch.bfloat16 and states.device.type == "cpu" and states.is_contiguous()
+
+
+def _attend_by_products(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSd: Tensor) -> Tensor:
+    """Attention as two batches of matrix products.
+
+    With ten queries and an image's 577 keys in bfloat16 on a CPU it takes half the time of torch's own.
+    """
+    query, key, value = (states.flatten(0, 1) for states in (query_BHTd, key_BHSd, value_BHSd))
+    scale = query.shape[-1] ** -0.5
+    scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scale)
+    return torch.bmm(scores.softmax(-1), value).unflatten(0, query_BHTd.shape[:2])
 
 
 class FeedForward(nn.Module):
@@ -281,7 +298,10 @@ class TextTransformer(nn.Module):
 
     def image_key_values(self, features_BPD: Tensor) -> list[KeyValue]:
         """Cross-attention keys and values of images, one pair per layer, to be shared by their texts."""
-        return [cast(TextLayer, layer).cross_attention.key_value(features_BPD) for layer in self.layers]
+        pairs = [cast(TextLayer, layer).cross_attention.key_value(features_BPD) for layer in self.layers]
+        if features_BPD.dtype == torch.bfloat16 and features_BPD.device.type == "cpu":
+            pairs = [(key.contiguous(), value.contiguous()) for key, value in pairs]
+        return pairs
 
     def new_cache(self, rows: int, max_length: int) -> list[LayerCache]:
         """An empty self-attention cache for `rows` texts of at most `max_length` tokens."""

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from capfilt.models.convert_blip import from_transformers, sizes_from_config
 from capfilt.models.decoding import write_captions
-from capfilt.models.med import Captioner, Filter, MEDConfig
+from capfilt.models.med import Attention, Captioner, Filter, MEDConfig
 from capfilt.models.packed import pack_linears
 from capfilt.models.static_rows import DecodingStep, DecodingSteps
 from capfilt.models.vit import VisionTransformer, ViTConfig
@@ -212,3 +212,18 @@ def test_itm_logits_are_those_of_transformers(images: Tensor, padded_to: int) ->
     similarity = theirs(pixel_values=images, input_ids=tokens[::2], attention_mask=mask[::2].long(), use_itm_head=False)
     ours_similarity = ours.embed_images(ours.vision(images)) @ ours.embed_texts(tokens[::2], mask[::2]).T
     torch.testing.assert_close(ours_similarity, similarity.itm_score, atol=1e-4, rtol=0)
+
+
+def test_attention_by_products_is_that_of_torch_and_the_same_in_any_batch() -> None:
+    """As ten captions attend to an image in bfloat16 on a CPU."""
+    generator = torch.Generator().manual_seed(0)
+    attention = Attention(64, 4, 48).bfloat16().eval().requires_grad_(False)
+    queries = torch.randn(3, 10, 64, generator=generator).bfloat16()
+    key, value = (states.contiguous() for states in attention.key_value(torch.randn(3, 77, 48).bfloat16()))
+    found = attention(queries, (key, value))
+    expected = attention.float()(queries.float(), (key.float(), value.float()))
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+    attention.bfloat16()
+    for image, number in ((0, 10), (1, 4), (2, 7)):
+        alone = attention(queries[image : image + 1, :number], (key[image : image + 1], value[image : image + 1]))
+        assert torch.equal(alone[0], found[image, :number])
