@@ -177,6 +177,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"), help="where the figures are written")
     options = parser.parse_args()
     works = set(options.only.split(",")) - {""}
+    if unknown := works - SIDES.keys():
+        parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(SIDES)}")
     rows = [row for row in ROWS if (options.full or not row.full) and (not works or row.work in works)]
     if not options.data_juicer and any(DATA_JUICER in row.goals for row in rows):
         rows = [row for row in rows if DATA_JUICER not in row.goals]
@@ -184,15 +186,14 @@ def main() -> None:
     options.models.mkdir(parents=True, exist_ok=True)
     for size in sorted({row.size for row in rows} - {"embedded"}):
         make_models(options.models, size)
-    found = []
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    found, measured_on = [], machine(options.data_juicer)
     for row in rows:
         for dtype in row.dtypes if options.full else row.dtypes[:1]:
             rounds = options.rounds or (5 if options.full else 3)
             found.append(measure(row, dtype, options.models, rounds, options.data_juicer))
+            options.json.write_text(json.dumps({"machine": measured_on, "rows": found}, indent=2) + "\n")
             print(*table(found[-1:]).splitlines()[2:], sep="\n", flush=True)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    measured_on = machine(options.data_juicer)
-    options.json.write_text(json.dumps({"machine": measured_on, "rows": found}, indent=2) + "\n")
     print(", ".join(f"{name} {value}" for name, value in measured_on.items()))
     print(table(found))
 

@@ -7,8 +7,10 @@ starts. The script is what a careful user writes: it encodes an image once for i
 
 from __future__ import annotations
 
+import atexit
 import io
 import itertools
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +62,10 @@ def write_shard(case: Case, folder: Path) -> Path:
 
 
 def _temporary_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="capfilt-bench-"))
+    """Removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="capfilt-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _stage_models(case: Case) -> StageModels:

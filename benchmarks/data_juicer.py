@@ -19,7 +19,6 @@ import importlib
 import importlib.metadata
 import json
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -51,6 +50,12 @@ def read_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
+def read_peak_mib() -> float:
+    """As `benchmarks.timing` reads it, which this environment cannot import."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
 def main() -> None:
     """One pass to warm up, then as many as are asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_juicer")
@@ -75,7 +80,7 @@ def main() -> None:
         print("ready", flush=True)
         for _ in sys.stdin:
             print(time_pass(), flush=True)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+        print(read_peak_mib(), flush=True)
     else:
         seconds = [time_pass() for _ in range(options.passes)]
         print(json.dumps({"versions": read_versions(), "num_texts": len(texts), "seconds": seconds}))

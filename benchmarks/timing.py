@@ -9,6 +9,7 @@ moments meet all of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import statistics
@@ -50,13 +51,29 @@ class _Side:
     """A process that does a pass whenever it is asked to."""
 
     def __init__(self, name: str, command: list[str]) -> None:
+        self.name = name
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        if self.read() != READY:
-            raise RuntimeError(f"{name} did not start; see above")
 
     def read(self) -> str:
         assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        line = self.process.stdout.readline().strip()
+        if not line:
+            raise RuntimeError(f"{self.name} ended; see above why")
+        return line
+
+    def wait_until_ready(self) -> None:
+        """Loaded, and warmed up by one pass."""
+        answer = self.read()
+        if answer != READY:
+            raise RuntimeError(f"{self.name} says {answer!r}; expected {READY!r}")
+
+    def kill(self) -> None:
+        """Whatever it does; nothing where it has ended."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
 
     def ask(self) -> float:
         assert self.process.stdin is not None
@@ -68,11 +85,7 @@ class _Side:
         """Peak resident memory in MiB."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        peak = float(self.read())
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return peak
+        return float(self.read())
 
 
 def time_sides(
@@ -85,12 +98,17 @@ def time_sides(
         name: [sys.executable, "-m", "benchmarks.timing", work, name, asked] for name in sides or list(SIDES[work])
     } | (others or {})
     found = {name: Timed() for name in commands}
-    running = {name: _Side(f"{name} of {work}", command) for name, command in commands.items()}
-    for _ in range(rounds):
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for name, command in commands.items():  # one after another: loading must not disturb loading
+            running[name] = side = _Side(f"{name} of {work}", command)
+            stack.callback(side.kill)
+            side.wait_until_ready()
+        for _ in range(rounds):
+            for name, side in running.items():
+                found[name].seconds.append(side.ask())
         for name, side in running.items():
-            found[name].seconds.append(side.ask())
-    for name, side in running.items():
-        found[name].peak_mib = side.end()
+            found[name].peak_mib = side.end()
     return found
 
 

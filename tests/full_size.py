@@ -1,8 +1,8 @@
 """Models of the released sizes with random weights, in the published layouts: what users really load.
 
-Out: BLIP-base as captioner and as ITM filter (transformers folders, 384 px, the real vocabulary of BERT) and a
-checkpoint of open_clip's ViT-L-14; 3.5 GB in all. Captions are nonsense and scores mean nothing; sizes,
-shapes, files and vocabulary are the real ones.
+Out: BLIP-base or BLIP-large as captioner and as ITM filter (transformers folders, 384 px, the real vocabulary of BERT)
+and a checkpoint of open_clip's ViT-L-14; 3.5 GB in all for base, 5.3 GB for large. Captions are nonsense and scores
+mean nothing; sizes, shapes, files and vocabulary are the real ones.
 """
 
 from __future__ import annotations

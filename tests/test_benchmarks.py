@@ -42,6 +42,8 @@ def test_the_script_finds_the_scores_of_the_run() -> None:
         assert ours["text"] == theirs["texts"][0]
         assert ours["clip_score"] == pytest.approx(theirs["clip_scores"][0], abs=1e-4)
         assert len(theirs["texts"]) == 11
+        assert len(theirs["itm_scores"]) == len(set(theirs["chosen"])) == 3
+        assert all(0 <= score <= 1 for score in theirs["itm_scores"])
 
 
 def test_operations_grow_with_the_images_and_are_those_of_the_image_encoders() -> None:

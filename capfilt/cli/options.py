@@ -21,7 +21,7 @@ BatchSize = Annotated[
     typer.Option(
         "--batch-size",
         min=1,
-        help="Images at a time; does not change the results. Unset: 32, on a GPU as many as its memory holds.",
+        help="Images at a time; does not change the results (on a GPU, but for rounding). Unset: 32; CUDA: what fits.",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]

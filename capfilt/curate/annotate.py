@@ -135,7 +135,10 @@ class _Plan:
 
     def load_models(self) -> list[Any]:
         """What the stages need: their fingerprints cover the models' files."""
-        return [self.models.of(stage) for stage in self.stages if stage in MODELS]
+        loaded = [self.models.of(stage) for stage in self.stages if stage in MODELS]
+        if {"captions", "itm"} <= set(self.stages):
+            self.models.share_vision()
+        return loaded
 
     def ranking(self, shard: str) -> tuple[int, bool]:
         """(keep, include_web) that a shard is ranked with: of the settings, or as the CLIP stage recorded."""
@@ -158,7 +161,7 @@ class _Plan:
 
     def lanes(self, stages: Sequence[str], shard: str) -> list[Lane]:
         """The lanes of some stages in the pass over a shard."""
-        shares = {"captions", "itm"} <= set(stages) and self.models.share_vision
+        shares = {"captions", "itm"} <= set(stages) and self.models.vision_is_shared
         lanes: list[Lane] = []
         if "captions" in stages:
             lanes.append(CaptionLane(self.models.captioner, keeps_features=shares))
@@ -179,7 +182,8 @@ def _annotate_shard(plan: _Plan, shard: str, num_images: int, progress: Progress
         for item in run_lanes(_read_items(plan.run, shard, lanes[0].stage), lanes):
             items.append(item)
             plan.num_quarantined += item.failure is not None
-            progress.advance(1, quarantined=plan.num_quarantined)
+            counts: dict[str, Any] = {f"{lane.stage} at a time": lane.batch_size for lane in lanes if lane.was_halved}
+            progress.advance(1, quarantined=plan.num_quarantined, **counts)
         # Samples that an earlier stage quarantined do not come up again.
         progress.advance(num_images - len(items), already=True)
         _commit_pass(plan, shard, [lane.stage for lane in lanes], items)

@@ -54,8 +54,9 @@ class BlipCaptioner:
                 "Give --max-length."
             )
         vision, size = self.vision.config, dtype.itemsize
-        image_bytes = count_encoder_bytes(vision, size) + count_image_bytes(config, vision.num_patches + 1, size)
-        row_bytes = count_row_bytes(config, settings.max_length, size) * settings.num_captions
+        image_bytes = count_encoder_bytes(vision, size) + 2 * count_image_bytes(config, vision.num_patches + 1, size)
+        num_rows = settings.num_beams if settings.decoding == "beam" else settings.num_captions
+        row_bytes = count_row_bytes(config, settings.max_length, size) * num_rows
         self.batch_size = choose_batch_size(settings.batch_size, self.device, image_bytes + row_bytes)
         self.computing = describe_computing(dtype, self.device)
         self.fields: dict[str, Any] = {
@@ -72,6 +73,11 @@ class BlipCaptioner:
     def caption(self, images: Sequence[Image], keys: Sequence[str]) -> list[list[str]]:
         """Captions of RGB pictures, `settings.num_captions` of each."""
         return self.caption_features(self.encode([self.prepare(image) for image in images]), keys)
+
+    def release(self) -> None:
+        """Let go of the buffers that are kept from batch to batch."""
+        if self._steps is not None:
+            self._steps.clear()
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Tensor]) -> Tensor:
@@ -97,7 +103,7 @@ def to_square(image: Image, side_px: int) -> Tensor:
 def normalise(images: Sequence[Tensor], preparation: ImagePreparation, like: Tensor) -> Tensor:
     """Pictures of uint8 (3, S, S) as one normalised batch (B, 3, S, S), of the device and dtype of `like`."""
     batch = torch.stack(list(images))
-    if like.device.type == "cuda":  # pinned, the copy runs beside what the GPU does
+    if like.device.type == "cuda":  # from pinned memory the copy does not stop this thread
         batch = batch.pin_memory()
     batch = batch.to(like.device, non_blocking=True).float()
     mean = torch.tensor(preparation.mean, device=like.device).view(3, 1, 1)

@@ -3,8 +3,9 @@
 Where captioner and filter have the same image encoder, the filter takes the captioner's features.
 
 In: samples in the order of their keys, and a lane for each stage. Out: the same samples in the same order,
-with what the stages found or why one of them failed. A lane works on batches of its own size, always the same
-ones, so that a stage finds the same alone, together with others, and after an interruption.
+with what the stages found or why one of them failed. A lane works on batches of its own size, so that a stage finds
+the same alone, together with others, and after an interruption; where a device's memory does not hold a batch, it is
+halved.
 
 Pictures are decoded and resized by a few threads while the models compute; only a bounded number of them is
 held at a time, whatever the size of the shard.
@@ -80,6 +81,7 @@ class Lane(ABC):
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.was_halved = False
         self.prepare: Callable[[Any], Any] | None = model.prepare
         """An RGB picture as the model wants it; called in a decoding thread. None where it needs no picture."""
 
@@ -92,9 +94,16 @@ class Lane(ABC):
         """Images at a time."""
         return self.model.batch_size
 
-    @batch_size.setter
-    def batch_size(self, number: int) -> None:
-        self.model.batch_size = number
+    def halve(self, number: int) -> None:
+        """Take half of `number` images at a time from now on; buffers for more are let go."""
+        self.model.batch_size = (number + 1) // 2
+        self.was_halved = True
+        if release := getattr(self.model, "release", None):
+            release()
+        if self.model.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
 
     def prepared(self, items: Sequence[Item]) -> list[Any]:
         """The pictures of a batch."""
@@ -207,7 +216,7 @@ def _work(lane: Lane, items: Sequence[Item]) -> None:
     while done < len(items):
         part = items[done : done + lane.batch_size]
         if not _fits(lane, part):
-            lane.batch_size = (len(part) + 1) // 2
+            lane.halve(len(part))
             continue
         for item in part:
             item.prepared.pop(lane.stage, None)
@@ -219,9 +228,9 @@ def _fits(lane: Lane, items: Sequence[Item]) -> bool:
     try:
         lane.work(items)
     except RuntimeError as error:
-        import torch
+        from capfilt.weights.devices import is_out_of_memory
 
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not is_out_of_memory(error):
             raise
         if len(items) == 1:
             raise CapfiltError(
@@ -234,13 +243,12 @@ def _fits(lane: Lane, items: Sequence[Item]) -> bool:
 
 def _decode_ahead(items: Iterable[Item], lanes: Sequence[Lane]) -> Iterator[Item]:
     """Items with their pictures prepared for every lane, in order; decoded by threads, a few ahead."""
-    num_ahead = 2 * lanes[0].batch_size
     source = iter(items)
     under_way: deque[tuple[Item, Future[None]]] = deque()
     with ThreadPoolExecutor(_count_decoders(lanes), thread_name_prefix="decode") as pool:
         try:
             while True:
-                while len(under_way) < num_ahead and (item := next(source, None)) is not None:
+                while len(under_way) < 2 * lanes[0].batch_size and (item := next(source, None)) is not None:
                     under_way.append((item, pool.submit(_prepare, item, lanes)))
                 if not under_way:
                     return
@@ -253,7 +261,13 @@ def _decode_ahead(items: Iterable[Item], lanes: Sequence[Lane]) -> Iterator[Item
 
 def _count_decoders(lanes: Sequence[Lane]) -> int:
     devices = {lane.model.device.type for lane in lanes}
-    return NUM_DECODERS if devices == {"cpu"} else min(MOST_DECODERS, os.cpu_count() or NUM_DECODERS)
+    return (
+        NUM_DECODERS
+        if devices == {"cpu"}
+        else min(
+            MOST_DECODERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+    )
 
 
 def _prepare(item: Item, lanes: Sequence[Lane]) -> None:

@@ -57,10 +57,13 @@ class StageModels:
         return getattr(self, MODELS[stage])
 
     @cached_property
-    def share_vision(self) -> bool:
-        """Whether captioner and filter see a picture with the same image encoder; then it is held once."""
-        digest = getattr(self.itm_scorer, "vision_digest", "")
-        is_same = bool(digest) and digest == self.captioner.vision_digest
-        if is_same:
+    def vision_is_shared(self) -> bool:
+        """Whether captioner and filter see a picture with the same image encoder, on the same device."""
+        captioner, scorer = self.captioner, self.itm_scorer
+        digest = getattr(scorer, "vision_digest", "")
+        return bool(digest) and (digest, scorer.device) == (captioner.vision_digest, captioner.device)
+
+    def share_vision(self) -> None:
+        """Hold the image encoder once, where it is the same."""
+        if self.vision_is_shared:
             self.itm_scorer.use_vision(self.captioner.vision)
-        return is_same

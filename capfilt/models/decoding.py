@@ -7,7 +7,8 @@ In: image features, a prompt, settings. Out: token ids of every caption, prompt 
   shapes stay the same for CUDA graphs (`models.static_rows`)
 - beam search is transformers' (early_stopping False, length penalty 1), whose scores count the repetition
   penalty and divide by the number of tokens after the prompt
-- on a CPU a caption does not depend on the batch around it, to the bit
+- in float32 on a CPU a caption does not depend on the batch around it, to the bit; in bfloat16 there none was seen
+  to (AVX512_BF16); on a GPU rounding may depend on the shape of the batch, and so, rarely, may a caption
 
 Legend: B images, N captions per image, R rows of text, T tokens, V vocabulary, P patches, D width.
 """

@@ -19,21 +19,21 @@ from torch import Tensor
 from capfilt.models.med import Captioner, KeyValue, LayerCache, StaticLayerCache
 from capfilt.models.rows import Rows
 
-_SHAPES_KEPT = 2
-"""A full batch, and the rest at the end of a shard."""
-
 
 class DecodingStep:
-    """One token for B·N rows, in buffers of its own; captured as a CUDA graph when it first runs on a GPU."""
+    """One token for B·N rows, in buffers of its own; captured as a CUDA graph when it first runs on a GPU.
+
+    Fewer images than B leave slots idle.
+    """
 
     def __init__(self, model: Captioner, image: Sequence[KeyValue], num_texts: int, max_length: int) -> None:
         config, like = model.decoder.config, model.decoder.word_embedding.weight
         num_rows = image[0][0].shape[0] * num_texts
-        self._model = model
-        self._image = [(torch.empty_like(key), torch.empty_like(value)) for key, value in image]
+        self._model, self._num_texts = model, num_texts
+        self._image = [(torch.zeros_like(key), torch.zeros_like(value)) for key, value in image]
         self._places_L = torch.arange(max_length, device=like.device)
         self._position_1 = self._places_L.new_zeros(1)
-        self._cache = [
+        self.cache = [
             StaticLayerCache(num_rows, config, max_length, like, self._position_1) for _ in model.decoder.layers
         ]
         self._tokens_R = self._places_L.new_zeros(num_rows)
@@ -41,24 +41,28 @@ class DecodingStep:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, image: Sequence[KeyValue], prompt_cache: Sequence[LayerCache]) -> None:
-        """Begin with images and the cache of their prompt, an entry per image in both."""
+        """Begin with at most B images and the cache of their prompt, an entry per image in both."""
+        num_images, length = image[0][0].shape[0], prompt_cache[0].length
         for mine, given in zip(self._image, image, strict=True):
-            mine[0].copy_(given[0])
-            mine[1].copy_(given[1])
-        length = prompt_cache[0].length
-        for layer, given in zip(self._cache, prompt_cache, strict=True):
-            num_texts = len(layer.key) // len(given.key)
-            layer.key[:, :, :length] = given.key[:, :, :length].repeat_interleave(num_texts, 0)
-            layer.value[:, :, :length] = given.value[:, :, :length].repeat_interleave(num_texts, 0)
+            mine[0][:num_images] = given[0]
+            mine[1][:num_images] = given[1]
+        for layer, given in zip(self.cache, prompt_cache, strict=True):
+            for mine, own in ((layer.key, given.key), (layer.value, given.value)):
+                # What is masked must be finite all the same: nought times infinity is not nought.
+                mine.zero_()
+                mine[: num_images * self._num_texts, :, :length] = own[:, :, :length].repeat_interleave(
+                    self._num_texts, 0
+                )
         self._position_1.fill_(length)
 
     def run(self, slots: Tensor, tokens: Tensor) -> Tensor:
         """Next-token logits (., V) of the rows `slots` after one more token of each, float32."""
         self._tokens_R[slots] = tokens
         if self._tokens_R.device.type == "cuda":
-            if self._graph is None:
-                self._graph = self._capture()
-            self._graph.replay()
+            with torch.cuda.device(self._tokens_R.device):
+                if self._graph is None:
+                    self._graph = self._capture()
+                self._graph.replay()
         else:
             self.compute()
         self._position_1 += 1
@@ -68,7 +72,7 @@ class DecodingStep:
         """The kernels of a step, all of them on the buffers."""
         written_1L = (self._places_L <= self._position_1)[None]
         hidden_R1D = self._model.decoder(
-            self._tokens_R[:, None], mask_BT=written_1L, image=self._image, cache=self._cache
+            self._tokens_R[:, None], mask_BT=written_1L, image=self._image, cache=self.cache
         )
         self.logits_RV.copy_(self._model.head(hidden_R1D)[:, 0])
 
@@ -80,28 +84,31 @@ class DecodingStep:
             self.compute()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on using the GPU
             self.compute()
         return graph
 
 
 class DecodingSteps:
-    """The steps of one captioner, by shape: their buffers, and on a GPU their graphs, serve batch after batch."""
+    """The step of one captioner: its buffers, and on a GPU its graph, serve batch after batch."""
 
     def __init__(self, model: Captioner) -> None:
         self._model = model
-        self._by_shape: dict[tuple[int, ...], DecodingStep] = {}
+        self._shape: tuple[int, ...] = ()
+        self.step: DecodingStep | None = None
 
     def find(self, image: Sequence[KeyValue], num_texts: int, max_length: int) -> DecodingStep:
-        """The step for as many images as `image` has; the shape that was not asked for longest gives way."""
-        shape = (*image[0][0].shape, num_texts, max_length)
-        step = self._by_shape.pop(shape, None)
-        if step is None:
-            if len(self._by_shape) == _SHAPES_KEPT:
-                self._by_shape.pop(next(iter(self._by_shape)))
-            step = DecodingStep(self._model, image, num_texts, max_length)
-        self._by_shape[shape] = step
-        return step
+        """The step for as many images as `image` has, or more of the same sizes; else a new one in its place."""
+        num_images, *sizes = image[0][0].shape
+        shape = (num_images, *sizes, num_texts, max_length)
+        if self.step is None or self._shape[0] < num_images or self._shape[1:] != shape[1:]:
+            self.clear()
+            self.step, self._shape = DecodingStep(self._model, image, num_texts, max_length), shape
+        return self.step
+
+    def clear(self) -> None:
+        """Let go of the buffers."""
+        self.step, self._shape = None, ()
 
 
 class StaticRows:

@@ -100,7 +100,8 @@ class CaptionSettings:
     seed: int = 0
     """With the sample's key and the caption's index it fixes every draw."""
     batch_size: int | None = None
-    """Images captioned at a time; does not change the captions. None: 32, on a GPU as many as its memory holds."""
+    """Images captioned at a time; does not change the captions, on a GPU but for rounding. None: 32, with CUDA as
+    many as fit into a part of its free memory."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: str = "auto"
@@ -137,7 +138,8 @@ class RankSettings:
     include_web: bool = False
     """Rank the web caption among the synthetic ones (BLIP-2's recipe) instead of passing it to the filter."""
     batch_size: int | None = None
-    """Images scored at a time; does not change the scores. None: 32, on a GPU as many as its memory holds."""
+    """Images scored at a time; does not change the scores, on a GPU but for rounding. None: 32, with CUDA as many as
+    fit into a part of its free memory."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: str = "auto"
@@ -163,7 +165,8 @@ class FilterSettings:
     first_token: str = "enc"
     """First text token: `enc` ([ENC], as trained) or `cls` (as transformers feeds it)."""
     batch_size: int | None = None
-    """Images scored at a time; does not change the scores. None: 32, on a GPU as many as its memory holds."""
+    """Images scored at a time; does not change the scores, on a GPU but for rounding. None: 32, with CUDA as many as
+    fit into a part of its free memory."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: str = "auto"

@@ -96,13 +96,15 @@ def load_blip(name: str, kind: Kind, *, device: torch.device, dtype: torch.dtype
     if isinstance(model, Captioner):
         model.head.vocabulary.weight = model.decoder.word_embedding.weight
     files = [*weight_files, *(side_dir / file for file in _SIDE_FILES if (side_dir / file).is_file())]
+    model.to(dtype=dtype)
+    vision_digest = _digest_vision(model.vision, preparation)
     return LoadedBlip(
-        model=model.to(device=device, dtype=dtype).eval().requires_grad_(False),
+        model=model.to(device).eval().requires_grad_(False),
         tokenizer=_load_tokenizer(side_dir, sizes[1]),
         preparation=preparation,
         prompt=str(config.get("capfilt_prompt", BLIP_PROMPT)),
         digests={file.name: file_sha256(file) for file in files},
-        vision_digest=_digest_vision(model.vision, preparation),
+        vision_digest=vision_digest,
     )
 
 
@@ -110,7 +112,7 @@ def _digest_vision(vision: VisionTransformer, preparation: ImagePreparation) -> 
     digest = hashlib.sha256(repr((vision.config, preparation)).encode())
     for name, tensor in sorted(vision.state_dict().items()):
         digest.update(f"{name} {tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

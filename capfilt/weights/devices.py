@@ -13,7 +13,8 @@ from capfilt.settings import DEVICES
 DEFAULT_BATCH_SIZE = 32
 """On a CPU, where larger batches gain nothing."""
 LARGEST_BATCH_SIZE = 256
-_SHARE_OF_FREE_MEMORY = 0.4  # three models may work side by side
+_SHARE_OF_FREE_MEMORY = 0.25  # three models may work side by side
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,13 +26,15 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         known = ", ".join(DEVICES)
         raise UsageError(f"device is {name!r}; expected one of {known}, or one of several (cuda:1).") from None
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     has_it = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)
     if has_it is not None and not has_it():
         raise UsageError(f"This machine has no {device.type} device that torch can use. Give --device cpu.")
@@ -39,7 +42,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of a setting; `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    """The torch dtype of a setting, for training; `auto` is float32 on a CPU and bfloat16 on a GPU."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return _TORCH_DTYPES[name]
@@ -55,8 +58,8 @@ def choose_inference_dtype(name: str, device: torch.device) -> torch.dtype:
 def choose_batch_size(wanted: int | None, device: torch.device, bytes_per_image: int) -> int:
     """Images at a time: as wanted, else DEFAULT_BATCH_SIZE, else on a GPU what fits into a part of its free memory.
 
-    Call it when the model is loaded. What it says may still be too much beside other models: `curate.shard_pass`
-    halves a batch that does not fit.
+    Call it when the model is loaded. It is a rough estimate, and may be too much beside other models:
+    `curate.shard_pass` halves a batch that does not fit. Apple's GPUs do not say what is free and get the default.
     """
     if wanted is not None:
         return wanted
@@ -70,6 +73,13 @@ def fit_batch(num_bytes: int, bytes_per_image: int) -> int:
     """The largest power of two of images that fit, at least 1 and at most LARGEST_BATCH_SIZE."""
     fitting = max(1, min(LARGEST_BATCH_SIZE, num_bytes // bytes_per_image))
     return 1 << (fitting.bit_length() - 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had not the memory for what was asked; not all of torch's ways to say so are one class."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def describe_computing(dtype: torch.dtype, device: torch.device) -> str:

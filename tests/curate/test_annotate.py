@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import signal
 import time
@@ -14,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from capfilt.curate.annotate import annotate
 from capfilt.curate.selection import reselect
-from capfilt.data.commit import read_quarantine, read_table
+from capfilt.curate.stage_models import StageModels
+from capfilt.data.commit import read_commit_record, read_quarantine, read_table
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from capfilt.errors import FingerprintMismatchError, UsageError
 from capfilt.models.vit import VisionTransformer
+from capfilt.progress import StreamProgress
 from tests.curate.small_runs import Models, make_run, read_all, save_models
 
 ALL = ("captions", "clip", "itm", "manifest")
@@ -227,3 +230,33 @@ def test_read_back_has_the_columns_of_the_contract(finished: RunDir) -> None:
     table = read_table(finished.read_file("clip", "00000"))
     assert table["source"].to_pylist()[:5] == ["web", *["synthetic"] * 4]
     assert table["caption_index"].to_pylist()[:5] == [-1, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("is_fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_says_and_records_the_precision_it_took(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_fast: bool, dtype: str
+) -> None:
+    monkeypatch.setattr("capfilt.weights.devices._multiplies_bfloat16", lambda: is_fast)
+    run, shown = make_run(tmp_path, num_shards=1), io.StringIO()
+    auto = {"dtype": "auto"}
+    settings = (models.caption(**auto), models.rank(**auto), models.filter(**auto))
+    annotate(run, ALL, *settings, progress=StreamProgress(shown, live=False))
+    assert f"annotate ({dtype} on cpu)" in shown.getvalue()
+    assert all(record_of(run, stage).fields["dtype"] == dtype for stage in ("captions", "clip", "itm"))
+    assert not verify_run(run).findings
+    other = {"dtype": "float32" if is_fast else "bfloat16"}
+    with pytest.raises(FingerprintMismatchError, match="dtype"):
+        annotate(run, ["captions"], caption=models.caption(**other))
+
+
+def record_of(run: RunDir, stage: str) -> Any:
+    return read_commit_record(run.read_file(stage, "00000"))
+
+
+def test_models_on_two_devices_do_not_share_an_image_encoder(tmp_path: Path) -> None:
+    twins = save_models(tmp_path)
+    _copy_image_encoder(twins.root / "captioner", twins.root / "filter")
+    together, apart = (StageModels(twins.caption(), None, twins.filter()) for _ in range(2))
+    apart.itm_scorer.device = torch.device("cuda:0")
+    assert together.vision_is_shared
+    assert not apart.vision_is_shared

@@ -87,3 +87,24 @@ def test_captions_do_not_depend_on_the_batch(
 ) -> None:
     found = captioner.caption([PICTURES[n] for n in chosen], [KEYS[n] for n in chosen])
     assert found == [captions[n] for n in chosen]
+
+
+def test_what_bfloat16_changes() -> None:
+    """Which `--dtype auto` takes on CPUs that are fast at it: scores move a little, few captions become others."""
+    exact, near = (
+        [
+            BlipCaptioner(CaptionSettings(captioner=EMBEDDED, dtype=dtype)).caption(PICTURES, KEYS),
+            ItmScorer(FilterSettings(filter_model=EMBEDDED, dtype=dtype)),
+            ClipScorer(RankSettings(clip_model=EMBEDDED, dtype=dtype)),
+        ]
+        for dtype in ("float32", "bfloat16")
+    )
+    captions, others = ([text for own in found[0] for text in own] for found in (exact, near))
+    assert sum(map(str.__eq__, captions, others)) > 0.8 * len(captions)
+    for index, largest in ((1, 0.1), (2, 0.02)):
+        scores, other_scores = (
+            torch.tensor(found[index].score([found[index].prepare(picture) for picture in PICTURES], exact[0]))
+            for found in (exact, near)
+        )
+        assert 0 < (scores - other_scores).abs().max() < largest
+        assert ((scores >= 0.5) == (other_scores >= 0.5)).float().mean() > 0.98

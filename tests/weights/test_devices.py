@@ -14,6 +14,7 @@ from capfilt.weights.devices import (
     choose_dtype,
     choose_inference_dtype,
     fit_batch,
+    is_out_of_memory,
 )  # fmt: skip
 
 CPU = torch.device("cpu")
@@ -56,3 +57,23 @@ def test_batch_size_is_what_was_asked_for_or_fits() -> None:
     assert choose_batch_size(None, CPU, 10**12) == DEFAULT_BATCH_SIZE
     assert [fit_batch(100, size) for size in (1000, 100, 30, 25, 1)] == [1, 1, 2, 4, 64]
     assert fit_batch(10**12, 1) == LARGEST_BATCH_SIZE
+
+
+def test_batch_of_a_gpu_is_what_a_part_of_its_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (64 * 2**30, 80 * 2**30))
+    assert choose_batch_size(None, torch.device("cuda:0"), 200 * 2**20) == 64
+    assert choose_batch_size(5, torch.device("cuda:0"), 200 * 2**20) == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 18.10 GB)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_lack_of_memory_is_known_by_any_of_its_names(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
