@@ -41,7 +41,7 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## time captioning, ranking, filtering beside transformers and open_clip (a quarter of an hour; BENCH_ARGS=--full: an hour)
+bench: $(INSTALLED) ## time captioning, ranking, filtering beside transformers and open_clip (long; BENCH_ARGS=--full: longer)
 	# Nothing else runs here: threads may spin, as they do where the variable is not set.
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks $(BENCH_ARGS)
 

@@ -4,8 +4,8 @@
                          [--data-juicer PYTHON]
 
 In: nothing but the package and the tests' factories. Out: a table of ratios with the goals of each, the seconds and
-the peak memory behind them, and the same as JSON. The short form takes BLIP-base in float32, three rounds, and a
-quarter of an hour on two cores; `--full` takes bfloat16 and BLIP-large too, five rounds, and an hour.
+the peak memory behind them, and the same as JSON. The short form takes BLIP-base in float32, three rounds;
+`--full` takes bfloat16 and BLIP-large too, five rounds.
 `benchmarks/LOG.md` keeps what was measured where and when.
 """
 

@@ -20,7 +20,6 @@ from capfilt.models.decoding import write_captions
 from capfilt.models.med import Captioner, count_image_bytes, count_row_bytes
 from capfilt.models.packed import pack_linears
 from capfilt.models.static_rows import DecodingSteps
-from capfilt.models.vit import count_encoder_bytes
 from capfilt.settings import CaptionSettings
 from capfilt.weights.blip import load_blip
 from capfilt.weights.devices import choose_batch_size, choose_device, choose_inference_dtype, describe_computing
@@ -53,10 +52,9 @@ class BlipCaptioner:
                 f"tokens of the prompt {self.prompt!r}, and at most {config.max_positions}, the model's. "
                 "Give --max-length."
             )
-        vision, size = self.vision.config, dtype.itemsize
-        image_bytes = count_encoder_bytes(vision, size) + 2 * count_image_bytes(config, vision.num_patches + 1, size)
+        image_bytes = count_image_bytes(self.vision.config, config, dtype.itemsize)
         num_rows = settings.num_beams if settings.decoding == "beam" else settings.num_captions
-        row_bytes = count_row_bytes(config, settings.max_length, size) * num_rows
+        row_bytes = count_row_bytes(config, settings.max_length, dtype.itemsize) * num_rows
         self.batch_size = choose_batch_size(settings.batch_size, self.device, image_bytes + row_bytes)
         self.computing = describe_computing(dtype, self.device)
         self.fields: dict[str, Any] = {

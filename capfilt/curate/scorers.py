@@ -24,7 +24,7 @@ from capfilt.models.clip import Clip
 from capfilt.models.matching import match_probabilities
 from capfilt.models.med import Filter, count_image_bytes
 from capfilt.models.packed import pack_linears
-from capfilt.models.vit import VisionTransformer, count_encoder_bytes
+from capfilt.models.vit import VisionTransformer
 from capfilt.settings import EMBEDDED, FilterSettings, RankSettings
 from capfilt.weights.blip import load_blip
 from capfilt.weights.devices import choose_batch_size, choose_device, choose_inference_dtype, describe_computing
@@ -116,8 +116,7 @@ class ItmScorer:
         is_enc = settings.first_token == "enc"
         self._first_token_id = config.enc_token_id if is_enc else self._tokenizer.cls_token_id
         self._max_tokens = min(ITM_MAX_TOKENS, config.max_positions // 8 * 8)
-        vision, size = self.vision.config, dtype.itemsize
-        image_bytes = count_encoder_bytes(vision, size) + 2 * count_image_bytes(config, vision.num_patches + 1, size)
+        image_bytes = count_image_bytes(self.vision.config, config, dtype.itemsize)
         self.batch_size = choose_batch_size(settings.batch_size, self.device, image_bytes)
         self.computing = describe_computing(dtype, self.device)
         self.fields: dict[str, Any] = {

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capfilt.models.packed import activated
-from capfilt.models.vit import VisionTransformer, initialise
+from capfilt.models.vit import VisionTransformer, ViTConfig, count_encoder_bytes, initialise
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each (B, H, S, D / H)."""
@@ -63,9 +63,13 @@ class MEDConfig:
     """[ENC], first token of a text in the image-grounded encoder."""
 
 
-def count_image_bytes(config: MEDConfig, num_features: int, element_size: int) -> int:
-    """Memory in bytes of one image's cross-attention keys and values, all layers."""
-    return 2 * config.depth * num_features * config.width * element_size
+def count_image_bytes(vision: ViTConfig, config: MEDConfig, element_size: int) -> int:
+    """Memory in bytes of one image: a block of its encoder, and its cross-attention keys and values of all layers.
+
+    The latter twice: what is computed is copied into the buffers of `models.static_rows`, or being computed on.
+    """
+    key_value_bytes = 2 * config.depth * (vision.num_patches + 1) * config.width * element_size
+    return count_encoder_bytes(vision, element_size) + 2 * key_value_bytes
 
 
 def count_row_bytes(config: MEDConfig, max_length: int, element_size: int) -> int:
@@ -143,7 +147,7 @@ class Attention(nn.Module):
         query_BHTd = self._split(query_BTD)
         if query_BHTd.shape[2] == 1 and mask is None and query_BHTd.device.type == "cpu":
             attended = _attend_once(query_BHTd, *key_value)
-        elif mask is None and not is_causal and _is_for_products(key_value[0]):
+        elif mask is None and not is_causal and _gains_by_products(key_value[0]) and key_value[0].is_contiguous():
             attended = attend_by_products(query_BHTd, *key_value)
         else:
             attended = F.scaled_dot_product_attention(query_BHTd, *key_value, attn_mask=mask, is_causal=is_causal)
@@ -165,8 +169,8 @@ def _attend_once(query_BH1d: Tensor, key_BHSd: Tensor, value_BHSd: Tensor) -> Te
     return (scores_BHS.softmax(-1).unsqueeze(-1) * value_BHSd).sum(2, keepdim=True)
 
 
-def _is_for_products(states: Tensor) -> bool:
-    return states.dtype == torch.bfloat16 and states.device.type == "cpu" and states.is_contiguous()
+def _gains_by_products(states: Tensor) -> bool:
+    return states.dtype == torch.bfloat16 and states.device.type == "cpu"
 
 
 def attend_by_products(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSd: Tensor) -> Tensor:
@@ -245,6 +249,7 @@ class LayerCache:
 
     def next_positions(self, num_tokens: int) -> Tensor:
         """Positions (T,) of the tokens that come next."""
+        assert num_tokens == 1 or not self.length, "more than one token at a time only into an empty cache"
         return torch.arange(self.length, self.length + num_tokens, device=self.key.device)
 
     def append(self, key_value: KeyValue) -> KeyValue:
@@ -272,7 +277,6 @@ class StaticLayerCache:
     def __init__(self, rows: int, config: MEDConfig, max_length: int, like: Tensor, position: Tensor) -> None:
         shape = (rows, config.num_heads, max_length, config.width // config.num_heads)
         self.key, self.value, self.position = like.new_zeros(shape), like.new_zeros(shape), position
-        self.length = max_length
 
     def next_positions(self, num_tokens: int) -> Tensor:
         """The position of the next token."""
@@ -303,7 +307,7 @@ class TextTransformer(nn.Module):
     def image_key_values(self, features_BPD: Tensor) -> list[KeyValue]:
         """Cross-attention keys and values of images, one pair per layer, to be shared by their texts."""
         pairs = [cast(TextLayer, layer).cross_attention.key_value(features_BPD) for layer in self.layers]
-        if features_BPD.dtype == torch.bfloat16 and features_BPD.device.type == "cpu":
+        if _gains_by_products(features_BPD):  # which read them as they lie in memory
             pairs = [(key.contiguous(), value.contiguous()) for key, value in pairs]
         return pairs
 
@@ -336,11 +340,7 @@ class TextTransformer(nn.Module):
         """
         num_tokens = tokens_BT.shape[1]
         is_causal = self.causal and num_tokens > 1
-        if cache:
-            positions = cache[0].next_positions(num_tokens)
-            assert not (is_causal and cache[0].length), "more than one token at a time only into an empty cache"
-        else:
-            positions = torch.arange(num_tokens, device=tokens_BT.device)
+        positions = cache[0].next_positions(num_tokens) if cache else torch.arange(num_tokens, device=tokens_BT.device)
         hidden_BTD = self.word_embedding(tokens_BT) + self.position_embedding(positions)
         hidden_BTD = self.dropout(self.embedding_norm(hidden_BTD))
         mask = None if mask_BT is None else mask_BT[:, None, None, :].bool()
