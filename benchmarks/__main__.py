@@ -73,7 +73,10 @@ ROWS = (
     Row(name="CLIP ViT-L/14, 10 texts", work="clip", goals={"open_clip": (2.2, 3.5)}, batch_size=4),
     Row(
         name="run, JPEG to manifest", work="run", batch_size=8,
-        goals={_SCRIPT: (2.7, 2.4), _ALONE: (1 / 1.03, 1 / 1.03), _FLOOR: (1 / 1.2, 1 / 1.2)},
+        goals={_SCRIPT: (2.7, 2.4), _FLOOR: (1 / 1.2, 1 / 1.2)},
+    ),
+    Row(
+        name="run, two batches", work="run", batch_size=8, num_images=16, goals={_ALONE: (1 / 1.03, 1 / 1.03)},
     ),
     Row(
         name="run, JPEG to manifest", work="run", batch_size=32, num_images=256, size="embedded",

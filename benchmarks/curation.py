@@ -41,6 +41,7 @@ from capfilt.data.commit import read_table
 from capfilt.data.images import decode_image
 from capfilt.data.rundir import RunDir
 from capfilt.data.shards import read_samples
+from capfilt.weights.host_memory import keep_freed_memory
 
 KEEP = 2
 _ALL = ("captions", "clip", "itm", "manifest")
@@ -106,6 +107,7 @@ def our_models_alone(case: Case) -> Pass:
     samples = [sample for shard in run.shard_names() for sample in read_samples(run, shard)]
     pictures = [decode_image(sample.image) for sample in samples]
     captioner, clip, itm = models.captioner, models.clip_scorer, models.itm_scorer
+    keep_freed_memory()
     prepared = [[model.prepare(picture) for picture in pictures] for model in (captioner, clip, itm)]
     web = [sample.web_caption for sample in samples]
 

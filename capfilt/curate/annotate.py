@@ -27,6 +27,7 @@ from capfilt.data.shards import read_samples
 from capfilt.errors import FingerprintMismatchError, UsageError
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
+from capfilt.weights.host_memory import keep_freed_memory
 
 STAGE_VERSIONS = {"captions": 1, "clip": 1, "itm": 1}
 """A change of what a stage writes counts its version up."""
@@ -138,6 +139,8 @@ class _Plan:
         loaded = [self.models.of(stage) for stage in self.stages if stage in MODELS]
         if {"captions", "itm"} <= set(self.stages):
             self.models.share_vision()
+        if any(model.device.type == "cpu" for model in loaded):
+            keep_freed_memory()
         return loaded
 
     def ranking(self, shard: str) -> tuple[int, bool]:

@@ -69,7 +69,7 @@ class BlipCaptioner:
         return to_square(image, self.preparation.image_size_px)
 
     def caption(self, images: Sequence[Image], keys: Sequence[str]) -> list[list[str]]:
-        """Captions of RGB pictures, `settings.num_captions` of each."""
+        """Captions of RGB pictures, `settings.num_captions` of each; none where the logits are not finite."""
         return self.caption_features(self.encode([self.prepare(image) for image in images]), keys)
 
     def release(self) -> None:

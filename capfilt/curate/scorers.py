@@ -22,9 +22,9 @@ from capfilt.data.texts import first_line
 from capfilt.errors import UsageError
 from capfilt.models.clip import Clip
 from capfilt.models.matching import match_probabilities
-from capfilt.models.med import Filter, count_image_bytes
+from capfilt.models.med import Filter
 from capfilt.models.packed import pack_linears
-from capfilt.models.vit import VisionTransformer
+from capfilt.models.vit import VisionTransformer, count_encoder_bytes
 from capfilt.settings import EMBEDDED, FilterSettings, RankSettings
 from capfilt.weights.blip import load_blip
 from capfilt.weights.devices import choose_batch_size, choose_device, choose_inference_dtype, describe_computing
@@ -116,7 +116,9 @@ class ItmScorer:
         is_enc = settings.first_token == "enc"
         self._first_token_id = config.enc_token_id if is_enc else self._tokenizer.cls_token_id
         self._max_tokens = min(ITM_MAX_TOKENS, config.max_positions // 8 * 8)
-        image_bytes = count_image_bytes(self.vision.config, config, dtype.itemsize)
+        image_bytes = count_encoder_bytes(
+            self.vision.config, dtype.itemsize
+        )  # more than its texts and one layer's K, V
         self.batch_size = choose_batch_size(settings.batch_size, self.device, image_bytes)
         self.computing = describe_computing(dtype, self.device)
         self.fields: dict[str, Any] = {

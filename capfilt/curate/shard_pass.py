@@ -22,6 +22,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from capfilt.curate.selection import RankedCaption, captions_to_filter, rank_captions
 from capfilt.data.images import ImageRefused, decode_image
 from capfilt.data.reasons import Quarantined
@@ -29,6 +31,7 @@ from capfilt.data.samples import Sample
 from capfilt.data.schemas import WEB_CAPTION_INDEX
 from capfilt.data.texts import first_line
 from capfilt.errors import CapfiltError
+from capfilt.weights.devices import is_out_of_memory
 
 NUM_DECODERS = 2
 """Threads that decode for models on a CPU; one feeds a large model, two a small one."""
@@ -101,8 +104,6 @@ class Lane(ABC):
         if release := getattr(self.model, "release", None):
             release()
         if self.model.device.type == "cuda":
-            import torch
-
             torch.cuda.empty_cache()
 
     def prepared(self, items: Sequence[Item]) -> list[Any]:
@@ -126,6 +127,8 @@ class CaptionLane(Lane):
         for item, own, features_PD in zip(items, texts, features_BPD, strict=True):
             item.captions = own
             item.features = features_PD if self._keeps_features else None
+            if not own:
+                item.fail(self.stage, "scoring_failed", "the captioner's logits are not finite")
 
 
 class ClipLane(Lane):
@@ -228,8 +231,6 @@ def _fits(lane: Lane, items: Sequence[Item]) -> bool:
     try:
         lane.work(items)
     except RuntimeError as error:
-        from capfilt.weights.devices import is_out_of_memory
-
         if not is_out_of_memory(error):
             raise
         if len(items) == 1:
@@ -245,7 +246,10 @@ def _decode_ahead(items: Iterable[Item], lanes: Sequence[Lane]) -> Iterator[Item
     """Items with their pictures prepared for every lane, in order; decoded by threads, a few ahead."""
     source = iter(items)
     under_way: deque[tuple[Item, Future[None]]] = deque()
-    with ThreadPoolExecutor(_count_decoders(lanes), thread_name_prefix="decode") as pool:
+    num_threads = torch.get_num_threads()
+    # Decoders with teams of OpenMP threads of their own would make more threads than cores, which the models' team
+    # answers by sleeping between any two operations: 3% of a pass.
+    with ThreadPoolExecutor(_count_decoders(lanes), "decode", torch.set_num_threads, (1,)) as pool:
         try:
             while True:
                 while len(under_way) < 2 * lanes[0].batch_size and (item := next(source, None)) is not None:
@@ -257,6 +261,7 @@ def _decode_ahead(items: Iterable[Item], lanes: Sequence[Lane]) -> Iterator[Item
                 yield item
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(num_threads)  # of this thread it was so all along; of new ones, it is again
 
 
 def _count_decoders(lanes: Sequence[Lane]) -> int:

@@ -22,7 +22,10 @@ from torch.nn import functional as F
 
 from capfilt.models.packed import Activation
 from capfilt.models.rows import filled
-from capfilt.models.vit import Block, VisionTransformer, ViTConfig, attend_heads
+from capfilt.models.vit import Block, VisionTransformer, ViTConfig, attend_backwards
+
+_TOKENS_MULTIPLE = 8
+"""Attention's lengths: with others its buffers are not aligned, and some CPUs round by the place in the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +87,16 @@ def _attend_in_groups(states_SE: Tensor, num_heads: int, groups: Sequence[tuple[
     """Causal attention inside each text: (S, 3D) → (S, D); `groups` are (tokens, texts) one after another."""
     parts = states_SE.split([length * count for length, count in groups])
     return torch.cat([
-        attend_heads(part.unflatten(0, (count, length)), num_heads, is_causal=True).flatten(0, 1)
+        _attend_in_texts(part.unflatten(0, (count, length)), num_heads).flatten(0, 1)
         for part, (length, count) in zip(parts, groups, strict=True)
     ])  # fmt: skip
+
+
+def _attend_in_texts(states_NTE: Tensor, num_heads: int) -> Tensor:
+    """Causal attention in texts of one length: (N, T, 3D) → (N, T, D)."""
+    length = states_NTE.shape[1]
+    padded = F.pad(states_NTE, (0, 0, 0, -length % _TOKENS_MULTIPLE))
+    return attend_backwards(padded, num_heads)[:, :length]
 
 
 class Clip(nn.Module):

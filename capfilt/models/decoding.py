@@ -49,19 +49,20 @@ def write_captions(
         steps: of `model`, where shapes are to stay the same from step to step; beam search does without.
 
     Returns:
-        Token ids by image and caption, without prompt and [SEP].
+        Token ids by image and caption, without prompt and [SEP]; no caption of an image whose logits are not finite.
     """
     if len(prompt) >= settings.max_length:
         raise ValueError(f"the prompt has {len(prompt)} tokens, max_length is {settings.max_length}")
     with torch.inference_mode():
         if settings.decoding == "beam":
-            written = _search_beams(model, features_BPD, prompt, settings)
+            written, is_sound = _search_beams(model, features_BPD, prompt, settings)
         else:
-            written = _sample(model, features_BPD, keys, prompt, settings, steps)
+            written, is_sound = _sample(model, features_BPD, keys, prompt, settings, steps)
     end = model.decoder.config.sep_token_id
     texts = [_until(row, end) for row in written[:, len(prompt) :].tolist()]
     per_image = len(texts) // len(features_BPD)
-    return [texts[start : start + per_image] for start in range(0, len(texts), per_image)]
+    is_image_sound = is_sound.view(-1, per_image).all(dim=1).tolist()
+    return [texts[n * per_image : (n + 1) * per_image] if sound else [] for n, sound in enumerate(is_image_sound)]
 
 
 def _sample(
@@ -71,8 +72,8 @@ def _sample(
     prompt: Sequence[int],
     settings: CaptionSettings,
     steps: DecodingSteps | None,
-) -> Tensor:
-    """Nucleus, top-k or greedy: (B·N, max_length) token ids, filled up with [SEP]."""
+) -> tuple[Tensor, Tensor]:
+    """Nucleus, top-k or greedy: (B·N, max_length) token ids, filled up with [SEP], and (B·N,) if they are sound."""
     end, start, num = model.decoder.config.sep_token_id, len(prompt), settings.num_captions
     if steps is None:
         rows = Rows(model, features_BPD, prompt, settings.max_length)
@@ -81,6 +82,7 @@ def _sample(
     image_of_row = torch.arange(len(keys), device=features_BPD.device).repeat_interleave(num)
     written = image_of_row.new_full((len(image_of_row), settings.max_length), end)
     written[:, :start] = torch.tensor(list(prompt), device=written.device)
+    is_sound = torch.ones_like(image_of_row, dtype=torch.bool)
     num_steps = settings.max_length - start
     draws = np.stack([uniforms(settings.seed, key, index, num_steps) for key in keys for index in range(num)])
     device = features_BPD.device
@@ -97,6 +99,8 @@ def _sample(
         )  # fmt: skip
         draws_R = draws_RT[caption_of_row.to(draw_on), length - start]
         next_R = choose_tokens(logits_RV.to(draw_on), draws_R, settings).to(device)
+        is_sound[caption_of_row] = next_R >= 0
+        next_R = next_R.where(next_R >= 0, end)
         written[caption_of_row, length] = next_R
         live = (next_R != end).nonzero()[:, 0]
         if length + 1 == settings.max_length or not len(live):
@@ -105,15 +109,18 @@ def _sample(
             rows.keep(live)
             caption_of_row = caption_of_row[live]
         logits_RV = rows.append(next_R[live])
-    return written
+    return written, is_sound
 
 
-def _search_beams(model: Captioner, features_BPD: Tensor, prompt: Sequence[int], settings: CaptionSettings) -> Tensor:
-    """Beam search: (B, max_length) token ids of each image's best text, filled up with [SEP]."""
+def _search_beams(
+    model: Captioner, features_BPD: Tensor, prompt: Sequence[int], settings: CaptionSettings
+) -> tuple[Tensor, Tensor]:
+    """Beam search: (B, max_length) token ids of each image's best text, filled up with [SEP]; (B,) if it is sound."""
     config, start, beams, device = model.decoder.config, len(prompt), settings.num_beams, features_BPD.device
     end, batch = config.sep_token_id, len(features_BPD)
     rows = Rows(model, features_BPD, prompt, settings.max_length)
     best = torch.full((batch, settings.max_length), end, device=device)
+    is_sound = torch.ones(batch, dtype=torch.bool, device=device)
     image_of_group = torch.arange(batch, device=device)  # the images still under way, `beams` rows each
     running = best[:, None].repeat(1, beams, 1)
     running[:, :, :start] = torch.tensor(list(prompt), device=device)
@@ -127,6 +134,7 @@ def _search_beams(model: Captioner, features_BPD: Tensor, prompt: Sequence[int],
             logits_RV.log_softmax(dim=1), running.flatten(0, 1)[:, :length], end_token_id=end,
             repetition_penalty=settings.repetition_penalty, min_length=settings.min_length,
         )  # fmt: skip
+        is_sound[image_of_group] &= scores_RV.amax(dim=1).isfinite().view(-1, beams).all(dim=1)
         grown_scores, grown, parents = _grow(running, running_scores, scores_RV, length)
         ends = (grown[:, :, length] == end) | (length + 1 == settings.max_length)
         running_scores, kept = (grown_scores + ends * _IMPOSSIBLE).topk(beams)
@@ -141,7 +149,7 @@ def _search_beams(model: Captioner, features_BPD: Tensor, prompt: Sequence[int],
         image_of_group, running, running_scores = image_of_group[open_], running[open_], running_scores[open_]
         finished, finished_scores = finished[open_], finished_scores[open_]
         logits_RV = rows.append(running[:, :, length].flatten())
-    return best
+    return best, is_sound
 
 
 def _grow(running: Tensor, running_scores: Tensor, scores_RV: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:

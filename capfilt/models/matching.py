@@ -2,8 +2,8 @@
 
 In: image features and token ids. Out: a probability of a match for each text.
 
-- an image's cross-attention keys and values are computed once and shared by its texts; equal texts of an image
-  are scored once
+- an image's cross-attention keys and values are computed once, layer by layer, and shared by its texts; equal texts
+  of an image are scored once
 - a text is padded to the next multiple of eight tokens, whatever its neighbours; texts of one padded length
   go together. In float32 on a CPU a score does not depend on the batch around it, to the bit.
 
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from capfilt.models.med import Filter, KeyValue, TextLayout
+from capfilt.models.med import Filter, TextGroup, TextLayout
 from capfilt.models.rows import filled
 
 _TOKENS_MULTIPLE = 8
@@ -42,25 +42,20 @@ def match_probabilities(
     for image, text in pairs:
         padded = -(-len(text) // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
         by_length.setdefault(padded, []).append((image, text))
-    key_values = model.encoder.image_key_values(features_BPD) if pairs else []
+    groups = [_group(model, own, padded, features_BPD) for padded, own in by_length.items()]
     scores: dict[tuple[int, tuple[int, ...]], float] = {}
-    for padded, group in by_length.items():
-        rows, images = [text for _, text in group], [image for image, _ in group]
-        scores |= zip(group, _match_rows(model, key_values, rows, images, padded), strict=True)
+    for own, hidden_RTD in zip(by_length.values(), model.encoder.forward_groups(features_BPD, groups), strict=True):
+        logits_R2 = model.itm_head(filled(hidden_RTD[:, 0]))[: len(own)]
+        scores |= zip(own, logits_R2.float().softmax(dim=1)[:, 1].tolist(), strict=True)
     return [[scores[image, tuple(text)] for text in own] for image, own in enumerate(texts)]
 
 
-def _match_rows(
-    model: Filter, key_values: list[KeyValue], rows: Sequence[Sequence[int]], images: list[int], padded: int
-) -> list[float]:
-    """Probabilities of texts that are padded to one length."""
-    device = key_values[0][0].device
-    tokens_RT = torch.full((len(rows), padded), model.encoder.config.pad_token_id)
-    for number, row in enumerate(rows):
-        tokens_RT[number, : len(row)] = torch.tensor(row)
-    lengths_R = torch.tensor([len(row) for row in rows])
-    mask_RT = torch.arange(padded) < lengths_R[:, None]
-    layout = TextLayout(torch.tensor(images, device=device), num_images=key_values[0][0].shape[0], num_tokens=padded)
-    hidden_RTD = model.encoder(tokens_RT.to(device), mask_BT=mask_RT.to(device), image=key_values, layout=layout)
-    logits_R2 = model.itm_head(filled(hidden_RTD[:, 0]))[: len(rows)]
-    return logits_R2.float().softmax(dim=1)[:, 1].tolist()
+def _group(model: Filter, own: Sequence[tuple[int, Sequence[int]]], padded: int, features_BPD: Tensor) -> TextGroup:
+    """Texts, each with its image's number, padded to one length."""
+    tokens_RT = torch.full((len(own), padded), model.encoder.config.pad_token_id)
+    for row, (_, text) in enumerate(own):
+        tokens_RT[row, : len(text)] = torch.tensor(text)
+    mask_RT = torch.arange(padded) < torch.tensor([len(text) for _, text in own])[:, None]
+    device, images = features_BPD.device, torch.tensor([image for image, _ in own])
+    layout = TextLayout(images.to(device), num_images=len(features_BPD), num_tokens=padded)
+    return TextGroup(tokens_RT.to(device), mask_RT.to(device), layout)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capfilt.models.attention import attend, gains_by_products
 from capfilt.models.packed import activated
 from capfilt.models.vit import VisionTransformer, ViTConfig, count_encoder_bytes, initialise
 
@@ -109,6 +110,17 @@ class TextLayout:
         return attended_BQD.reshape(-1, self.num_tokens, attended_BQD.shape[2])[self.slot_of_row]
 
 
+@dataclass(frozen=True)
+class TextGroup:
+    """Texts of one padded length, each of one of several images."""
+
+    tokens: Tensor
+    """(R, T) ids."""
+    mask: Tensor
+    """(R, T), True at tokens, False at padding."""
+    layout: TextLayout
+
+
 _MIN_QUERIES = 4
 """Below four queries torch's CPU attention rounds differently, and a text would depend on its neighbours."""
 
@@ -147,8 +159,8 @@ class Attention(nn.Module):
         query_BHTd = self._split(query_BTD)
         if query_BHTd.shape[2] == 1 and mask is None and query_BHTd.device.type == "cpu":
             attended = _attend_once(query_BHTd, *key_value)
-        elif mask is None and not is_causal and _gains_by_products(key_value[0]) and key_value[0].is_contiguous():
-            attended = attend_by_products(query_BHTd, *key_value)
+        elif mask is None and not is_causal:
+            attended = attend(query_BHTd, *key_value)
         else:
             attended = F.scaled_dot_product_attention(query_BHTd, *key_value, attn_mask=mask, is_causal=is_causal)
         attended_BTD = attended.transpose(1, 2).flatten(2)
@@ -167,22 +179,6 @@ def _attend_once(query_BH1d: Tensor, key_BHSd: Tensor, value_BHSd: Tensor) -> Te
     """
     scores_BHS = (query_BH1d * key_BHSd).sum(-1) * query_BH1d.shape[-1] ** -0.5
     return (scores_BHS.softmax(-1).unsqueeze(-1) * value_BHSd).sum(2, keepdim=True)
-
-
-def _gains_by_products(states: Tensor) -> bool:
-    return states.dtype == torch.bfloat16 and states.device.type == "cpu"
-
-
-def attend_by_products(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSd: Tensor) -> Tensor:
-    """Attention as two batches of matrix products.
-
-    With ten queries and an image's 577 keys in bfloat16 on a CPU it takes half the time of torch's own. Scores are
-    rounded to the dtype before the softmax, as transformers' plain attention does and torch's fused one does not.
-    """
-    query, key, value = (states.flatten(0, 1) for states in (query_BHTd, key_BHSd, value_BHSd))
-    scale = query.shape[-1] ** -0.5
-    scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scale)
-    return torch.bmm(scores.softmax(-1), value).unflatten(0, query_BHTd.shape[:2])
 
 
 class FeedForward(nn.Module):
@@ -231,6 +227,11 @@ class TextLayer(nn.Module):
         if image is not None:
             hidden_BTD = self.cross_norm(hidden_BTD + self.dropout(self._attend_to_image(hidden_BTD, image, layout)))
         return self.norm(hidden_BTD + self.dropout(self.feed_forward(hidden_BTD)))
+
+    def image_key_value(self, features_BPD: Tensor) -> KeyValue:
+        """Cross-attention keys and values of images, as attention reads them best."""
+        key, value = self.cross_attention.key_value(features_BPD)
+        return (key.contiguous(), value.contiguous()) if gains_by_products(features_BPD) else (key, value)
 
     def _attend_to_image(self, hidden_BTD: Tensor, image: KeyValue, layout: TextLayout | None) -> Tensor:
         if layout is not None:
@@ -306,10 +307,7 @@ class TextTransformer(nn.Module):
 
     def image_key_values(self, features_BPD: Tensor) -> list[KeyValue]:
         """Cross-attention keys and values of images, one pair per layer, to be shared by their texts."""
-        pairs = [cast(TextLayer, layer).cross_attention.key_value(features_BPD) for layer in self.layers]
-        if _gains_by_products(features_BPD):  # which read them as they lie in memory
-            pairs = [(key.contiguous(), value.contiguous()) for key, value in pairs]
-        return pairs
+        return [cast(TextLayer, layer).image_key_value(features_BPD) for layer in self.layers]
 
     def new_cache(self, rows: int, max_length: int) -> list[LayerCache]:
         """An empty self-attention cache for `rows` texts of at most `max_length` tokens."""
@@ -341,8 +339,7 @@ class TextTransformer(nn.Module):
         num_tokens = tokens_BT.shape[1]
         is_causal = self.causal and num_tokens > 1
         positions = cache[0].next_positions(num_tokens) if cache else torch.arange(num_tokens, device=tokens_BT.device)
-        hidden_BTD = self.word_embedding(tokens_BT) + self.position_embedding(positions)
-        hidden_BTD = self.dropout(self.embedding_norm(hidden_BTD))
+        hidden_BTD = self._embed(tokens_BT, positions)
         mask = None if mask_BT is None else mask_BT[:, None, None, :].bool()
         for index, layer in enumerate(self.layers):
             hidden_BTD = layer(
@@ -354,6 +351,27 @@ class TextTransformer(nn.Module):
                 layout=layout,
             )
         return hidden_BTD
+
+    def forward_groups(self, features_BPD: Tensor, groups: Sequence[TextGroup]) -> list[Tensor]:
+        """Encode several groups of texts of the same images: (R, T, D) of each.
+
+        The same as `forward` with each group, but layer by layer: the images' keys and values are held for one layer
+        at a time, where those of all layers take more memory than anything else in the pass.
+        """
+        positions = torch.arange(self.config.max_positions, device=features_BPD.device)
+        hidden = [self._embed(group.tokens, positions[: group.tokens.shape[1]]) for group in groups]
+        masks = [group.mask[:, None, None, :].bool() for group in groups]
+        for layer in self.layers:
+            image = cast(TextLayer, layer).image_key_value(features_BPD)
+            hidden = [
+                layer(states_RTD, mask, image, None, is_causal=False, layout=group.layout)
+                for states_RTD, mask, group in zip(hidden, masks, groups, strict=True)
+            ]
+        return hidden
+
+    def _embed(self, tokens_BT: Tensor, positions_T: Tensor) -> Tensor:
+        hidden_BTD = self.word_embedding(tokens_BT) + self.position_embedding(positions_T)
+        return self.dropout(self.embedding_norm(hidden_BTD))
 
 
 class LanguageModelHead(nn.Module):

@@ -61,13 +61,14 @@ def adjust_logits(
 
 
 def choose_tokens(logits_RV: Tensor, uniforms_R: Tensor, settings: CaptionSettings) -> Tensor:
-    """The next token of each row (R,), from adjusted logits.
+    """The next token of each row (R,), from adjusted logits; -1 where they are not finite.
 
     Greedy takes the largest logit, the first of equals. Nucleus applies top_k and top_p, top-k applies top_k
     alone; each draws with the row's uniform number (float64).
     """
     if settings.decoding == "greedy":
-        return logits_RV.argmax(dim=1)
+        largest_R, ids_R = logits_RV.max(dim=1)
+        return ids_R.where(largest_R.isfinite(), -1)
     top_p = settings.top_p if settings.decoding == "nucleus" else 1.0
     logits_RV = logits_RV / settings.temperature if settings.temperature != 1.0 else logits_RV
     ids_RK, weights_RK = candidates(logits_RV, top_k=settings.top_k, top_p=top_p)
@@ -121,10 +122,11 @@ def _weights(logits_RK: Tensor) -> Tensor:
 
 
 def _draw(ids_RK: Tensor, weights_RK: Tensor, uniforms_R: Tensor) -> Tensor:
-    """The first token whose cumulated weight exceeds the uniform number's share of the total."""
+    """The first token whose cumulated weight exceeds the uniform number's share of the total; -1 if that is none."""
     cumulated_RK = weights_RK.cumsum(dim=1)
     total_R1 = cumulated_RK[:, -1:]
     # The product may round up to the total, which nothing exceeds.
     below_total = torch.nextafter(total_R1, torch.zeros_like(total_R1))
     share_R1 = torch.minimum(uniforms_R[:, None] * total_R1, below_total)
-    return ids_RK.gather(1, torch.searchsorted(cumulated_RK, share_R1, right=True))[:, 0]
+    place_R1 = torch.searchsorted(cumulated_RK, share_R1, right=True).clamp(max=ids_RK.shape[1] - 1)
+    return ids_RK.gather(1, place_R1).where((total_R1 > 0) & total_R1.isfinite(), -1)[:, 0]

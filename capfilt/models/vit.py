@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capfilt.models.attention import attend
 from capfilt.models.packed import Activation, activated
 
 
@@ -68,14 +69,18 @@ Attend = Callable[[Tensor, int], Tensor]
 
 def attend_all(query_key_value_BPE: Tensor, num_heads: int) -> Tensor:
     """Every feature of a sequence attends to all: (B, P, 3D) → (B, P, D)."""
-    return attend_heads(query_key_value_BPE, num_heads, is_causal=False)
+    return attend(*_split_heads(query_key_value_BPE, num_heads)).transpose(1, 2).flatten(2)
 
 
-def attend_heads(query_key_value_BPE: Tensor, num_heads: int, *, is_causal: bool) -> Tensor:
-    """Multi-head attention, causal or not: (B, P, 3D) → (B, P, D)."""
-    heads = query_key_value_BPE.unflatten(2, (3, num_heads, -1))
-    query, key, value = heads.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal).transpose(1, 2).flatten(2)
+def attend_backwards(query_key_value_BPE: Tensor, num_heads: int) -> Tensor:
+    """Every feature attends to itself and those before it: (B, P, 3D) → (B, P, D)."""
+    query, key, value = _split_heads(query_key_value_BPE, num_heads)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+
+
+def _split_heads(query_key_value_BPE: Tensor, num_heads: int) -> Tensor:
+    """Queries, keys and values by head: (3, B, H, P, D / H)."""
+    return query_key_value_BPE.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class Block(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -78,3 +79,37 @@ def test_other_errors_of_a_model_are_not_taken_for_lack_of_memory() -> None:
 
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         list(run_lanes(items(3), [CaptionLane(Broken(batch_size=2, capacity=2))]))
+
+
+def test_an_image_without_captions_is_set_aside() -> None:
+    class Blind(SmallDevice):
+        def caption_features(self, features: torch.Tensor, keys: Sequence[str]) -> list[list[str]]:
+            return [[] if key.endswith("2") else [f"picture {key}"] for key in keys]
+
+    found = list(run_lanes(items(3), [CaptionLane(Blind(batch_size=2, capacity=2), keeps_features=True)]))
+    assert [item.failed_stage for item in found] == ["", "", "captions"]
+    failure = found[2].failure
+    assert failure is not None
+    assert (failure.reason, failure.detail) == ("scoring_failed", "the captioner's logits are not finite")
+    assert found[2].features is None
+
+
+def test_decoders_leave_the_cores_to_the_model() -> None:
+    seen: list[int] = []
+
+    class Counting(SmallDevice):
+        def prepare(self, image: Any) -> Any:
+            seen.append(torch.get_num_threads())
+
+    def count_elsewhere() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    here = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        list(run_lanes(items(10), [CaptionLane(Counting(batch_size=2, capacity=2))]))
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == count_elsewhere() == 3
+    finally:
+        torch.set_num_threads(here)

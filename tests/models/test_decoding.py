@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from capfilt.models.convert_blip import from_transformers, sizes_from_config
 from capfilt.models.decoding import write_captions
-from capfilt.models.med import Captioner, Filter, MEDConfig, attend_by_products
+from capfilt.models.med import Captioner, Filter, MEDConfig
 from capfilt.models.packed import pack_linears
 from capfilt.models.static_rows import DecodingStep, DecodingSteps
 from capfilt.models.vit import VisionTransformer, ViTConfig
@@ -219,22 +219,14 @@ def test_itm_logits_are_those_of_transformers(images: Tensor, padded_to: int) ->
     torch.testing.assert_close(ours_similarity, similarity.itm_score, atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 kernels")
-def test_attention_by_products_is_as_near_as_transformers_and_the_same_in_any_batch() -> None:
-    """As ten captions attend to an image in bfloat16 on a CPU."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(3, 4, number, 64, generator=generator).bfloat16() for number in (10, 577, 577)
-    )  # scores of a deviation of three
-    query *= 3
-    found = attend_by_products(query, key, value)
-    wide = [states.float() for states in (query, key, value)]
-    exact = torch.nn.functional.scaled_dot_product_attention(*wide)
-    as_transformers = ((query @ key.mT) * 64**-0.5).softmax(-1) @ value
-    error, their_error = ((found.float() - exact).abs().mean(), (as_transformers.float() - exact).abs().mean())
-    assert 0 < error < 1.2 * their_error
-    assert error < 0.02 * exact.abs().mean()
-    for image, number in ((0, 10), (1, 4), (2, 7)):
-        one = slice(image, image + 1)
-        alone = attend_by_products(query[one, :, :number].contiguous(), key[one], value[one])
-        assert torch.equal(alone[0], found[image, :, :number])
+@pytest.mark.parametrize("decoding", ["nucleus", "top-k", "greedy", "beam"])
+def test_an_image_without_finite_logits_has_no_captions_and_its_neighbours_have_theirs(
+    captioners: Any, features: Tensor, decoding: str
+) -> None:
+    num = 1 if decoding in ("greedy", "beam") else 4
+    expected = sample(captioners[1], features, [0, 1, 2], decoding=decoding, num_captions=num)
+    broken = features[:3].clone()
+    broken[1, 5] = torch.nan
+    chosen = CaptionSettings(decoding=decoding, num_captions=num, seed=5)
+    found = write_captions(captioners[1], broken, KEYS[:3], PROMPT, chosen)
+    assert found == [expected[0], [], expected[2]]

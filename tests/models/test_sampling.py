@@ -179,3 +179,17 @@ def test_uniforms_depend_on_seed_key_and_index_alone() -> None:
     many = np.concatenate([uniforms(0, str(key), 0, 16) for key in range(2000)])
     assert abs(many.mean() - 0.5) < 0.006
     assert chi2.sf(((np.histogram(many, 64, (0, 1))[0] - 500) ** 2 / 500).sum(), 63) > 1e-4
+
+
+@pytest.mark.parametrize("decoding", ["nucleus", "top-k", "greedy"])
+@pytest.mark.parametrize("top_k", [0, 50])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_whose_logits_are_not_finite_has_no_token(decoding: str, top_k: int, value: float) -> None:
+    chosen = CaptionSettings(decoding=decoding, top_k=top_k or 400, num_captions=1)
+    if decoding == "nucleus":
+        chosen = CaptionSettings(decoding=decoding, top_k=top_k, num_captions=1)
+    logits, draws = draw_logits(7), torch.tensor([0.1, 0.5, 0.9, 0.99], dtype=torch.float64)
+    expected = choose_tokens(logits.clone(), draws, chosen)
+    logits[2, 77] = value
+    found = choose_tokens(logits, draws, chosen)
+    assert found.tolist() == [*expected[:2].tolist(), -1, expected[3].item()]
