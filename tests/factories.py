@@ -191,6 +191,18 @@ def draw_picture(seed: int, *, width_px: int = 48, height_px: int = 40) -> Image
     return coarse.resize((width_px, height_px), Image.Resampling.BICUBIC)
 
 
+def draw_photograph(seed: int, width_px: int | None = None, height_px: int | None = None) -> Image.Image:
+    """What a photograph is to a resizer: soft areas, hard edges and grain, at an odd size."""
+    generator = np.random.default_rng(seed)
+    width, height = width_px or int(generator.integers(97, 900)), height_px or int(generator.integers(97, 900))
+    soft = np.asarray(draw_picture(seed, width_px=width, height_px=height), dtype=float)
+    for _ in range(6):
+        (left, right), (top, bottom) = (np.sort(generator.integers(0, side + 1, 2)) for side in (width, height))
+        soft[top:bottom, left:right] = 0.4 * soft[top:bottom, left:right] + 0.6 * generator.integers(0, 256, 3)
+    grain = generator.normal(0, 12, (height, width, 1))
+    return Image.fromarray((soft + grain).clip(0, 255).astype(np.uint8))
+
+
 def _save_blip(folder: Path, model: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)

@@ -19,13 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipImageProcessor
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
-from capfilt.curate.captioner import normalise, to_square
+from capfilt.curate.pictures import normalise, to_square
 from capfilt.curate.scorers import ClipScorer
 from capfilt.errors import UsageError
 from capfilt.models import decoding
@@ -40,7 +37,7 @@ from capfilt.models.decoding import write_captions
 from capfilt.models.matching import match_probabilities
 from capfilt.models.med import Captioner, Filter
 from capfilt.models.packed import pack_linears
-from capfilt.models.sampling import candidates, choose_tokens, uniforms
+from capfilt.models.sampling import choose_tokens, uniforms
 from capfilt.settings import CaptionSettings, RankSettings
 from capfilt.weights.blip import LoadedBlip, load_blip
 from tests import factories, full_size
@@ -70,18 +67,6 @@ TEXTS = [
 ]  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400 if FULL else 600)]
-
-
-def draw_photograph(seed: int, width_px: int | None = None, height_px: int | None = None) -> Image.Image:
-    """What a photograph is to a resizer: soft areas, hard edges and grain, at an odd size."""
-    generator = np.random.default_rng(seed)
-    width, height = width_px or int(generator.integers(97, 900)), height_px or int(generator.integers(97, 900))
-    soft = np.asarray(factories.draw_picture(seed, width_px=width, height_px=height), dtype=float)
-    for _ in range(6):
-        (left, right), (top, bottom) = (np.sort(generator.integers(0, side + 1, 2)) for side in (width, height))
-        soft[top:bottom, left:right] = 0.4 * soft[top:bottom, left:right] + 0.6 * generator.integers(0, 256, 3)
-    grain = generator.normal(0, 12, (height, width, 1))
-    return Image.fromarray((soft + grain).clip(0, 255).astype(np.uint8))
 
 
 def release() -> None:
@@ -135,7 +120,7 @@ def see_pictures(kind: Kind, size: str, folder: Path) -> Model:
     pack_linears(ours.model)
     release()
     number = NUM_PICTURES if kind == "captioner" else NUM_SCORED
-    pictures = [to_square(draw_photograph(seed), ours.preparation.image_size_px) for seed in range(number)]
+    pictures = [to_square(factories.draw_photograph(seed), ours.preparation) for seed in range(number)]
     images = normalise(pictures, ours.preparation, torch.zeros(1))
     features = torch.cat([ours.model.vision(part) for part in images.split(AT_ONCE)])
     their_features = features.clone()
@@ -192,7 +177,7 @@ def test_clip_gives_the_features_and_scores_of_open_clip_in_any_batch(
         reference = open_clip.create_model(name, pretrained=str(path))
     reference.eval().requires_grad_(False)
     transform: Any = open_clip.image_transform(224, is_train=False)
-    images = torch.stack([transform(draw_photograph(seed)) for seed in range(NUM_SCORED)])
+    images = torch.stack([transform(factories.draw_photograph(seed)) for seed in range(NUM_SCORED)])
     texts = [*TEXTS, ".", "dog " * 75, "cat " * 74, "one bird " * 40]
     tokens = open_clip.get_tokenizer(name)(texts)
     assert {int(length) for length in (tokens != 0).sum(dim=1)} >= {2, 3, 76, 77}
@@ -207,7 +192,7 @@ def test_clip_gives_the_features_and_scores_of_open_clip_in_any_batch(
     scorer = ClipScorer(RankSettings(clip_model=name, clip_weights=str(path), device="cpu", dtype="float32"))
     release()
     path.unlink()
-    pixels = [scorer.prepare(draw_photograph(seed)) for seed in range(NUM_SCORED)]
+    pixels = [scorer.prepare(factories.draw_photograph(seed)) for seed in range(NUM_SCORED)]
     whole = scorer.score(pixels, [texts] * NUM_SCORED)
     assert largest_difference("image features", torch.cat(images_of), expected_BE) < FINE_TOLERANCE
     assert largest_difference("text features", torch.cat(texts_of), expected_NE) < FINE_TOLERANCE
@@ -491,69 +476,3 @@ def test_original_layout_is_read_whole(kind: Kind, size: str, tmp_path: Path) ->
         assert momentum == {"visual_encoder_m", "text_encoder_m", "vision_proj_m", "text_proj_m"}
     found = {name for name in original_to_transformers(original, kind) if not name.endswith("position_ids")}
     assert found == set(state)
-
-
-SHAPES_PX = [(640, 427), (383, 385), (384, 384), (500, 333), (333, 500), (97, 61), (1333, 199), (5, 301), (2047, 1365)]
-
-
-@pytest.mark.parametrize("shape", SHAPES_PX, ids=str)
-def test_pictures_are_prepared_as_by_both_processors_of_transformers(shape: tuple[int, int]) -> None:
-    """As by the torchvision-backed one, the default, to the bit; within one level of 255 of the Pillow-backed one.
-
-    At most one value in 100,000 is two levels from Pillow's. Where a picture is to be wider but less high, Pillow 13
-    begins with the height, ours and torchvision with the width; both round in between. Pillow is compared with the
-    width first there, and as it is, where one value in 1,000 may be up to six levels away.
-    """
-    picture = draw_photograph(sum(shape), *shape)
-    assert picture.size == shape
-    size = {"height": 384, "width": 384}
-    ours = to_square(picture, 384)
-    assert ours.float().std() > 20
-    backed = BlipImageProcessor(size=size)(picture, do_normalize=False, do_rescale=False, return_tensors="pt")
-    assert torch.equal(backed.pixel_values[0], ours)
-    width_first = picture.resize((384, shape[1]), Image.Resampling.BICUBIC)
-    raw = {"do_normalize": False, "do_rescale": False, "return_tensors": "np"}
-    for given, largest, share in ((width_first, 2, 1e-5), (picture, 6, 1e-3)):
-        levels = BlipImageProcessorPil(size=size)(given, **raw).pixel_values[0]
-        differences = np.abs(levels.astype(int) - ours.numpy().astype(int))
-        print(f"levels: {differences.max()}, more than one for {(differences > 1).mean():.1e}")  # noqa: T201
-        assert differences.max() <= largest
-        assert (differences > 1).mean() <= share
-
-
-class Sorts(TorchDispatchMode):
-    """The longest rows that any sort or top-k inside puts in order, and the longest result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.longest_sorted = self.longest_kept = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("sort", "argsort", "msort", "unique", "_unique2", "kthvalue"):
-            self.longest_sorted = max(self.longest_sorted, max(args[0].shape))
-        elif name == "topk":
-            self.longest_kept = max(self.longest_kept, args[1])
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("top_k", "top_p"), [(50, 1.0), (50, 0.9), (0, 0.9)])
-def test_nucleus_of_the_whole_vocabulary_is_found_without_sorting_it(top_k: int, top_p: float) -> None:
-    """Peaky logits, as a trained captioner has them; the result is that of a full sort."""
-    logits_RV = 3.0 * torch.randn(40, 30524, generator=torch.Generator().manual_seed(0))
-    peaks_R3 = torch.arange(40)[:, None] * 31 + torch.arange(3) * 7001
-    logits_RV.scatter_(1, peaks_R3, 20.0 + logits_RV.gather(1, peaks_R3))
-    with Sorts() as sorts:
-        ids_RK, weights_RK = candidates(logits_RV, top_k=top_k, top_p=top_p)
-    assert 0 < sorts.longest_sorted <= 256
-    assert 0 < sorts.longest_kept <= 256
-    probabilities = torch.zeros(logits_RV.shape, dtype=torch.float64).scatter(1, ids_RK, weights_RK)
-    values, order = logits_RV.double().sort(dim=1, descending=True, stable=True)
-    expected = (values - values[:, :1]).exp()
-    if top_k:
-        expected[values < values[:, top_k - 1 : top_k]] = 0.0
-    expected[(expected.cumsum(1) - expected) >= top_p * expected.sum(1, keepdim=True)] = 0.0
-    expected = torch.zeros_like(expected).scatter(1, order, expected)
-    assert torch.equal(probabilities > 0, expected > 0)
-    torch.testing.assert_close(probabilities, expected, rtol=1e-9, atol=0)
-    assert (expected > 0).sum(dim=1).unique().numel() > 1 or top_p == 1.0

@@ -15,6 +15,7 @@ from capfilt.cli.options import (
     Dtype,
     Generation,
     Keep,
+    Resizer,
     Run,
     Threshold,
     settings_from,
@@ -56,6 +57,7 @@ def caption(
         str | None, typer.Option(metavar="TEXT", help="Text the captions continue; unset: the model's own.")
     ] = CaptionSettings.prompt,
     seed: Annotated[int, typer.Option(help="Fixes every draw.")] = CaptionSettings.seed,
+    resizer: Resizer = CaptionSettings.resizer,
     batch_size: BatchSize = CaptionSettings.batch_size,
     device: Device = CaptionSettings.device,
     dtype: Dtype = CaptionSettings.dtype,
@@ -105,6 +107,7 @@ def filter_(
     first_token: Annotated[
         str, typer.Option(help="First text token: enc (as trained) or cls (as transformers feeds it).")
     ] = FilterSettings.first_token,
+    resizer: Resizer = FilterSettings.resizer,
     batch_size: BatchSize = FilterSettings.batch_size,
     device: Device = FilterSettings.device,
     dtype: Dtype = FilterSettings.dtype,

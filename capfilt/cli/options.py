@@ -26,6 +26,12 @@ BatchSize = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 where it is fast), float32, bfloat16 or float16.")]
+Resizer = Annotated[
+    str,
+    typer.Option(
+        "--resizer", help="What resizes pictures: torchvision (as transformers does) or pillow (as BLIP did)."
+    ),
+]
 Threshold = Annotated[float, typer.Option("--threshold", help="Pairs with a lower ITM score are dropped.")]
 Keep = Annotated[int, typer.Option("--keep", min=1, help="Ranked captions kept for each image, best CLIP score first.")]
 Output = Annotated[

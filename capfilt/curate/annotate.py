@@ -91,6 +91,9 @@ def annotate(
         stages: some of captions, clip, itm, manifest; each needs its settings (the manifest, the filter's).
         models: the settings with their models, where several runs use them; the settings are then left out.
 
+    On a CPU the process keeps the memory that it frees, from here to its end (`weights.host_memory`). Passes in several
+    threads of one process are not meant: torch's number of threads is changed for new ones while pictures are decoded.
+
     Raises UsageError for missing settings, models, shards or earlier stages; FingerprintMismatchError where a
     stage is there with other parameters; CorruptionError for damage. An image that fails is quarantined.
     """

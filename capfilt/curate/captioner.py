@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import InterpolationMode, resize
 
+from capfilt.curate.pictures import normalise, pinned, to_square
 from capfilt.errors import UsageError
 from capfilt.models.decoding import write_captions
 from capfilt.models.med import Captioner, count_image_bytes, count_row_bytes
@@ -22,8 +21,13 @@ from capfilt.models.packed import pack_linears
 from capfilt.models.static_rows import DecodingSteps
 from capfilt.settings import CaptionSettings
 from capfilt.weights.blip import load_blip
-from capfilt.weights.devices import choose_batch_size, choose_device, choose_inference_dtype, describe_computing
-from capfilt.weights.model_files import ImagePreparation
+from capfilt.weights.devices import (
+    choose_batch_size,
+    choose_device,
+    choose_inference_dtype,
+    describe_computing,
+    name_dtype,
+)
 
 
 class BlipCaptioner:
@@ -34,7 +38,7 @@ class BlipCaptioner:
         self.settings = settings
         self.device = choose_device(settings.device)
         dtype = choose_inference_dtype(settings.dtype, self.device)
-        loaded = load_blip(settings.captioner, "captioner", device=self.device, dtype=dtype)
+        loaded = load_blip(settings.captioner, "captioner", device=self.device, dtype=dtype, resizer=settings.resizer)
         assert isinstance(loaded.model, Captioner)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         pack_linears(self._model)
@@ -60,13 +64,13 @@ class BlipCaptioner:
         self.fields: dict[str, Any] = {
             **{name: getattr(settings, name) for name in settings.fingerprint_fields},
             "prompt": self.prompt,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": name_dtype(dtype),
             "model": loaded.digests,
         }
 
     def prepare(self, image: Image) -> Tensor:
         """An RGB picture as the model wants it, not yet normalised: uint8 (3, S, S)."""
-        return to_square(image, self.preparation.image_size_px)
+        return pinned(to_square(image, self.preparation), self.device)
 
     def caption(self, images: Sequence[Image], keys: Sequence[str]) -> list[list[str]]:
         """Captions of RGB pictures, `settings.num_captions` of each; none where the logits are not finite."""
@@ -90,20 +94,3 @@ class BlipCaptioner:
     def _decode(self, tokens: list[int]) -> str:
         known = [token for token in tokens if token < len(self._tokenizer)]
         return self._tokenizer.decode(known, skip_special_tokens=True).removeprefix("##").strip()
-
-
-def to_square(image: Image, side_px: int) -> Tensor:
-    """Resize an RGB picture to a square, bicubic and antialiased as transformers does it: uint8 (3, S, S)."""
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    return resize(pixels, [side_px, side_px], interpolation=InterpolationMode.BICUBIC, antialias=True)
-
-
-def normalise(images: Sequence[Tensor], preparation: ImagePreparation, like: Tensor) -> Tensor:
-    """Pictures of uint8 (3, S, S) as one normalised batch (B, 3, S, S), of the device and dtype of `like`."""
-    batch = torch.stack(list(images))
-    if like.device.type == "cuda":  # from pinned memory the copy does not stop this thread
-        batch = batch.pin_memory()
-    batch = batch.to(like.device, non_blocking=True).float()
-    mean = torch.tensor(preparation.mean, device=like.device).view(3, 1, 1)
-    std = torch.tensor(preparation.std, device=like.device).view(3, 1, 1)
-    return ((batch / 255 - mean) / std).to(like.dtype)

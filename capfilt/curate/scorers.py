@@ -6,40 +6,35 @@ In: pictures and their texts. Out: a number for each pair, higher is better. A n
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from capfilt.curate.captioner import normalise, to_square
+from capfilt.curate.pictures import normalise, pinned, stacked, to_square
 from capfilt.data.captions import clean_caption
-from capfilt.data.commit import file_sha256, fingerprint
-from capfilt.data.texts import first_line
-from capfilt.errors import UsageError
-from capfilt.models.clip import Clip
 from capfilt.models.matching import match_probabilities
 from capfilt.models.med import Filter
 from capfilt.models.packed import pack_linears
 from capfilt.models.vit import VisionTransformer, count_encoder_bytes
-from capfilt.settings import EMBEDDED, FilterSettings, RankSettings
+from capfilt.settings import FilterSettings, RankSettings
 from capfilt.weights.blip import load_blip
-from capfilt.weights.devices import choose_batch_size, choose_device, choose_inference_dtype, describe_computing
-from capfilt.weights.find import find_embedded, is_offline
+from capfilt.weights.clip import find_clip, load_clip
+from capfilt.weights.devices import (
+    choose_batch_size,
+    choose_device,
+    choose_inference_dtype,
+    describe_computing,
+    name_dtype,
+)
 
 ITM_MAX_TOKENS = 35
 """Longest text given to the filter, special tokens included (BLIP's released code: 35)."""
-DEFAULT_CLIP_WEIGHTS = "openai"
 
 _CLIP_BYTES_PER_IMAGE = 64 * 2**20
 """Of ViT-L/14 with eleven texts in float32, roughly: features of 300 tokens, 24 blocks' buffers not kept."""
-_PADDED_TEXTS_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
-_OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 class Scorer(Protocol):
@@ -70,18 +65,18 @@ class ClipScorer:
         """Load the model. Raises UsageError for an unknown name, and for weights that cannot be had."""
         self.device = choose_device(settings.device)
         self._dtype = choose_inference_dtype(settings.dtype, self.device)
-        source = _find_clip(settings)
-        self._towers, self._transform, self._tokenize = _load_towers(source, self.device, self._dtype)
+        source = find_clip(settings)
+        self._towers, self._transform, self._tokenize = load_clip(source, self.device, self._dtype)
         self.batch_size = choose_batch_size(settings.batch_size, self.device, _CLIP_BYTES_PER_IMAGE)
         self.computing = describe_computing(self._dtype, self.device)
         self.fields: dict[str, Any] = {
-            "dtype": str(self._dtype).removeprefix("torch."),
+            "dtype": name_dtype(self._dtype),
             "model": source.digests(),
         }
 
     def prepare(self, image: Image) -> Tensor:
         """An RGB picture through open_clip's own transform: float32 (3, S, S)."""
-        return self._transform(image.convert("RGB"))
+        return pinned(self._transform(image.convert("RGB")), self.device)
 
     @torch.inference_mode()
     def score(self, images: Sequence[Tensor], texts: Sequence[Sequence[str]]) -> list[list[float]]:
@@ -90,7 +85,7 @@ class ClipScorer:
         if not distinct:
             return [[] for _ in texts]
         row = {text: number for number, text in enumerate(distinct)}
-        batch = torch.stack(list(images)).to(device=self.device, dtype=self._dtype)
+        batch = stacked(images, self.device).to(self._dtype)
         image_BE = self._towers.embed_images(batch).float()
         text_NE = self._towers.embed_texts(self._tokenize(distinct)).float()
         return [
@@ -106,7 +101,7 @@ class ItmScorer:
         """Load `settings.filter_model`. Raises UsageError where it cannot be had."""
         self.device = choose_device(settings.device)
         dtype = choose_inference_dtype(settings.dtype, self.device)
-        loaded = load_blip(settings.filter_model, "filter", device=self.device, dtype=dtype)
+        loaded = load_blip(settings.filter_model, "filter", device=self.device, dtype=dtype, resizer=settings.resizer)
         assert isinstance(loaded.model, Filter)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         pack_linears(self._model)
@@ -116,21 +111,20 @@ class ItmScorer:
         is_enc = settings.first_token == "enc"
         self._first_token_id = config.enc_token_id if is_enc else self._tokenizer.cls_token_id
         self._max_tokens = min(ITM_MAX_TOKENS, config.max_positions // 8 * 8)
-        image_bytes = count_encoder_bytes(
-            self.vision.config, dtype.itemsize
-        )  # more than its texts and one layer's K, V
+        # A block of the image encoder takes more than the texts, and the keys and values of one layer.
+        image_bytes = count_encoder_bytes(self.vision.config, dtype.itemsize)
         self.batch_size = choose_batch_size(settings.batch_size, self.device, image_bytes)
         self.computing = describe_computing(dtype, self.device)
         self.fields: dict[str, Any] = {
             **{name: getattr(settings, name) for name in settings.fingerprint_fields},
             "max_tokens": self._max_tokens,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": name_dtype(dtype),
             "model": loaded.digests,
         }
 
     def prepare(self, image: Image) -> Tensor:
         """An RGB picture as the model wants it, not yet normalised: uint8 (3, S, S)."""
-        return to_square(image, self._preparation.image_size_px)
+        return pinned(to_square(image, self._preparation), self.device)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Tensor]) -> Tensor:
@@ -157,150 +151,3 @@ class ItmScorer:
 
 SCORERS = {"clip": ClipScorer, "itm": ItmScorer}
 """Stage → the scorer that fills it."""
-
-
-class _ClipSource:
-    """What open_clip is asked for: a model's name (or `local-dir:`), weights, and the files behind them."""
-
-    def __init__(self, name: str, weights: str | None, files: list[Path], *, quick_gelu: bool = False) -> None:
-        self.name, self.weights, self.files, self.quick_gelu = name, weights, files, quick_gelu
-
-    def digests(self) -> dict[str, str]:
-        """File → sha256; for a model that open_clip knows by name, also of its configuration."""
-        import open_clip
-
-        found = {file.name: file_sha256(file) for file in self.files}
-        if self.weights is not None:
-            config = open_clip.get_model_config(self.name) or {}
-            found[f"{self.name}.json"] = fingerprint(config | {"quick_gelu": self.quick_gelu})
-        return found
-
-
-def _find_clip(settings: RankSettings) -> _ClipSource:
-    """The folder, or the name and weights, that the settings mean."""
-    if settings.clip_model == EMBEDDED:
-        return _clip_folder(find_embedded("clip"))
-    for given in (settings.clip_weights, settings.clip_model):
-        if given and (Path(given).expanduser() / _OPEN_CLIP_CONFIG).is_file():
-            return _clip_folder(Path(given).expanduser())
-    import open_clip
-
-    name, weights = settings.clip_model, settings.clip_weights or DEFAULT_CLIP_WEIGHTS
-    if name not in open_clip.list_models():
-        raise UsageError(
-            f"open_clip has no model {name!r}, and it is no folder with {_OPEN_CLIP_CONFIG}. Give --clip-model "
-            f"one of open_clip's names (ViT-L-14, ViT-B-32, ...), a folder, or `{EMBEDDED}`."
-        )
-    path = Path(weights).expanduser()
-    if path.is_file():
-        if path.suffix not in _WEIGHT_ENDINGS:
-            raise UsageError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(_WEIGHT_ENDINGS)}.")
-        return _ClipSource(name, str(path), [path])
-    return _clip_tag(name, weights)
-
-
-def _clip_folder(folder: Path) -> _ClipSource:
-    files = sorted(
-        file for pattern in ("*.json", "*.txt", "*.safetensors", "*.bin", "*.pth") for file in folder.glob(pattern)
-    )
-    return _ClipSource(f"local-dir:{folder}", None, files)
-
-
-def _clip_tag(name: str, tag: str) -> _ClipSource:
-    """Weights that open_clip knows by a tag, from the cache or the network."""
-    import open_clip
-
-    known = open_clip.list_pretrained_tags_by_model(name)
-    if tag not in known:
-        raise UsageError(
-            f"open_clip has no weights {tag!r} for {name}, and there is no such file. Give --clip-weights a "
-            f"file, or one of {', '.join(known) or '(none)'}."
-        )
-    entry = open_clip.get_pretrained_cfg(name, tag)
-    try:
-        if is_offline() and not entry.get("hf_hub"):
-            raise FileNotFoundError(f"its address {entry.get('url')} is not on the hub, and HF_HUB_OFFLINE is set")
-        file = Path(open_clip.download_pretrained(entry))
-    except (OSError, RuntimeError, ValueError) as error:
-        hub = str(entry.get("hf_hub", "")).rstrip("/")
-        raise UsageError(
-            f"The weights {tag!r} of {name} could not be had ({error}). Where there is a network, run "
-            f"`hf download {hub}`; without one, give --clip-weights the file or folder."
-        ) from error
-    # open_clip only warns when a tag was trained with QuickGELU and the model's name says otherwise, and then
-    # scores wrongly; OpenAI's weights under the plain names are such.
-    return _ClipSource(name, tag, [file], quick_gelu=bool(entry.get("quick_gelu")))
-
-
-def _load_clip(source: _ClipSource, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """The model in eval mode, its image transform and its tokenizer."""
-    import open_clip
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, _, transform = open_clip.create_model_and_transforms(
-                source.name, pretrained=source.weights, precision=_PRECISIONS[dtype], device=device,
-                force_quick_gelu=source.quick_gelu, require_pretrained=True, pretrained_text=False,
-            )  # fmt: skip
-            tokenizer = open_clip.get_tokenizer(source.name)
-    except Exception as error:  # open_clip and torch raise many kinds for files that do not fit
-        raise UsageError(
-            f"open_clip cannot load {source.name} {source.weights or ''} ({first_line(error)}). Give --clip-model and "
-            "--clip-weights that belong together."
-        ) from error
-    return model.eval().requires_grad_(False), transform, tokenizer
-
-
-class _OurTowers:
-    """OpenAI's CLIP by our own towers: texts are not padded."""
-
-    def __init__(self, clip: Clip, end_token_id: int | None) -> None:
-        self._clip, self._end = clip, end_token_id
-        self.embed_images: Callable[[Tensor], Tensor] = clip.embed_images
-
-    def embed_texts(self, tokens_NT: Tensor) -> Tensor:
-        """(N, T) token ids, padded → (N, E). A text ends where open_clip says: at its largest id, or the end token."""
-        ends_NT = tokens_NT if self._end is None else (tokens_NT == self._end).int()
-        texts = [row[: end + 1] for row, end in zip(tokens_NT.tolist(), ends_NT.argmax(dim=1).tolist(), strict=True)]
-        parts = [
-            self._clip.embed_texts(texts[start : start + _TEXTS_AT_ONCE])
-            for start in range(0, len(texts), _TEXTS_AT_ONCE)
-        ]
-        return torch.cat(parts)
-
-
-class _OpenClipTowers:
-    """Any other model of open_clip, as it is."""
-
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self._model, self._device = model, device
-
-    def embed_images(self, images_BCHW: Tensor) -> Tensor:
-        return self._model.encode_image(images_BCHW, normalize=True)
-
-    def embed_texts(self, tokens_NT: Tensor) -> Tensor:
-        parts = [
-            self._model.encode_text(tokens_NT[start : start + _PADDED_TEXTS_AT_ONCE].to(self._device), normalize=True)
-            for start in range(0, len(tokens_NT), _PADDED_TEXTS_AT_ONCE)
-        ]
-        return torch.cat(parts)
-
-
-def _load_towers(
-    source: _ClipSource, device: torch.device, dtype: torch.dtype
-) -> tuple[_OurTowers | _OpenClipTowers, Any, Any]:
-    """The towers, ours where they compute what open_clip's do; the image transform; the tokenizer."""
-    from capfilt.models.convert_clip import clip_from_open_clip
-
-    model, transform, tokenizer = _load_clip(source, torch.device("cpu"), torch.float32)
-    clip = clip_from_open_clip(model)
-    if clip is None:  # open_clip knows which of its layers stay in float32
-        if dtype != torch.float32:
-            model, _, _ = _load_clip(source, device, dtype)
-        return _OpenClipTowers(model.to(device), device), transform, tokenizer
-    end_token_id = model.text_eos_id if model.text_pool_type == "eos" else None
-    del model  # it would hold the plain weights
-    clip = clip.to(device=device, dtype=dtype)
-    pack_linears(clip)
-    return _OurTowers(clip, end_token_id), transform, tokenizer

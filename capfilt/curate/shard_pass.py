@@ -247,9 +247,11 @@ def _decode_ahead(items: Iterable[Item], lanes: Sequence[Lane]) -> Iterator[Item
     source = iter(items)
     under_way: deque[tuple[Item, Future[None]]] = deque()
     num_threads = torch.get_num_threads()
-    # Decoders with teams of OpenMP threads of their own would make more threads than cores, which the models' team
-    # answers by sleeping between any two operations: 3% of a pass.
-    with ThreadPoolExecutor(_count_decoders(lanes), "decode", torch.set_num_threads, (1,)) as pool:
+    # With teams of OpenMP threads of their own, decoders make more threads than there are cores, and then the models'
+    # team goes to sleep after every operation.
+    with ThreadPoolExecutor(
+        _count_decoders(lanes), thread_name_prefix="decode", initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         try:
             while True:
                 while len(under_way) < 2 * lanes[0].batch_size and (item := next(source, None)) is not None:
@@ -261,7 +263,7 @@ def _decode_ahead(items: Iterable[Item], lanes: Sequence[Lane]) -> Iterator[Item
                 yield item
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(num_threads)  # of this thread it was so all along; of new ones, it is again
+            torch.set_num_threads(num_threads)  # the decoders have also changed what new threads begin with
 
 
 def _count_decoders(lanes: Sequence[Lane]) -> int:

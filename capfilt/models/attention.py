@@ -5,7 +5,7 @@ CPU two batches of matrix products: with an image's 577 keys they take half the 
 computes in float32 there. Their scores are rounded to bfloat16 before the softmax, as transformers' plain attention
 does and the fused kernel does not.
 
-Legend: B images, H heads, T queries, S keys, d width of a head.
+Legend: B images, H heads, R = B·H, T queries, S keys, d width of a head.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from capfilt.models.packed import multiplies_bfloat16
+
 _SCORES_AT_ONCE = 1 << 22
+"""Of a product: 8 MiB in bfloat16, which stay in the cache of a server's processor."""
 
 
 def attend(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSd: Tensor) -> Tensor:
@@ -25,8 +28,12 @@ def attend(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSd: Tensor) -> Tensor:
 
 
 def gains_by_products(states: Tensor) -> bool:
-    """Whether products are faster for states of this kind; they read keys and values as they lie in memory."""
-    return states.dtype == torch.bfloat16 and states.device.type == "cpu" and not torch.is_grad_enabled()
+    """Whether products are faster for states of this kind.
+
+    Keep keys and values that are used again contiguous for them: others are copied at every call.
+    """
+    is_inference = states.device.type == "cpu" and not torch.is_grad_enabled()
+    return is_inference and states.dtype == torch.bfloat16 and multiplies_bfloat16()
 
 
 def attend_by_products(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSd: Tensor) -> Tensor:
@@ -37,8 +44,8 @@ def attend_by_products(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSd: Tensor)
     return torch.cat([_attend_in_products(*part) for part in parts])
 
 
-def _attend_in_products(*states: Tensor) -> Tensor:
-    query, key, value = (by_head.flatten(0, 1) for by_head in states)
-    scale = query.shape[-1] ** -0.5
-    scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scale)
-    return torch.bmm(scores.softmax(-1), value).unflatten(0, states[0].shape[:2])
+def _attend_in_products(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSd: Tensor) -> Tensor:
+    query_RTd, key_RSd, value_RSd = (states.flatten(0, 1) for states in (query_BHTd, key_BHSd, value_BHSd))
+    nothing, scale = query_RTd.new_empty(1, 1, 1), query_RTd.shape[2] ** -0.5
+    scores_RTS = torch.baddbmm(nothing, query_RTd, key_RSd.transpose(1, 2), beta=0, alpha=scale)
+    return torch.bmm(scores_RTS.softmax(-1), value_RSd).unflatten(0, query_BHTd.shape[:2])

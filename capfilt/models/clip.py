@@ -25,7 +25,8 @@ from capfilt.models.rows import filled
 from capfilt.models.vit import Block, VisionTransformer, ViTConfig, attend_backwards
 
 _TOKENS_MULTIPLE = 8
-"""Attention's lengths: with others its buffers are not aligned, and some CPUs round by the place in the batch."""
+"""Texts are padded to it for attention: at other lengths its buffers are not aligned, and on some CPUs rounding then
+depends on a text's place in the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,15 @@
 """open_clip's CLIP to ours, for scoring.
 
-In: a model as open_clip built and loaded it, in float32. Out: ours with the same weights, or None where the model is
-built otherwise than OpenAI's CLIP (other image encoders, texts that look both ways, other pooling).
+In: a model as open_clip built and loaded it. Out: ours with the same weights in the precision asked for. Not all models
+can be ours: some are built otherwise than OpenAI's CLIP (other image encoders, texts that look both ways, other
+pooling).
 
 QuickGELU, x·sigmoid(1.702·x), becomes SiLU: the layer before is scaled by 1.702, the layer after by its inverse.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import open_clip
@@ -22,10 +24,8 @@ from capfilt.models.vit import ViTConfig
 QUICK_GELU_SCALE = 1.702
 
 
-def clip_from_open_clip(model: Any) -> Clip | None:
-    """Ours, in eval mode; None where our towers do not compute what the model computes."""
-    if not _is_plain(model):
-        return None
+def clip_from_open_clip(model: Any, dtype: torch.dtype = torch.float32) -> Clip:
+    """Ours, in eval mode, of a model that `is_plain`. Weights are copied, and brought to the dtype, one by one."""
     visual = model.visual
     vision_blocks, text_blocks = list(visual.transformer.resblocks), list(model.transformer.resblocks)
     with torch.device("meta"):
@@ -40,26 +40,32 @@ def clip_from_open_clip(model: Any) -> Clip | None:
             ),
             embed_dim=visual.proj.shape[1],
         )  # fmt: skip
-    state = {
-        "vision.patch_embedding.weight": visual.conv1.weight,
-        "vision.patch_embedding.bias": visual.conv1.weight.new_zeros(len(visual.conv1.weight)),
-        "vision.class_embedding": visual.class_embedding[None, None],
-        "vision.position_embedding": visual.positional_embedding[None],
-        **_of("vision.first_norm", visual.ln_pre),
-        **_of("vision.norm", visual.ln_post),
-        **_blocks_of("vision.blocks", vision_blocks),
-        "vision_projection.weight": visual.proj.T,
-        "text.token_embedding.weight": model.token_embedding.weight,
-        "text.position_embedding": model.positional_embedding,
-        **_of("text.norm", model.ln_final),
-        **_blocks_of("text.blocks", text_blocks),
-        "text_projection.weight": _matrix(model.text_projection).T,
-    }
-    clip.load_state_dict({name: value.detach().contiguous() for name, value in state.items()}, assign=True)
+    weights = _weights_of(model, vision_blocks, text_blocks)
+    state = {name: value.detach().to(dtype, copy=True).contiguous() for name, value in weights}
+    clip.load_state_dict(state, assign=True)
     return clip.eval().requires_grad_(False)
 
 
-def _is_plain(model: Any) -> bool:
+def _weights_of(model: Any, vision_blocks: list[Any], text_blocks: list[Any]) -> Iterator[tuple[str, Tensor]]:
+    """Our names and their weights, each made when it is asked for."""
+    visual = model.visual
+    yield "vision.patch_embedding.weight", visual.conv1.weight
+    yield "vision.patch_embedding.bias", visual.conv1.weight.new_zeros(len(visual.conv1.weight))
+    yield "vision.class_embedding", visual.class_embedding[None, None]
+    yield "vision.position_embedding", visual.positional_embedding[None]
+    yield from _of("vision.first_norm", visual.ln_pre)
+    yield from _of("vision.norm", visual.ln_post)
+    yield from _blocks_of("vision.blocks", vision_blocks)
+    yield "vision_projection.weight", visual.proj.T
+    yield "text.token_embedding.weight", model.token_embedding.weight
+    yield "text.position_embedding", model.positional_embedding
+    yield from _of("text.norm", model.ln_final)
+    yield from _blocks_of("text.blocks", text_blocks)
+    yield "text_projection.weight", _matrix(model.text_projection).T
+
+
+def is_plain(model: Any) -> bool:
+    """Whether our towers compute what the model computes; its weights are not looked at."""
     return type(model) is open_clip.CLIP and _is_plain_vision(model.visual) and _is_plain_text(model)
 
 
@@ -123,26 +129,27 @@ def _sizes(blocks: list[Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of(name: str, module: Any, scale: float = 1.0) -> dict[str, Tensor]:
-    return {f"{name}.weight": module.weight * scale, f"{name}.bias": module.bias * scale}
+def _of(name: str, module: Any, scale: float = 1.0) -> Iterator[tuple[str, Tensor]]:
+    yield f"{name}.weight", _scaled(module.weight, scale)
+    yield f"{name}.bias", _scaled(module.bias, scale)
 
 
-def _blocks_of(name: str, blocks: list[Any]) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
+def _blocks_of(name: str, blocks: list[Any]) -> Iterator[tuple[str, Tensor]]:
     for number, block in enumerate(blocks):
         scale = QUICK_GELU_SCALE if isinstance(block.mlp.gelu, layers.QuickGELU) else 1.0
         own = f"{name}.{number}"
-        state |= {
-            **_of(f"{own}.norm1", block.ln_1),
-            f"{own}.query_key_value.weight": block.attn.in_proj_weight,
-            f"{own}.query_key_value.bias": block.attn.in_proj_bias,
-            **_of(f"{own}.projection", block.attn.out_proj),
-            **_of(f"{own}.norm2", block.ln_2),
-            **_of(f"{own}.fc1", block.mlp.c_fc, scale),
-            f"{own}.fc2.weight": block.mlp.c_proj.weight / scale,
-            f"{own}.fc2.bias": block.mlp.c_proj.bias,
-        }
-    return state
+        yield from _of(f"{own}.norm1", block.ln_1)
+        yield f"{own}.query_key_value.weight", block.attn.in_proj_weight
+        yield f"{own}.query_key_value.bias", block.attn.in_proj_bias
+        yield from _of(f"{own}.projection", block.attn.out_proj)
+        yield from _of(f"{own}.norm2", block.ln_2)
+        yield from _of(f"{own}.fc1", block.mlp.c_fc, scale)
+        yield f"{own}.fc2.weight", _scaled(block.mlp.c_proj.weight, 1 / scale)
+        yield f"{own}.fc2.bias", block.mlp.c_proj.bias
+
+
+def _scaled(weight: Tensor, scale: float) -> Tensor:
+    return weight if scale == 1.0 else weight.float() * scale
 
 
 def _matrix(projection: Any) -> Tensor:

@@ -38,6 +38,8 @@ def match_probabilities(
         Probabilities in [0, 1] by image and text.
     """
     pairs = dict.fromkeys((image, tuple(text)) for image, own in enumerate(texts) for text in own)
+    if not pairs:
+        return [[] for _ in texts]
     by_length: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
     for image, text in pairs:
         padded = -(-len(text) // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE

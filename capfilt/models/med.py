@@ -115,7 +115,7 @@ class TextGroup:
     """Texts of one padded length, each of one of several images."""
 
     tokens: Tensor
-    """(R, T) ids."""
+    """(R, T) ids, R texts."""
     mask: Tensor
     """(R, T), True at tokens, False at padding."""
     layout: TextLayout

@@ -9,6 +9,7 @@ In: a module that runs and is not trained. Out: the same module, its `nn.Linear`
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -69,4 +70,11 @@ def _can_pack(weight: Tensor) -> bool:
         return False
     if not (hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")):
         return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bfloat16())
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN has kernels for bfloat16 on this CPU."""
+    ops = torch.ops.mkldnn
+    return hasattr(ops, "_is_mkldnn_bf16_supported") and bool(ops._is_mkldnn_bf16_supported())

@@ -61,7 +61,7 @@ def adjust_logits(
 
 
 def choose_tokens(logits_RV: Tensor, uniforms_R: Tensor, settings: CaptionSettings) -> Tensor:
-    """The next token of each row (R,), from adjusted logits; -1 where they are not finite.
+    """The next token of each row (R,), from adjusted logits; -1 for a row with NaN or +inf, or -inf alone.
 
     Greedy takes the largest logit, the first of equals. Nucleus applies top_k and top_p, top-k applies top_k
     alone; each draws with the row's uniform number (float64).
@@ -122,7 +122,10 @@ def _weights(logits_RK: Tensor) -> Tensor:
 
 
 def _draw(ids_RK: Tensor, weights_RK: Tensor, uniforms_R: Tensor) -> Tensor:
-    """The first token whose cumulated weight exceeds the uniform number's share of the total; -1 if that is none."""
+    """The first token whose cumulated weight exceeds the uniform number's share of the total.
+
+    -1 where the total is 0 or not finite.
+    """
     cumulated_RK = weights_RK.cumsum(dim=1)
     total_R1 = cumulated_RK[:, -1:]
     # The product may round up to the total, which nothing exceeds.

@@ -9,6 +9,7 @@ EMBEDDED = "embedded"
 
 DECODINGS = ("nucleus", "greedy", "beam", "top-k")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+RESIZERS = ("torchvision", "pillow")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from capfilt.settings.checks import DECODINGS, DEVICES, DTYPES, require
+from capfilt.settings.checks import DECODINGS, DEVICES, DTYPES, RESIZERS, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class CaptionSettings:
 
     fingerprint_fields: ClassVar[tuple[str, ...]] = (
         "num_captions", "decoding", "top_p", "top_k", "temperature", "repetition_penalty", "num_beams",
-        "min_length", "max_length", "prompt", "seed",
+        "min_length", "max_length", "prompt", "seed", "resizer",
     )  # fmt: skip
 
     captioner: str = ""
@@ -97,6 +97,10 @@ class CaptionSettings:
     """Longest text in tokens, prompt included (BLIP's released demo: 20)."""
     prompt: str | None = None
     """Text the captions continue; None takes the model's own ("a picture of " for BLIP)."""
+    resizer: str = "torchvision"
+    """What resizes pictures: torchvision (as transformers' processor does, to the bit) or pillow (as BLIP's released
+    code does: a few values differ by one level of 255, where a picture becomes wider and less high one in 1,000 by up
+    to six). Captioner and filter share an image encoder only where it is the same."""
     seed: int = 0
     """With the sample's key and the caption's index it fixes every draw."""
     batch_size: int | None = None
@@ -119,6 +123,7 @@ class CaptionSettings:
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        require(self.resizer in RESIZERS, "resizer", self.resizer, f"one of {', '.join(RESIZERS)}")
         single = self.decoding in ("greedy", "beam")
         require(not single or self.num_captions == 1, "num_captions", self.num_captions, f"1 with {self.decoding}")
 
@@ -156,7 +161,7 @@ class RankSettings:
 class FilterSettings:
     """ITM head (BLIP §3.3: a text is noisy when the head says the pair does not match)."""
 
-    fingerprint_fields: ClassVar[tuple[str, ...]] = ("first_token",)
+    fingerprint_fields: ClassVar[tuple[str, ...]] = ("first_token", "resizer")
 
     filter_model: str = ""
     """Folder or hub id of a BLIP ITM model (transformers layout), an original .pth, or `embedded`."""
@@ -164,6 +169,10 @@ class FilterSettings:
     """Pairs with a lower ITM score are dropped (BLIP's author: 0.5 on softmax(logits)[1])."""
     first_token: str = "enc"
     """First text token: `enc` ([ENC], as trained) or `cls` (as transformers feeds it)."""
+    resizer: str = "torchvision"
+    """What resizes pictures: torchvision (as transformers' processor does, to the bit) or pillow (as BLIP's released
+    code does: a few values differ by one level of 255, where a picture becomes wider and less high one in 1,000 by up
+    to six). Captioner and filter share an image encoder only where it is the same."""
     batch_size: int | None = None
     """Images scored at a time; does not change the scores, on a GPU but for rounding. None: 32, with CUDA as many as
     fit into a part of its free memory."""
@@ -175,6 +184,7 @@ class FilterSettings:
     def __post_init__(self) -> None:
         require(0 <= self.threshold <= 1, "threshold", self.threshold, "0 to 1")
         require(self.first_token in ("enc", "cls"), "first_token", self.first_token, "enc or cls")
+        require(self.resizer in RESIZERS, "resizer", self.resizer, f"one of {', '.join(RESIZERS)}")
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")

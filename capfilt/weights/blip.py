@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from capfilt.models.convert_blip import (
 )
 from capfilt.models.med import Captioner, Filter, MEDConfig
 from capfilt.models.vit import VisionTransformer, ViTConfig
+from capfilt.weights.devices import name_dtype
 from capfilt.weights.find import download_snapshot, find_model_dir
 from capfilt.weights.model_files import (
     ImagePreparation,
@@ -72,11 +73,14 @@ class LoadedBlip:
     one digest give the same image features."""
 
 
-def load_blip(name: str, kind: Kind, *, device: torch.device, dtype: torch.dtype) -> LoadedBlip:
+def load_blip(
+    name: str, kind: Kind, *, device: torch.device, dtype: torch.dtype, resizer: str = "torchvision"
+) -> LoadedBlip:
     """Read a BLIP captioner or filter to run it, frozen.
 
     Args:
         name: a folder in transformers' layout, a hub id, an original .pth, or `embedded`.
+        resizer: torchvision or pillow; becomes a part of the image preparation.
 
     Raises UsageError naming what is missing: the folder, a file, a weight, the network.
     """
@@ -97,6 +101,7 @@ def load_blip(name: str, kind: Kind, *, device: torch.device, dtype: torch.dtype
         model.head.vocabulary.weight = model.decoder.word_embedding.weight
     files = [*weight_files, *(side_dir / file for file in _SIDE_FILES if (side_dir / file).is_file())]
     model.to(dtype=dtype)
+    preparation = replace(preparation, resizer=resizer)
     vision_digest = _digest_vision(model.vision, preparation)
     return LoadedBlip(
         model=model.to(device).eval().requires_grad_(False),
@@ -155,7 +160,7 @@ def save_blip(
     text = model.decoder if isinstance(model, Captioner) else model.encoder
     vit, med = model.vision.config, text.config
     embed_dim = model.text_projection.out_features if isinstance(model, Filter) else 256
-    config = config_from_sizes(kind, vit, med, embed_dim=embed_dim) | {"dtype": str(dtype).removeprefix("torch.")}
+    config = config_from_sizes(kind, vit, med, embed_dim=embed_dim) | {"dtype": name_dtype(dtype)}
     if prompt is not None:
         config["capfilt_prompt"] = prompt
     _write_json(folder / "config.json", config)

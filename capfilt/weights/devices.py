@@ -84,7 +84,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def describe_computing(dtype: torch.dtype, device: torch.device) -> str:
     """For people: `bfloat16 on cpu`."""
-    return f"{str(dtype).removeprefix('torch.')} on {device.type}"
+    return f"{name_dtype(dtype)} on {device.type}"
+
+
+def name_dtype(dtype: torch.dtype) -> str:
+    """As settings and model files name it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _multiplies_bfloat16() -> bool:

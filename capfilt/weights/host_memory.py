@@ -1,7 +1,7 @@
 """How the C library deals with the memory that models on a CPU work in.
 
 glibc gives a buffer above 32 MiB back to the system as soon as it is freed, and the next layer gets it anew, page by
-page: an eighth of the time of BLIP's image encoder with eight pictures. Elsewhere than on glibc nothing is changed.
+page (benchmarks/LOG.md has what that costs). Elsewhere than on glibc nothing is changed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _NEVER = -1
 
 
 def keep_freed_memory() -> None:
-    """Keep for this process what it frees from now on; what was freed before goes back to the system.
+    """Keep what this process frees from now on, to its end; what was freed before goes back to the system.
 
-    Call it when the models are loaded: the peak stays what it was, but memory does not sink below it.
+    Call it when the models are loaded: from then on memory stays at its peak.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):

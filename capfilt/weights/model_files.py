@@ -38,6 +38,8 @@ class ImagePreparation:
     image_size_px: int
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    resizer: str = "torchvision"
+    """torchvision or pillow."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:

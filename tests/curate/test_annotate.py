@@ -253,10 +253,24 @@ def record_of(run: RunDir, stage: str) -> Any:
     return read_commit_record(run.read_file(stage, "00000"))
 
 
-def test_models_on_two_devices_do_not_share_an_image_encoder(tmp_path: Path) -> None:
+def test_models_share_an_image_encoder_on_one_device_and_with_one_resizer(tmp_path: Path) -> None:
     twins = save_models(tmp_path)
     _copy_image_encoder(twins.root / "captioner", twins.root / "filter")
     together, apart = (StageModels(twins.caption(), None, twins.filter()) for _ in range(2))
     apart.itm_scorer.device = torch.device("cuda:0")
     assert together.vision_is_shared
     assert not apart.vision_is_shared
+    assert StageModels(twins.caption(resizer="pillow"), None, twins.filter(resizer="pillow")).vision_is_shared
+    assert not StageModels(twins.caption(resizer="pillow"), None, twins.filter()).vision_is_shared
+
+
+def test_freed_memory_is_kept_once_models_are_loaded(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded_before: list[bool] = []
+    chosen = StageModels(models.caption(), models.rank(), models.filter())
+    monkeypatch.setattr(
+        "capfilt.curate.annotate.keep_freed_memory", lambda: loaded_before.append("itm_scorer" in vars(chosen))
+    )
+    annotate(make_run(tmp_path, num_shards=1), ALL, models=chosen)
+    assert loaded_before == [True]

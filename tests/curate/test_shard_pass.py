@@ -111,5 +111,12 @@ def test_decoders_leave_the_cores_to_the_model() -> None:
         list(run_lanes(items(10), [CaptionLane(Counting(batch_size=2, capacity=2))]))
         assert set(seen) == {1}
         assert torch.get_num_threads() == count_elsewhere() == 3
+        with pytest.raises(CapfiltError):
+            list(run_lanes(items(10), [CaptionLane(Counting(batch_size=2, capacity=0))]))
+        assert torch.get_num_threads() == count_elsewhere() == 3
+        left_early = run_lanes(items(10), [CaptionLane(Counting(batch_size=2, capacity=2))])
+        next(left_early)
+        del left_early
+        assert torch.get_num_threads() == count_elsewhere() == 3
     finally:
         torch.set_num_threads(here)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capfilt.models.clip import Clip
-from capfilt.models.convert_clip import clip_from_open_clip
+from capfilt.models.convert_clip import clip_from_open_clip, is_plain
 from capfilt.models.packed import PackedLinear, pack_linears
 
 END, CONTEXT = 99, 16
@@ -31,9 +31,8 @@ def build(*, quick_gelu: bool = False, vision: dict[str, Any] | None = None, tex
 
 
 def ours(model: Any) -> Clip:
-    clip = clip_from_open_clip(model)
-    assert clip is not None
-    return clip
+    assert is_plain(model)
+    return clip_from_open_clip(model)
 
 
 def padded(texts: list[list[int]]) -> torch.Tensor:
@@ -105,4 +104,4 @@ def test_an_image_is_embedded_the_same_among_any_others(packed: Clip) -> None:
     ],
 )
 def test_models_of_another_build_are_left_to_open_clip(vision: dict[str, Any], text: dict[str, Any]) -> None:
-    assert clip_from_open_clip(build(vision=vision, text=text)) is None
+    assert not is_plain(build(vision=vision, text=text))

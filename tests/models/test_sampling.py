@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinLengthLogitsProcessor,
@@ -181,15 +183,59 @@ def test_uniforms_depend_on_seed_key_and_index_alone() -> None:
     assert chi2.sf(((np.histogram(many, 64, (0, 1))[0] - 500) ** 2 / 500).sum(), 63) > 1e-4
 
 
-@pytest.mark.parametrize("decoding", ["nucleus", "top-k", "greedy"])
-@pytest.mark.parametrize("top_k", [0, 50])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_row_whose_logits_are_not_finite_has_no_token(decoding: str, top_k: int, value: float) -> None:
-    chosen = CaptionSettings(decoding=decoding, top_k=top_k or 400, num_captions=1)
-    if decoding == "nucleus":
-        chosen = CaptionSettings(decoding=decoding, top_k=top_k, num_captions=1)
+CHOICES = [
+    CaptionSettings(decoding="nucleus", top_k=0), CaptionSettings(decoding="nucleus", top_k=50, temperature=0.7),
+    CaptionSettings(decoding="top-k", top_k=50), CaptionSettings(decoding="top-k", top_k=0),
+    CaptionSettings(decoding="greedy", num_captions=1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", CHOICES, ids=lambda chosen: f"{chosen.decoding} {chosen.top_k}")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, "nothing but -inf"])
+def test_a_row_whose_logits_are_not_finite_has_no_token(chosen: CaptionSettings, value: float | str) -> None:
     logits, draws = draw_logits(7), torch.tensor([0.1, 0.5, 0.9, 0.99], dtype=torch.float64)
     expected = choose_tokens(logits.clone(), draws, chosen)
-    logits[2, 77] = value
+    if isinstance(value, float):
+        logits[2, 77] = value
+    else:
+        logits[2] = -torch.inf
     found = choose_tokens(logits, draws, chosen)
     assert found.tolist() == [*expected[:2].tolist(), -1, expected[3].item()]
+
+
+class Sorts(TorchDispatchMode):
+    """The longest rows that any sort or top-k inside puts in order, and the longest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest_sorted = self.longest_kept = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("sort", "argsort", "msort", "unique", "_unique2", "kthvalue"):
+            self.longest_sorted = max(self.longest_sorted, max(args[0].shape))
+        elif name == "topk":
+            self.longest_kept = max(self.longest_kept, args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(50, 1.0), (50, 0.9), (0, 0.9)])
+def test_nucleus_of_the_whole_vocabulary_is_found_without_sorting_it(top_k: int, top_p: float) -> None:
+    """Peaky logits, as a trained captioner has them; the result is that of a full sort."""
+    logits_RV = 3.0 * torch.randn(40, 30524, generator=torch.Generator().manual_seed(0))
+    peaks_R3 = torch.arange(40)[:, None] * 31 + torch.arange(3) * 7001
+    logits_RV.scatter_(1, peaks_R3, 20.0 + logits_RV.gather(1, peaks_R3))
+    with Sorts() as sorts:
+        ids_RK, weights_RK = candidates(logits_RV, top_k=top_k, top_p=top_p)
+    assert 0 < sorts.longest_sorted <= 256
+    assert 0 < sorts.longest_kept <= 256
+    probabilities = torch.zeros(logits_RV.shape, dtype=torch.float64).scatter(1, ids_RK, weights_RK)
+    values, order = logits_RV.double().sort(dim=1, descending=True, stable=True)
+    expected = (values - values[:, :1]).exp()
+    if top_k:
+        expected[values < values[:, top_k - 1 : top_k]] = 0.0
+    expected[(expected.cumsum(1) - expected) >= top_p * expected.sum(1, keepdim=True)] = 0.0
+    expected = torch.zeros_like(expected).scatter(1, order, expected)
+    assert torch.equal(probabilities > 0, expected > 0)
+    torch.testing.assert_close(probabilities, expected, rtol=1e-9, atol=0)
+    assert (expected > 0).sum(dim=1).unique().numel() > 1 or top_p == 1.0

@@ -1,0 +1,224 @@
+"""CLIP models as open_clip knows them: found, loaded, and run by our own towers where these compute the same.
+
+In: settings. Out: what embeds images and texts, the image transform, the tokenizer. UsageError names what cannot be had
+or does not fit.
+
+Legend: B images, C channels, H and W their sides, N texts, T tokens, E embedding.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capfilt.data.commit import file_sha256, fingerprint
+from capfilt.data.texts import first_line
+from capfilt.errors import UsageError
+from capfilt.models.clip import Clip
+from capfilt.models.packed import pack_linears
+from capfilt.settings import EMBEDDED, RankSettings
+from capfilt.weights.find import find_embedded, is_offline
+
+_DEFAULT_WEIGHTS = "openai"
+_PADDED_TEXTS_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
+_OPEN_CLIP_CONFIG, _OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+class ClipSource:
+    """What open_clip is asked for: a model's name (or `local-dir:`), weights, and the files behind them."""
+
+    def __init__(self, name: str, weights: str | None, files: list[Path], *, quick_gelu: bool = False) -> None:
+        self.name, self.weights, self.files, self.quick_gelu = name, weights, files, quick_gelu
+
+    def find_weights(self) -> Path | None:
+        """The file of the weights; None where it is open_clip's to choose one of several."""
+        files = [file for file in self.files if file.suffix in _WEIGHT_ENDINGS]
+        preferred = [file for file in files if file.name == _OPEN_CLIP_WEIGHTS]
+        return (preferred or files)[0] if preferred or len(files) == 1 else None
+
+    def digests(self) -> dict[str, str]:
+        """File → sha256; for a model that open_clip knows by name, also of its configuration."""
+        import open_clip
+
+        found = {file.name: file_sha256(file) for file in self.files}
+        if self.weights is not None:
+            config = open_clip.get_model_config(self.name) or {}
+            found[f"{self.name}.json"] = fingerprint(config | {"quick_gelu": self.quick_gelu})
+        return found
+
+
+def find_clip(settings: RankSettings) -> ClipSource:
+    """The folder, or the name and weights, that the settings mean."""
+    if settings.clip_model == EMBEDDED:
+        return _clip_folder(find_embedded("clip"))
+    for given in (settings.clip_weights, settings.clip_model):
+        if given and (Path(given).expanduser() / _OPEN_CLIP_CONFIG).is_file():
+            return _clip_folder(Path(given).expanduser())
+    import open_clip
+
+    name, weights = settings.clip_model, settings.clip_weights or _DEFAULT_WEIGHTS
+    if name not in open_clip.list_models():
+        raise UsageError(
+            f"open_clip has no model {name!r}, and it is no folder with {_OPEN_CLIP_CONFIG}. Give --clip-model "
+            f"one of open_clip's names (ViT-L-14, ViT-B-32, ...), a folder, or `{EMBEDDED}`."
+        )
+    path = Path(weights).expanduser()
+    if path.is_file():
+        if path.suffix not in _WEIGHT_ENDINGS:
+            raise UsageError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(_WEIGHT_ENDINGS)}.")
+        return ClipSource(name, str(path), [path])
+    return _clip_tag(name, weights)
+
+
+def _clip_folder(folder: Path) -> ClipSource:
+    files = sorted(
+        file for pattern in ("*.json", "*.txt", "*.safetensors", "*.bin", "*.pth") for file in folder.glob(pattern)
+    )
+    return ClipSource(f"local-dir:{folder}", None, files)
+
+
+def _clip_tag(name: str, tag: str) -> ClipSource:
+    """Weights that open_clip knows by a tag, from the cache or the network."""
+    import open_clip
+
+    known = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in known:
+        raise UsageError(
+            f"open_clip has no weights {tag!r} for {name}, and there is no such file. Give --clip-weights a "
+            f"file, or one of {', '.join(known) or '(none)'}."
+        )
+    entry = open_clip.get_pretrained_cfg(name, tag)
+    try:
+        if is_offline() and not entry.get("hf_hub"):
+            raise FileNotFoundError(f"its address {entry.get('url')} is not on the hub, and HF_HUB_OFFLINE is set")
+        file = Path(open_clip.download_pretrained(entry))
+    except (OSError, RuntimeError, ValueError) as error:
+        hub = str(entry.get("hf_hub", "")).rstrip("/")
+        raise UsageError(
+            f"The weights {tag!r} of {name} could not be had ({error}). Where there is a network, run "
+            f"`hf download {hub}`; without one, give --clip-weights the file or folder."
+        ) from error
+    # open_clip only warns when a tag was trained with QuickGELU and the model's name says otherwise, and then
+    # scores wrongly; OpenAI's weights under the plain names are such.
+    return ClipSource(name, tag, [file], quick_gelu=bool(entry.get("quick_gelu")))
+
+
+class OurTowers:
+    """OpenAI's CLIP by our own towers: texts are not padded."""
+
+    def __init__(self, clip: Clip, end_token_id: int | None) -> None:
+        self._clip, self._end = clip, end_token_id
+        self.embed_images: Callable[[Tensor], Tensor] = clip.embed_images
+
+    def embed_texts(self, tokens_NT: Tensor) -> Tensor:
+        """(N, T) token ids, padded → (N, E). A text ends where open_clip says: at its largest id, or the end token."""
+        ends_NT = tokens_NT if self._end is None else (tokens_NT == self._end).int()
+        texts = [row[: end + 1] for row, end in zip(tokens_NT.tolist(), ends_NT.argmax(dim=1).tolist(), strict=True)]
+        parts = [
+            self._clip.embed_texts(texts[start : start + _TEXTS_AT_ONCE])
+            for start in range(0, len(texts), _TEXTS_AT_ONCE)
+        ]
+        return torch.cat(parts)
+
+
+class OpenClipTowers:
+    """Any other model of open_clip, as it is."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model, self._device = model, device
+
+    def embed_images(self, images_BCHW: Tensor) -> Tensor:
+        return self._model.encode_image(images_BCHW, normalize=True)
+
+    def embed_texts(self, tokens_NT: Tensor) -> Tensor:
+        parts = [
+            self._model.encode_text(tokens_NT[start : start + _PADDED_TEXTS_AT_ONCE].to(self._device), normalize=True)
+            for start in range(0, len(tokens_NT), _PADDED_TEXTS_AT_ONCE)
+        ]
+        return torch.cat(parts)
+
+
+def load_clip(
+    source: ClipSource, device: torch.device, dtype: torch.dtype
+) -> tuple[OurTowers | OpenClipTowers, Any, Any]:
+    """The towers, ours where they compute what open_clip's do; the image transform; the tokenizer."""
+    import open_clip
+
+    from capfilt.models.convert_clip import clip_from_open_clip, is_plain
+
+    tokenizer = _try(source, lambda: open_clip.get_tokenizer(source.name))
+    empty = _build_empty(source)
+    if empty is None or not is_plain(empty[0]):
+        # open_clip knows which of its layers stay in float32.
+        options = {"precision": _PRECISIONS[dtype], "device": device, "require_pretrained": True}
+        model, _, transform = _try(source, lambda: _create(source, **options))
+        return OpenClipTowers(model.eval().requires_grad_(False), device), transform, tokenizer
+    model, transform = _with_weights(source, empty[0]), empty[1]
+    clip, end_token_id = clip_from_open_clip(model, dtype), model.text_eos_id if model.text_pool_type == "eos" else None
+    del empty, model  # they hold the plain weights
+    pack_linears(clip.to(device))
+    return OurTowers(clip, end_token_id), transform, tokenizer
+
+
+def _with_weights(source: ClipSource, empty: Any) -> Any:
+    """The model with its weights as the file holds them; no random ones are made before, where one file is meant."""
+    weights = source.find_weights()
+    if weights is None:
+        return _try(source, lambda: _create(source, precision="fp32", require_pretrained=True))[0]
+    _try(source, lambda: _fill(empty, weights))
+    return empty
+
+
+def _build_empty(source: ClipSource) -> tuple[Any, Any] | None:
+    """open_clip's model on torch's meta device, and its image transform; None where it cannot be built there."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip's, that the model has no weights
+    try:
+        with torch.device("meta"):
+            model, _, transform = _create(source, precision="fp32", device="meta", load_weights=False)
+    except Exception:  # whatever other libraries' models raise; where it is a fault, the usual way names it
+        return None
+    finally:
+        logging.disable(before)
+    return model, transform
+
+
+def _fill(model: Any, weights: Path) -> None:
+    """Give an empty model the weights of a file."""
+    import open_clip
+
+    model.load_state_dict = functools.partial(model.load_state_dict, assign=True)
+    try:
+        open_clip.load_checkpoint(model, str(weights))
+    finally:
+        del model.load_state_dict  # by which the model would hold itself
+
+
+def _create(source: ClipSource, **options: Any) -> Any:
+    import open_clip
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return open_clip.create_model_and_transforms(
+            source.name, pretrained=source.weights, force_quick_gelu=source.quick_gelu, pretrained_text=False, **options
+        )
+
+
+def _try(source: ClipSource, load: Callable[[], Any]) -> Any:
+    """What `load` gives. Raises UsageError, naming the source, for whatever open_clip and torch raise."""
+    try:
+        return load()
+    except Exception as error:
+        raise UsageError(
+            f"open_clip cannot load {source.name} {source.weights or ''} ({first_line(error)}). Give --clip-model and "
+            "--clip-weights that belong together."
+        ) from error
