@@ -14,6 +14,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -155,6 +156,11 @@ def plain_script(case: Case) -> Pass:
         return rows
 
     return work
+
+
+def plain_script_one_by_one(case: Case) -> Pass:
+    """The same, one picture at a time."""
+    return plain_script(replace(case, batch_size=1))
 
 
 def _by_image(texts: Sequence[str]) -> Iterator[Sequence[str]]:

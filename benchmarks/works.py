@@ -17,6 +17,7 @@ SIDES: dict[str, dict[str, Callable[[Case], Pass]]] = {
     "clip": {"capfilt": sides.our_clip, "open_clip": sides.open_clip_scores},
     "run": {
         "capfilt": curation.OurRun, "script": curation.plain_script, "models alone": curation.our_models_alone,
+        "script, one by one": curation.plain_script_one_by_one,
     },
 }  # fmt: skip
 """Work → side → what builds it."""

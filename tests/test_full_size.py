@@ -26,7 +26,7 @@ from capfilt.curate.pictures import normalise, to_square
 from capfilt.curate.scorers import ClipScorer
 from capfilt.errors import UsageError
 from capfilt.models import decoding
-from capfilt.models.clip import Clip
+from capfilt.models.clip import ClipImageTower, ClipTextTower
 from capfilt.models.convert_blip import (
     Kind,
     from_transformers,
@@ -150,15 +150,15 @@ def draw_batches(number: int, num_pictures: int) -> list[list[int]]:
     return [generator.integers(0, num_pictures, size).tolist() for size in sizes]
 
 
-def record_features(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Tensor]:
-    """What a method of `Clip` gives, call by call."""
-    method, given = getattr(Clip, name), []
+def record_features(monkeypatch: pytest.MonkeyPatch, tower: type[ClipImageTower] | type[ClipTextTower]) -> list[Tensor]:
+    """What towers of a kind give, call by call."""
+    method, given = tower.forward, []
 
-    def record(clip: Clip, *args: Any) -> Tensor:
-        given.append(method(clip, *args))
+    def record(self: Any, *args: Any) -> Tensor:
+        given.append(method(self, *args))
         return given[-1]
 
-    monkeypatch.setattr(Clip, name, record)
+    monkeypatch.setattr(tower, "forward", record)
     return given
 
 
@@ -188,7 +188,7 @@ def test_clip_gives_the_features_and_scores_of_open_clip_in_any_batch(
     del reference
     release()
 
-    images_of, texts_of = record_features(monkeypatch, "embed_images"), record_features(monkeypatch, "embed_texts")
+    images_of, texts_of = record_features(monkeypatch, ClipImageTower), record_features(monkeypatch, ClipTextTower)
     scorer = ClipScorer(RankSettings(clip_model=name, clip_weights=str(path), device="cpu", dtype="float32"))
     release()
     path.unlink()

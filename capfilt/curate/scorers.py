@@ -106,7 +106,7 @@ class ItmScorer:
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         pack_linears(self._model)
         self.vision, self.vision_digest = loaded.model.vision, loaded.vision_digest
-        self._preparation = loaded.preparation
+        self.preparation = loaded.preparation
         config = loaded.model.encoder.config
         is_enc = settings.first_token == "enc"
         self._first_token_id = config.enc_token_id if is_enc else self._tokenizer.cls_token_id
@@ -124,12 +124,12 @@ class ItmScorer:
 
     def prepare(self, image: Image) -> Tensor:
         """An RGB picture as the model wants it, not yet normalised: uint8 (3, S, S)."""
-        return pinned(to_square(image, self._preparation), self.device)
+        return pinned(to_square(image, self.preparation), self.device)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Tensor]) -> Tensor:
         """Image features (B, P + 1, D) of pictures from `prepare`."""
-        return self.vision(normalise(images, self._preparation, self.vision.class_embedding))
+        return self.vision(normalise(images, self.preparation, self.vision.class_embedding))
 
     def score(self, images: Sequence[Tensor], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """softmax(ITM logits)[1] in [0, 1]. Texts are prepared as in BLIP's training (`clean_caption`)."""

@@ -87,6 +87,8 @@ class Lane(ABC):
         self.was_halved = False
         self.prepare: Callable[[Any], Any] | None = model.prepare
         """An RGB picture as the model wants it; called in a decoding thread. None where it needs no picture."""
+        self.preparation = getattr(model, "preparation", None)
+        """What `prepare` does, where lanes that do the same are to share the prepared picture."""
 
     @abstractmethod
     def work(self, items: Sequence[Item], /) -> None:
@@ -284,4 +286,10 @@ def _prepare(item: Item, lanes: Sequence[Lane]) -> None:
     except ImageRefused as refused:
         item.fail(lanes[0].stage, refused.reason, refused.detail)
         return
-    item.prepared = {lane.stage: lane.prepare(image) for lane in lanes if lane.prepare is not None}
+    done: dict[Any, Any] = {}
+    for lane in lanes:
+        if lane.prepare is not None:
+            same = lane.stage if lane.preparation is None else lane.preparation
+            if same not in done:
+                done[same] = lane.prepare(image)
+            item.prepared[lane.stage] = done[same]

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 from capfilt.models.packed import multiplies_bfloat16
 
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values, each (B, H, S, d)."""
+
 _SCORES_AT_ONCE = 1 << 22
 """Of a product: 8 MiB in bfloat16, which stay in the cache of a server's processor."""
 

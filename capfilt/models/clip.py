@@ -100,23 +100,30 @@ def _attend_in_texts(states_NTE: Tensor, num_heads: int) -> Tensor:
     return attend_backwards(padded, num_heads)[:, :length]
 
 
-class Clip(nn.Module):
-    """Image tower, text tower, and the projections into their common space."""
+class ClipImageTower(nn.Module):
+    """Image encoder and its projection into the common space."""
 
-    def __init__(self, vision: ViTConfig, text: ClipTextConfig, embed_dim: int) -> None:
+    def __init__(self, config: ViTConfig, embed_dim: int) -> None:
         super().__init__()
-        self.vision = VisionTransformer(vision)
-        self.text = ClipText(text)
-        self.vision_projection = nn.Linear(vision.width, embed_dim, bias=False)
-        self.text_projection = nn.Linear(text.width, embed_dim, bias=False)
+        self.vision = VisionTransformer(config)
+        self.projection = nn.Linear(config.width, embed_dim, bias=False)
 
-    def embed_images(self, images_BCHW: Tensor) -> Tensor:
+    def forward(self, images_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) normalised → (B, E) of unit length."""
-        return _project(self.vision_projection, self.vision(images_BCHW)[:, 0])
+        return _project(self.projection, self.vision(images_BCHW)[:, 0])
 
-    def embed_texts(self, texts: Sequence[Sequence[int]]) -> Tensor:
+
+class ClipTextTower(nn.Module):
+    """Text encoder and its projection into the common space."""
+
+    def __init__(self, config: ClipTextConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.text = ClipText(config)
+        self.projection = nn.Linear(config.width, embed_dim, bias=False)
+
+    def forward(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """N texts as token ids, their first and last tokens included → (N, E) of unit length."""
-        return _project(self.text_projection, self.text(texts))
+        return _project(self.projection, self.text(texts))
 
 
 def _project(projection: nn.Module, features_ND: Tensor) -> Tensor:

@@ -1,78 +1,87 @@
-"""open_clip's CLIP to ours, for scoring.
+"""open_clip's CLIP to ours, for scoring, tower by tower.
 
-In: a model as open_clip built and loaded it. Out: ours with the same weights in the precision asked for. Not all models
-can be ours: some are built otherwise than OpenAI's CLIP (other image encoders, texts that look both ways, other
-pooling).
+In: a model as open_clip built and loaded it. Out: our image or text tower with the same weights in the precision asked
+for. Not all towers can be ours: some are built otherwise than OpenAI's (other image encoders, texts that look both
+ways, other pooling).
 
 QuickGELU, x·sigmoid(1.702·x), becomes SiLU: the layer before is scaled by 1.702, the layer after by its inverse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import open_clip
 import torch
 from open_clip import transformer as layers
 from torch import Tensor, nn
 
-from capfilt.models.clip import Clip, ClipTextConfig
+from capfilt.models.clip import ClipImageTower, ClipTextConfig, ClipTextTower
 from capfilt.models.packed import Activation
 from capfilt.models.vit import ViTConfig
 
 QUICK_GELU_SCALE = 1.702
 
+_Tower = TypeVar("_Tower", ClipImageTower, ClipTextTower)
 
-def clip_from_open_clip(model: Any, dtype: torch.dtype = torch.float32) -> Clip:
-    """Ours, in eval mode, of a model that `is_plain`. Weights are copied, and brought to the dtype, one by one."""
+
+def image_tower_from_open_clip(model: Any, dtype: torch.dtype = torch.float32) -> ClipImageTower:
+    """Ours, in eval mode, of a model that `has_plain_image_tower`. Weights are copied, to the dtype, one by one."""
     visual = model.visual
-    vision_blocks, text_blocks = list(visual.transformer.resblocks), list(model.transformer.resblocks)
+    config = ViTConfig(
+        image_size_px=visual.image_size[0], patch_size_px=visual.patch_size[0], norm_first=True,
+        **_sizes(visual.transformer.resblocks),
+    )  # fmt: skip
     with torch.device("meta"):
-        clip = Clip(
-            ViTConfig(
-                image_size_px=visual.image_size[0], patch_size_px=visual.patch_size[0], norm_first=True,
-                **_sizes(vision_blocks),
-            ),
-            ClipTextConfig(
-                vocab_size=model.token_embedding.num_embeddings, max_positions=len(model.positional_embedding),
-                **_sizes(text_blocks),
-            ),
-            embed_dim=visual.proj.shape[1],
-        )  # fmt: skip
-    weights = _weights_of(model, vision_blocks, text_blocks)
+        tower = ClipImageTower(config, visual.proj.shape[1])
+    return _filled(tower, _image_weights(visual), dtype)
+
+
+def text_tower_from_open_clip(model: Any, dtype: torch.dtype = torch.float32) -> ClipTextTower:
+    """Ours, in eval mode, of a model that `has_plain_text_tower`. Weights are copied, to the dtype, one by one."""
+    config = ClipTextConfig(
+        vocab_size=model.token_embedding.num_embeddings, max_positions=len(model.positional_embedding),
+        **_sizes(model.transformer.resblocks),
+    )  # fmt: skip
+    with torch.device("meta"):
+        tower = ClipTextTower(config, _matrix(model.text_projection).shape[1])
+    return _filled(tower, _text_weights(model), dtype)
+
+
+def _filled(tower: _Tower, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> _Tower:
     state = {name: value.detach().to(dtype, copy=True).contiguous() for name, value in weights}
-    clip.load_state_dict(state, assign=True)
-    return clip.eval().requires_grad_(False)
+    tower.load_state_dict(state, assign=True)
+    return tower.eval().requires_grad_(False)
 
 
-def _weights_of(model: Any, vision_blocks: list[Any], text_blocks: list[Any]) -> Iterator[tuple[str, Tensor]]:
+def _image_weights(visual: Any) -> Iterator[tuple[str, Tensor]]:
     """Our names and their weights, each made when it is asked for."""
-    visual = model.visual
     yield "vision.patch_embedding.weight", visual.conv1.weight
     yield "vision.patch_embedding.bias", visual.conv1.weight.new_zeros(len(visual.conv1.weight))
     yield "vision.class_embedding", visual.class_embedding[None, None]
     yield "vision.position_embedding", visual.positional_embedding[None]
     yield from _of("vision.first_norm", visual.ln_pre)
     yield from _of("vision.norm", visual.ln_post)
-    yield from _blocks_of("vision.blocks", vision_blocks)
-    yield "vision_projection.weight", visual.proj.T
+    yield from _blocks_of("vision.blocks", visual.transformer.resblocks)
+    yield "projection.weight", visual.proj.T
+
+
+def _text_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     yield "text.token_embedding.weight", model.token_embedding.weight
     yield "text.position_embedding", model.positional_embedding
     yield from _of("text.norm", model.ln_final)
-    yield from _blocks_of("text.blocks", text_blocks)
-    yield "text_projection.weight", _matrix(model.text_projection).T
+    yield from _blocks_of("text.blocks", model.transformer.resblocks)
+    yield "projection.weight", _matrix(model.text_projection).T
 
 
-def is_plain(model: Any) -> bool:
-    """Whether our towers compute what the model computes; its weights are not looked at."""
-    return type(model) is open_clip.CLIP and _is_plain_vision(model.visual) and _is_plain_text(model)
-
-
-def _is_plain_vision(visual: Any) -> bool:
+def has_plain_image_tower(model: Any) -> bool:
+    """Whether our image tower computes what the model's does; its weights are not looked at."""
+    if type(model) is not open_clip.CLIP or type(model.visual) is not layers.VisionTransformer:
+        return False
+    visual = model.visual
     return (
-        type(visual) is layers.VisionTransformer
-        and visual.attn_pool is None
+        visual.attn_pool is None
         and visual.pool_type == "tok"
         and not visual.final_ln_after_pool
         and isinstance(visual.ln_pre, nn.LayerNorm)
@@ -84,22 +93,24 @@ def _is_plain_vision(visual: Any) -> bool:
     )
 
 
+def has_plain_text_tower(model: Any) -> bool:
+    """Whether our text tower computes what the model's does; its weights are not looked at."""
+    return (
+        type(model) is open_clip.CLIP
+        and model.attn_mask is not None
+        and model.text_pool_type in ("argmax", "eos")
+        and model.text_projection is not None
+        and getattr(model.text_projection, "bias", None) is None
+        and _are_plain(model.transformer.resblocks)
+    )
+
+
 def _is_square(size: Any) -> bool:
     return size[0] == size[1]
 
 
 def _cuts_evenly(size: Any, patch: Any) -> bool:
     return size[0] % patch[0] == 0
-
-
-def _is_plain_text(model: Any) -> bool:
-    return (
-        model.attn_mask is not None
-        and model.text_pool_type in ("argmax", "eos")
-        and model.text_projection is not None
-        and getattr(model.text_projection, "bias", None) is None
-        and _are_plain(model.transformer.resblocks)
-    )
 
 
 def _are_plain(blocks: Any) -> bool:
@@ -119,7 +130,7 @@ def _is_known(activation: Any) -> bool:
     return isinstance(activation, nn.GELU) and activation.approximate == "none"
 
 
-def _sizes(blocks: list[Any]) -> dict[str, Any]:
+def _sizes(blocks: Any) -> dict[str, Any]:
     first = blocks[0]
     mlp_width, width = first.mlp.c_fc.weight.shape
     activation: Activation = "silu" if isinstance(first.mlp.gelu, layers.QuickGELU) else "gelu"
@@ -134,7 +145,7 @@ def _of(name: str, module: Any, scale: float = 1.0) -> Iterator[tuple[str, Tenso
     yield f"{name}.bias", _scaled(module.bias, scale)
 
 
-def _blocks_of(name: str, blocks: list[Any]) -> Iterator[tuple[str, Tensor]]:
+def _blocks_of(name: str, blocks: Any) -> Iterator[tuple[str, Tensor]]:
     for number, block in enumerate(blocks):
         scale = QUICK_GELU_SCALE if isinstance(block.mlp.gelu, layers.QuickGELU) else 1.0
         own = f"{name}.{number}"

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from capfilt.models.med import Filter, TextGroup, TextLayout
+from capfilt.models.med import Filter
 from capfilt.models.rows import filled
+from capfilt.models.text_layout import TextGroup, TextLayout
 
 _TOKENS_MULTIPLE = 8
 

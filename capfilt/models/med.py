@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capfilt.models.attention import attend, gains_by_products
+from capfilt.models.attention import KeyValue, attend, gains_by_products
+from capfilt.models.layer_cache import LayerCache, StaticLayerCache
 from capfilt.models.packed import activated
+from capfilt.models.text_layout import TextGroup, TextLayout
 from capfilt.models.vit import VisionTransformer, ViTConfig, count_encoder_bytes, initialise
-
-KeyValue = tuple[Tensor, Tensor]
-"""Keys and values, each (B, H, S, D / H)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,50 +78,6 @@ def count_row_bytes(config: MEDConfig, max_length: int, element_size: int) -> in
     Sampling works on a few candidates in float64, but on all tokens where neither top_k nor top_p leaves any out.
     """
     return 2 * config.depth * max_length * config.width * element_size + (4 * 4 + 3 * 8) * config.vocab_size
-
-
-class TextLayout:
-    """Which rows of text belong to which image, where images have different numbers of texts.
-
-    Queries go to the image's attention in a (B, N) grid of slots, N being the largest number of texts of an
-    image; idle slots repeat a row. With few tokens there are more slots, for `_MIN_QUERIES`.
-    """
-
-    def __init__(self, image_of_row: Tensor, *, num_images: int, num_tokens: int) -> None:
-        """`image_of_row` (R,): each row's image, 0 to num_images - 1; every row has `num_tokens` tokens."""
-        counts = torch.bincount(image_of_row, minlength=num_images)
-        self.num_images, self.num_tokens = num_images, num_tokens
-        self.num_slots = max(int(counts.max()), -(-_MIN_QUERIES // num_tokens))
-        order = torch.argsort(image_of_row, stable=True)
-        first = (counts.cumsum(0) - counts)[image_of_row[order]]
-        slot = torch.empty_like(order)
-        slot[order] = image_of_row[order] * self.num_slots + torch.arange(len(order), device=order.device) - first
-        self.slot_of_row = slot
-        self.row_of_slot = slot.new_zeros(num_images * self.num_slots)
-        self.row_of_slot[slot] = torch.arange(len(slot), device=slot.device)
-
-    def by_image(self, query_RTD: Tensor) -> Tensor:
-        """(R, T, D) → (B, N·T, D)."""
-        return query_RTD[self.row_of_slot].reshape(self.num_images, -1, query_RTD.shape[2])
-
-    def by_row(self, attended_BQD: Tensor) -> Tensor:
-        """(B, N·T, D) → (R, T, D)."""
-        return attended_BQD.reshape(-1, self.num_tokens, attended_BQD.shape[2])[self.slot_of_row]
-
-
-@dataclass(frozen=True)
-class TextGroup:
-    """Texts of one padded length, each of one of several images."""
-
-    tokens: Tensor
-    """(R, T) ids, R texts."""
-    mask: Tensor
-    """(R, T), True at tokens, False at padding."""
-    layout: TextLayout
-
-
-_MIN_QUERIES = 4
-"""Below four queries torch's CPU attention rounds differently, and a text would depend on its neighbours."""
 
 
 class Attention(nn.Module):
@@ -241,56 +196,6 @@ class TextLayer(nn.Module):
         return self.cross_attention(query, image).view_as(hidden_BTD)
 
 
-class LayerCache:
-    """Self-attention keys and values of the tokens so far, in one preallocated buffer per layer."""
-
-    def __init__(self, rows: int, config: MEDConfig, max_length: int, like: Tensor) -> None:
-        shape = (rows, config.num_heads, max_length, config.width // config.num_heads)
-        self.key, self.value, self.length = like.new_empty(shape), like.new_empty(shape), 0
-
-    def next_positions(self, num_tokens: int) -> Tensor:
-        """Positions (T,) of the tokens that come next."""
-        assert num_tokens == 1 or not self.length, "more than one token at a time only into an empty cache"
-        return torch.arange(self.length, self.length + num_tokens, device=self.key.device)
-
-    def append(self, key_value: KeyValue) -> KeyValue:
-        """Store the keys and values of new tokens; return those of all tokens so far."""
-        end = self.length + key_value[0].shape[2]
-        self.key[:, :, self.length : end], self.value[:, :, self.length : end] = key_value
-        self.length = end
-        return self.key[:, :, :end], self.value[:, :, :end]
-
-    def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on."""
-        self.length = length
-
-    def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) the given rows, in this order."""
-        self.key, self.value = self.key[rows], self.value[rows]
-
-
-class StaticLayerCache:
-    """The same for one token at a time with shapes that do not change: what is not written yet must be masked.
-
-    `position` (1,) is where the next token goes; it may be shared by layers, and whoever holds it counts it up.
-    """
-
-    def __init__(self, rows: int, config: MEDConfig, max_length: int, like: Tensor, position: Tensor) -> None:
-        shape = (rows, config.num_heads, max_length, config.width // config.num_heads)
-        self.key, self.value, self.position = like.new_zeros(shape), like.new_zeros(shape), position
-
-    def next_positions(self, num_tokens: int) -> Tensor:
-        """The position of the next token."""
-        assert num_tokens == 1, "one token at a time"
-        return self.position
-
-    def append(self, key_value: KeyValue) -> KeyValue:
-        """Store the keys and values of the next token; return the whole buffers."""
-        self.key.index_copy_(2, self.position, key_value[0])
-        self.value.index_copy_(2, self.position, key_value[1])
-        return self.key, self.value
-
-
 class TextTransformer(nn.Module):
     """Text encoder or decoder of MED."""
 
@@ -311,8 +216,12 @@ class TextTransformer(nn.Module):
 
     def new_cache(self, rows: int, max_length: int) -> list[LayerCache]:
         """An empty self-attention cache for `rows` texts of at most `max_length` tokens."""
-        like = self.word_embedding.weight
-        return [LayerCache(rows, self.config, max_length, like) for _ in self.layers]
+        shape, like = self.cache_shape(rows, max_length), self.word_embedding.weight
+        return [LayerCache(shape, like) for _ in self.layers]
+
+    def cache_shape(self, rows: int, max_length: int) -> tuple[int, ...]:
+        """Of a layer's keys, and of its values: (rows, H, max_length, d)."""
+        return rows, self.config.num_heads, max_length, self.config.width // self.config.num_heads
 
     def forward(
         self,

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from capfilt.models.med import Captioner, TextLayout
+from capfilt.models.med import Captioner
+from capfilt.models.text_layout import TextLayout
 
 _ROWS_MULTIPLE = 4
 

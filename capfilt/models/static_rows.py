@@ -16,7 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from capfilt.models.med import Captioner, KeyValue, LayerCache, StaticLayerCache
+from capfilt.models.attention import KeyValue
+from capfilt.models.layer_cache import LayerCache, StaticLayerCache
+from capfilt.models.med import Captioner
 from capfilt.models.rows import Rows
 
 
@@ -33,9 +35,8 @@ class DecodingStep:
         self._image = [(torch.zeros_like(key), torch.zeros_like(value)) for key, value in image]
         self._places_L = torch.arange(max_length, device=like.device)
         self._position_1 = self._places_L.new_zeros(1)
-        self.cache = [
-            StaticLayerCache(num_rows, config, max_length, like, self._position_1) for _ in model.decoder.layers
-        ]
+        shape = model.decoder.cache_shape(num_rows, max_length)
+        self.cache = [StaticLayerCache(shape, like, self._position_1) for _ in model.decoder.layers]
         self._tokens_R = self._places_L.new_zeros(num_rows)
         self.logits_RV = torch.zeros(num_rows, config.vocab_size, device=like.device)
         self._graph: torch.cuda.CUDAGraph | None = None

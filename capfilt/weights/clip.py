@@ -12,8 +12,9 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from torch import Tensor
 from capfilt.data.commit import file_sha256, fingerprint
 from capfilt.data.texts import first_line
 from capfilt.errors import UsageError
-from capfilt.models.clip import Clip
+from capfilt.models.clip import ClipImageTower, ClipTextTower
 from capfilt.models.packed import pack_linears
 from capfilt.settings import EMBEDDED, RankSettings
 from capfilt.weights.find import find_embedded, is_offline
+
+_Tower = TypeVar("_Tower", ClipImageTower, ClipTextTower)
 
 _DEFAULT_WEIGHTS = "openai"
 _PADDED_TEXTS_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
@@ -112,61 +115,78 @@ def _clip_tag(name: str, tag: str) -> ClipSource:
     return ClipSource(name, tag, [file], quick_gelu=bool(entry.get("quick_gelu")))
 
 
-class OurTowers:
-    """OpenAI's CLIP by our own towers: texts are not padded."""
+class UnpaddedTexts:
+    """Texts by our own tower, none of them padded."""
 
-    def __init__(self, clip: Clip, end_token_id: int | None) -> None:
-        self._clip, self._end = clip, end_token_id
-        self.embed_images: Callable[[Tensor], Tensor] = clip.embed_images
+    def __init__(self, tower: ClipTextTower, end_token_id: int | None) -> None:
+        self._tower, self._end = tower, end_token_id
 
-    def embed_texts(self, tokens_NT: Tensor) -> Tensor:
+    def __call__(self, tokens_NT: Tensor) -> Tensor:
         """(N, T) token ids, padded → (N, E). A text ends where open_clip says: at its largest id, or the end token."""
         ends_NT = tokens_NT if self._end is None else (tokens_NT == self._end).int()
         texts = [row[: end + 1] for row, end in zip(tokens_NT.tolist(), ends_NT.argmax(dim=1).tolist(), strict=True)]
-        parts = [
-            self._clip.embed_texts(texts[start : start + _TEXTS_AT_ONCE])
-            for start in range(0, len(texts), _TEXTS_AT_ONCE)
-        ]
-        return torch.cat(parts)
+        return torch.cat([
+            self._tower(texts[start : start + _TEXTS_AT_ONCE]) for start in range(0, len(texts), _TEXTS_AT_ONCE)
+        ])  # fmt: skip
 
 
-class OpenClipTowers:
-    """Any other model of open_clip, as it is."""
+class PaddedTexts:
+    """Texts by any other model of open_clip, as it is."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
 
-    def embed_images(self, images_BCHW: Tensor) -> Tensor:
-        return self._model.encode_image(images_BCHW, normalize=True)
-
-    def embed_texts(self, tokens_NT: Tensor) -> Tensor:
-        parts = [
-            self._model.encode_text(tokens_NT[start : start + _PADDED_TEXTS_AT_ONCE].to(self._device), normalize=True)
-            for start in range(0, len(tokens_NT), _PADDED_TEXTS_AT_ONCE)
-        ]
-        return torch.cat(parts)
+    def __call__(self, tokens_NT: Tensor) -> Tensor:
+        """(N, T) token ids, padded → (N, E)."""
+        return torch.cat([
+            self._model.encode_text(part_NT.to(self._device), normalize=True)
+            for part_NT in tokens_NT.split(_PADDED_TEXTS_AT_ONCE)
+        ])  # fmt: skip
 
 
-def load_clip(
-    source: ClipSource, device: torch.device, dtype: torch.dtype
-) -> tuple[OurTowers | OpenClipTowers, Any, Any]:
-    """The towers, ours where they compute what open_clip's do; the image transform; the tokenizer."""
+@dataclass(frozen=True)
+class Towers:
+    """What embeds images and texts; each tower is ours where it computes what open_clip's does."""
+
+    embed_images: Callable[[Tensor], Tensor]
+    """(B, 3, H, W) normalised → (B, E) of unit length."""
+    embed_texts: UnpaddedTexts | PaddedTexts
+    """(N, T) token ids, padded → (N, E) of unit length."""
+
+
+def load_clip(source: ClipSource, device: torch.device, dtype: torch.dtype) -> tuple[Towers, Any, Any]:
+    """The towers, the image transform, the tokenizer."""
     import open_clip
 
-    from capfilt.models.convert_clip import clip_from_open_clip, is_plain
+    from capfilt.models import convert_clip as convert
 
     tokenizer = _try(source, lambda: open_clip.get_tokenizer(source.name))
     empty = _build_empty(source)
-    if empty is None or not is_plain(empty[0]):
+    has_our_images = empty is not None and convert.has_plain_image_tower(empty[0])
+    has_our_texts = empty is not None and convert.has_plain_text_tower(empty[0])
+    if empty is not None and has_our_images and has_our_texts:
+        model, transform = _with_weights(source, empty[0]), empty[1]
+    else:
         # open_clip knows which of its layers stay in float32.
         options = {"precision": _PRECISIONS[dtype], "device": device, "require_pretrained": True}
         model, _, transform = _try(source, lambda: _create(source, **options))
-        return OpenClipTowers(model.eval().requires_grad_(False), device), transform, tokenizer
-    model, transform = _with_weights(source, empty[0]), empty[1]
-    clip, end_token_id = clip_from_open_clip(model, dtype), model.text_eos_id if model.text_pool_type == "eos" else None
-    del empty, model  # they hold the plain weights
-    pack_linears(clip.to(device))
-    return OurTowers(clip, end_token_id), transform, tokenizer
+        model.eval().requires_grad_(False)
+    del empty  # what is left of it, or of `model` below, would hold the plain weights
+    images: Callable[[Tensor], Tensor] = functools.partial(model.encode_image, normalize=True)
+    texts: UnpaddedTexts | PaddedTexts = PaddedTexts(model, device)
+    if has_our_images:
+        images = _packed(convert.image_tower_from_open_clip(model, dtype), device)
+        del model.visual
+    if has_our_texts:
+        end_token_id = model.text_eos_id if model.text_pool_type == "eos" else None
+        texts = UnpaddedTexts(_packed(convert.text_tower_from_open_clip(model, dtype), device), end_token_id)
+        del model.transformer, model.token_embedding
+    return Towers(images, texts), transform, tokenizer
+
+
+def _packed(tower: _Tower, device: torch.device) -> _Tower:
+    pack_linears(tower.to(device))
+    return tower
 
 
 def _with_weights(source: ClipSource, empty: Any) -> Any:

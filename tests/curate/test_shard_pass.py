@@ -11,6 +11,7 @@ import torch
 
 from capfilt.curate.shard_pass import CaptionLane, ClipLane, Item, run_lanes
 from capfilt.errors import CapfiltError
+from capfilt.weights.model_files import ImagePreparation
 from tests.curate.small_runs import encode_picture
 
 PICTURE = encode_picture(0)
@@ -120,3 +121,30 @@ def test_decoders_leave_the_cores_to_the_model() -> None:
         assert torch.get_num_threads() == count_elsewhere() == 3
     finally:
         torch.set_num_threads(here)
+
+
+def test_a_picture_is_prepared_once_for_models_that_want_the_same() -> None:
+    """The third prepares otherwise, the fourth does not say how it prepares."""
+
+    class Preparing(SmallDevice):
+        def __init__(self, preparation: ImagePreparation | None) -> None:
+            super().__init__(batch_size=2, capacity=2)
+            self.preparation, self.num_prepared = preparation, 0
+
+        def prepare(self, image: Any) -> Any:
+            self.num_prepared += 1
+            return (self.preparation, image.size)
+
+        def score(self, images: Sequence[Any], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+            assert images == [(self.preparation, (48, 40))] * len(texts)
+            return super().score(images, texts)
+
+    models = [Preparing(preparation) for preparation in (ImagePreparation(32), None, ImagePreparation(48))]
+    also = Preparing(ImagePreparation(32))
+    lanes = [CaptionLane(models[0]), *(ClipLane(model, include_web=False) for model in (*models[1:], also))]
+    for number, lane in enumerate(lanes):
+        lane.stage = f"stage {number}"
+    found = list(run_lanes(items(3), lanes))
+    assert [item.failure for item in found] == [None] * 3
+    assert [model.num_prepared for model in models] == [3, 3, 3]
+    assert also.num_prepared == 0

@@ -10,8 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capfilt.models.clip import Clip
-from capfilt.models.convert_clip import clip_from_open_clip, is_plain
+from capfilt.models.clip import ClipImageTower, ClipTextTower
+from capfilt.models.convert_clip import (
+    has_plain_image_tower,
+    has_plain_text_tower,
+    image_tower_from_open_clip,
+    text_tower_from_open_clip,
+)
 from capfilt.models.packed import PackedLinear, pack_linears
 
 END, CONTEXT = 99, 16
@@ -30,9 +35,13 @@ def build(*, quick_gelu: bool = False, vision: dict[str, Any] | None = None, tex
     return model.requires_grad_(False)
 
 
-def ours(model: Any) -> Clip:
-    assert is_plain(model)
-    return clip_from_open_clip(model)
+Towers = tuple[ClipImageTower, ClipTextTower]
+
+
+def ours(model: Any) -> Towers:
+    assert has_plain_image_tower(model)
+    assert has_plain_text_tower(model)
+    return image_tower_from_open_clip(model), text_tower_from_open_clip(model)
 
 
 def padded(texts: list[list[int]]) -> torch.Tensor:
@@ -53,20 +62,22 @@ def test_embeddings_are_those_of_open_clip(quick_gelu: bool, text: dict[str, Any
     expected_images, expected_texts = model.encode_image(images, normalize=True), model.encode_text(padded(texts), True)
     assert expected_images.std(dim=0).mean() > 0.01
     assert expected_texts.std(dim=0).mean() > 0.01
-    clip = ours(model)
+    image_tower, text_tower = ours(model)
     for _ in range(2):
-        torch.testing.assert_close(clip.embed_images(images), expected_images, atol=1e-5, rtol=0)
-        torch.testing.assert_close(clip.embed_texts(texts), expected_texts, atol=1e-5, rtol=0)
-        pack_linears(clip)
+        torch.testing.assert_close(image_tower(images), expected_images, atol=1e-5, rtol=0)
+        torch.testing.assert_close(text_tower(texts), expected_texts, atol=1e-5, rtol=0)
+        pack_linears(image_tower)
+        pack_linears(text_tower)
 
 
 @pytest.fixture(scope="module")
-def packed() -> Clip:
-    clip = ours(build(quick_gelu=True))
-    pack_linears(clip)
-    if not isinstance(clip.text_projection, PackedLinear):
-        pytest.skip("this CPU or torch has no packed layers")
-    return clip
+def packed() -> Towers:
+    towers = ours(build(quick_gelu=True))
+    for tower in towers:
+        pack_linears(tower)
+        if not isinstance(tower.projection, PackedLinear):
+            pytest.skip("this CPU or torch has no packed layers")
+    return towers
 
 
 ALL_TEXTS = draw_texts(60)
@@ -74,16 +85,18 @@ ALL_TEXTS = draw_texts(60)
 
 @settings(max_examples=50, deadline=None)
 @given(chosen=st.lists(st.integers(0, len(ALL_TEXTS) - 1), min_size=1, max_size=30))
-def test_a_text_is_embedded_the_same_among_any_others(packed: Clip, chosen: list[int]) -> None:
-    whole = packed.embed_texts(ALL_TEXTS)
-    assert torch.equal(packed.embed_texts([ALL_TEXTS[number] for number in chosen]), whole[chosen])
+def test_a_text_is_embedded_the_same_among_any_others(packed: Towers, chosen: list[int]) -> None:
+    text_tower = packed[1]
+    whole = text_tower(ALL_TEXTS)
+    assert torch.equal(text_tower([ALL_TEXTS[number] for number in chosen]), whole[chosen])
 
 
-def test_an_image_is_embedded_the_same_among_any_others(packed: Clip) -> None:
+def test_an_image_is_embedded_the_same_among_any_others(packed: Towers) -> None:
     images = torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    whole = packed.embed_images(images)
+    image_tower = packed[0]
+    whole = image_tower(images)
     for chosen in ([0], [3, 1], [8, 2, 5, 0, 7]):
-        assert torch.equal(packed.embed_images(images[chosen]), whole[chosen])
+        assert torch.equal(image_tower(images[chosen]), whole[chosen])
 
 
 @pytest.mark.parametrize(
@@ -104,4 +117,6 @@ def test_an_image_is_embedded_the_same_among_any_others(packed: Clip) -> None:
     ],
 )
 def test_models_of_another_build_are_left_to_open_clip(vision: dict[str, Any], text: dict[str, Any]) -> None:
-    assert not is_plain(build(vision=vision, text=text))
+    model = build(vision=vision, text=text)
+    assert has_plain_image_tower(model) == (not vision)
+    assert has_plain_text_tower(model) == (not text)

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from capfilt.errors import UsageError
 from capfilt.models import convert_clip
+from capfilt.models.clip import ClipImageTower
 from capfilt.models.packed import PackedLinear
 from capfilt.settings import RankSettings
-from capfilt.weights.clip import OpenClipTowers, OurTowers, find_clip, load_clip
+from capfilt.weights.clip import PaddedTexts, Towers, UnpaddedTexts, find_clip, load_clip
 from tests import factories
 
 CPU = torch.device("cpu")
@@ -35,6 +36,12 @@ def folder(tmp_path: Path) -> Path:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return load_clip(find_clip(RankSettings(clip_model=str(folder))), CPU, dtype)[0]
+
+
+def is_ours(towers: Towers) -> tuple[bool, bool]:
+    """Image tower, text tower."""
+    assert isinstance(towers.embed_texts, UnpaddedTexts | PaddedTexts)
+    return isinstance(towers.embed_images, ClipImageTower), isinstance(towers.embed_texts, UnpaddedTexts)
 
 
 @torch.inference_mode()
@@ -54,10 +61,10 @@ def test_openai_models_run_on_our_towers_and_leave_no_plain_weights(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models: list[Any] = []
-    convert = convert_clip.clip_from_open_clip
+    convert = convert_clip.image_tower_from_open_clip
     monkeypatch.setattr(
         convert_clip,
-        "clip_from_open_clip",
+        "image_tower_from_open_clip",
         lambda model, dtype: models.append(weakref.ref(model)) or convert(model, dtype),
     )
     gc.disable()
@@ -66,8 +73,8 @@ def test_openai_models_run_on_our_towers_and_leave_no_plain_weights(
         assert models[0]() is None, "open_clip's model is still there"
     finally:
         gc.enable()
-    assert isinstance(towers, OurTowers)
-    assert isinstance(towers._clip.text_projection, PackedLinear)
+    assert is_ours(towers) == (True, True)
+    assert isinstance(towers.embed_texts._tower.projection, PackedLinear)
     torch.testing.assert_close(embed(towers), embed_by_open_clip(folder), atol=1e-5, rtol=0)
 
 
@@ -77,12 +84,12 @@ def test_of_several_files_the_one_that_open_clip_takes_is_read(folder: Path) -> 
     torch.save(other, folder / "open_clip_pytorch_model.bin")
     expected = embed_by_open_clip(folder)
     towers = load(folder)
-    assert isinstance(towers, OurTowers)
+    assert is_ours(towers) == (True, True)
     torch.testing.assert_close(embed(towers), expected, atol=1e-5, rtol=0)
     (folder / "open_clip_model.safetensors").rename(folder / "model.safetensors")
     save_file(other, folder / "another.safetensors")
     towers = load(folder)
-    assert isinstance(towers, OurTowers)
+    assert is_ours(towers) == (True, True)
     torch.testing.assert_close(embed(towers), embed_by_open_clip(folder), atol=1e-5, rtol=0)
 
 
@@ -91,17 +98,38 @@ def test_weights_in_half_precision_are_computed_with_as_asked(folder: Path, dtyp
     path = folder / "open_clip_model.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
     towers = load(folder, dtype)
-    assert towers._clip.vision.class_embedding.dtype == dtype
+    assert towers.embed_images.vision.class_embedding.dtype == dtype
     if dtype == torch.float32:
         torch.testing.assert_close(embed(towers), embed_by_open_clip(folder), atol=1e-5, rtol=0)
 
 
-def test_models_of_another_build_are_left_to_open_clip(folder: Path) -> None:
+OTHER_VISION = {"pool_type": "avg"}
+OTHER_TEXT = {"pool_type": "last"}
+RESNET = {"layers": [1, 1, 1, 1], "width": 16, "head_width": 32}
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "ours"),
+    [
+        (OTHER_VISION, {}, (False, True)), (RESNET, {}, (False, True)), ({}, OTHER_TEXT, (True, False)),
+        (OTHER_VISION, OTHER_TEXT, (False, False)),
+    ],
+)  # fmt: skip
+def test_towers_of_another_build_are_left_to_open_clip(
+    folder: Path, vision: dict[str, Any], text: dict[str, Any], ours: tuple[bool, bool]
+) -> None:
     config = json.loads((folder / "open_clip_config.json").read_text())
-    config["model_cfg"]["vision_cfg"]["pool_type"] = "avg"
+    config["model_cfg"]["vision_cfg"] |= vision
+    config["model_cfg"]["text_cfg"] |= text
+    if vision is RESNET:
+        model = open_clip.CLIP(**config["model_cfg"])
+        save_file(
+            {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+            folder / "open_clip_model.safetensors",
+        )
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     towers = load(folder)
-    assert isinstance(towers, OpenClipTowers)
+    assert is_ours(towers) == ours
     torch.testing.assert_close(embed(towers), embed_by_open_clip(folder), atol=1e-5, rtol=0)
 
 
