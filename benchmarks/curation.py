@@ -1,8 +1,8 @@
 """What is timed of the whole of curation, JPEG in a tar to manifest, on one shard of photograph-sized pictures.
 
-Three sides: `capfilt run`'s pass over a shard; its models alone, on the same batches held in memory; and a plain
-script with transformers and open_clip, batched, in three passes over the tar. Models are loaded before the clock
-starts. The script is what a careful user writes: it encodes an image once for its texts.
+Sides: `capfilt run`'s pass over a shard; its models alone, on the same batches held in memory; and a plain script with
+transformers and open_clip in three passes over the tar, batched or one picture at a time. Models are loaded before the
+clock starts. The script is what a careful user writes: it encodes an image once for its texts.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from capfilt.weights.devices import (
     describe_computing,
     name_dtype,
 )
+from capfilt.weights.model_files import ImagePreparation
 
 ITM_MAX_TOKENS = 35
 """Longest text given to the filter, special tokens included (BLIP's released code: 35)."""
@@ -49,6 +50,12 @@ class Scorer(Protocol):
     fields: dict[str, Any]
     """What changes the scores, for the fingerprint."""
 
+    @property
+    def preparation(self) -> ImagePreparation | None:
+        """All that `prepare` does, and then a picture is prepared once for models of equal preparation; None where it
+        does something of its own."""
+        ...
+
     def prepare(self, image: Image) -> Tensor:
         """An RGB picture as the model wants it."""
         ...
@@ -60,6 +67,8 @@ class Scorer(Protocol):
 
 class ClipScorer:
     """Cosine similarity of CLIP's image and text embeddings (BLIP-2 §3.4: ViT-L/14); models are open_clip's."""
+
+    preparation: ImagePreparation | None = None
 
     def __init__(self, settings: RankSettings) -> None:
         """Load the model. Raises UsageError for an unknown name, and for weights that cannot be had."""

@@ -87,8 +87,8 @@ class Lane(ABC):
         self.was_halved = False
         self.prepare: Callable[[Any], Any] | None = model.prepare
         """An RGB picture as the model wants it; called in a decoding thread. None where it needs no picture."""
-        self.preparation = getattr(model, "preparation", None)
-        """What `prepare` does, where lanes that do the same are to share the prepared picture."""
+        self.prepared_as = None if model.preparation is None else (model.preparation, model.device.type)
+        """What `prepare` does and for which device; lanes that have the same share the prepared picture."""
 
     @abstractmethod
     def work(self, items: Sequence[Item], /) -> None:
@@ -289,7 +289,7 @@ def _prepare(item: Item, lanes: Sequence[Lane]) -> None:
     done: dict[Any, Any] = {}
     for lane in lanes:
         if lane.prepare is not None:
-            same = lane.stage if lane.preparation is None else lane.preparation
+            same = lane.prepared_as or lane.stage
             if same not in done:
                 done[same] = lane.prepare(image)
             item.prepared[lane.stage] = done[same]

@@ -51,8 +51,8 @@ class ClipTextConfig:
     """Of the feed-forwards."""
 
 
-class ClipText(nn.Module):
-    """Causal text tower; a text's feature is that of its last token."""
+class ClipTextEncoder(nn.Module):
+    """Causal text encoder; a text's feature is that of its last token."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class ClipTextTower(nn.Module):
 
     def __init__(self, config: ClipTextConfig, embed_dim: int) -> None:
         super().__init__()
-        self.text = ClipText(config)
+        self.text = ClipTextEncoder(config)
         self.projection = nn.Linear(config.width, embed_dim, bias=False)
 
     def forward(self, texts: Sequence[Sequence[int]]) -> Tensor:

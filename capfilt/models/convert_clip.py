@@ -56,7 +56,7 @@ def _filled(tower: _Tower, weights: Iterable[tuple[str, Tensor]], dtype: torch.d
 
 
 def _image_weights(visual: Any) -> Iterator[tuple[str, Tensor]]:
-    """Our names and their weights, each made when it is asked for."""
+    """Our names and their weights, each made when it is asked for, as those of texts are."""
     yield "vision.patch_embedding.weight", visual.conv1.weight
     yield "vision.patch_embedding.bias", visual.conv1.weight.new_zeros(len(visual.conv1.weight))
     yield "vision.class_embedding", visual.class_embedding[None, None]

@@ -102,24 +102,14 @@ def _sample(
         is_sound[caption_of_row] = next_R >= 0
         next_R = next_R.where(next_R >= 0, end)
         written[caption_of_row, length] = next_R
-        live = _without_gaps((next_R != end).nonzero()[:, 0])
+        live = (next_R != end).nonzero()[:, 0]
         if length + 1 == settings.max_length or not len(live):
             break
         if len(live) < len(next_R):
-            rows.keep(live)
+            live = rows.retain(live)
             caption_of_row = caption_of_row[live]
         logits_RV = rows.append(next_R[live])
     return written, is_sound
-
-
-def _without_gaps(live: Tensor) -> Tensor:
-    """The same rows in the order that moves fewest: the last fill the places of those that ended."""
-    order = torch.arange(len(live), device=live.device)
-    is_last = live >= len(live)
-    is_place_kept = torch.zeros_like(order, dtype=torch.bool)
-    is_place_kept[live[~is_last]] = True
-    order[~is_place_kept] = live[is_last]
-    return order
 
 
 def _search_beams(

@@ -3,7 +3,7 @@
 In: keys and values of new tokens. Out: those of all tokens. `LayerCache` gives what is there; `StaticLayerCache` gives
 whole buffers, whose shapes stay the same from token to token.
 
-Legend: R rows of text, H heads, d width of a head.
+Legend: R rows of text, T new tokens, H heads, d width of a head.
 """
 
 from __future__ import annotations
@@ -40,17 +40,22 @@ class LayerCache:
         self.length = length
 
     def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) the given rows, in this order; what stays in its place is not copied."""
-        if len(rows) > len(self.key):
-            self.key, self.value = self.key[rows], self.value[rows]
-            return
-        self.key, self.value = (self._moved(states, rows) for states in (self.key, self.value))
+        """Keep (or repeat) the given rows, in this order, in new buffers."""
+        self.key, self.value = self._selected(self.key, rows), self._selected(self.value, rows)
 
-    def _moved(self, states: Tensor, rows: Tensor) -> Tensor:
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
-        kept = states[: len(rows)]
-        kept[moved, :, : self.length] = states[rows[moved], :, : self.length]
-        return kept
+    def _selected(self, states: Tensor, rows: Tensor) -> Tensor:
+        selected = states.new_empty(len(rows), *states.shape[1:])
+        selected[:, :, : self.length] = states[:, :, : self.length].index_select(0, rows)
+        return selected
+
+    def move(self, sources: Tensor, targets: Tensor, num_rows: int) -> None:
+        """Copy rows to other places, then keep the first `num_rows`.
+
+        In place: what `append` gave before is no longer valid, and the buffers stay as large as they are.
+        """
+        for states in (self.key, self.value):
+            states[targets, :, : self.length] = states[sources, :, : self.length]
+        self.key, self.value = self.key[:num_rows], self.value[:num_rows]
 
 
 class StaticLayerCache:

@@ -24,7 +24,8 @@ _ROWS_MULTIPLE = 4
 class Rows:
     """Rows of text under way: their cache, and the images they look at.
 
-    At first there is a row per image, which has read the prompt; then `repeat`, then `append` and `keep` by turns.
+    At first there is a row per image, which has read the prompt; then `repeat`, then by turns `append` and `retain` or
+    `keep`.
     """
 
     def __init__(self, model: Captioner, features_BPD: Tensor, prompt: Sequence[int], max_length: int) -> None:
@@ -50,14 +51,39 @@ class Rows:
         rows = filled(rows)
         for layer in self.cache:
             layer.select(rows)
-        self._image_of_row = self._image_of_row[rows]
-        images = self._image_of_row.unique()
+        self._look_at_images(self._image_of_row[rows])
+
+    def retain(self, live: Tensor) -> Tensor:
+        """Go on with these rows, given in ascending order; returns them in the order in which they go on.
+
+        The last take the places of those that ended, so that few are copied. What fills up to a multiple of four is
+        whatever lies there.
+        """
+        num_live = len(live)
+        is_last = live >= num_live
+        is_free = torch.ones_like(live, dtype=torch.bool)
+        is_free[live[~is_last]] = False
+        sources, targets = live[is_last], is_free.nonzero()[:, 0]
+        num_rows = num_live + -num_live % _ROWS_MULTIPLE
+        for layer in self.cache:
+            layer.move(sources, targets, num_rows)
+        image_of_row = self._image_of_row[:num_rows].clone()
+        image_of_row[targets] = self._image_of_row[sources]
+        self._look_at_images(image_of_row)
+        order = torch.arange(num_live, device=live.device)
+        order[targets] = sources
+        return order
+
+    def _look_at_images(self, image_of_row: Tensor) -> None:
+        """Each row's image from now on; those that no row looks at are let go once they are half of all."""
+        images = image_of_row.unique()
         num_images = self.image[0][0].shape[0]
         if len(images) <= num_images // 2:  # copying the others is worth it
             self.image = [(key[images], value[images]) for key, value in self.image]
-            self._image_of_row = torch.searchsorted(images, self._image_of_row)
+            image_of_row = torch.searchsorted(images, image_of_row)
             num_images = len(images)
-        self._layout = TextLayout(self._image_of_row, num_images=num_images, num_tokens=1)
+        self._image_of_row = image_of_row
+        self._layout = TextLayout(image_of_row, num_images=num_images, num_tokens=1)
 
     def append(self, tokens_R: Tensor) -> Tensor:
         """Read one more token of each row; next-token logits (R, V), float32, without the filling rows."""

@@ -130,9 +130,10 @@ class StaticRows:
         self._slots = torch.arange(len(self.logits_BV) * num_texts, device=self.logits_BV.device)
         del self._first
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these of the rows, each at most once."""
-        self._slots = self._slots[rows]
+    def retain(self, live: Tensor) -> Tensor:
+        """Go on with these of the rows, each at most once, in the order given."""
+        self._slots = self._slots[live]
+        return live
 
     def append(self, tokens_R: Tensor) -> Tensor:
         """Read one more token of each row; next-token logits (R, V), float32."""

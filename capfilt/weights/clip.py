@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +26,6 @@ from capfilt.models.clip import ClipImageTower, ClipTextTower
 from capfilt.models.packed import pack_linears
 from capfilt.settings import EMBEDDED, RankSettings
 from capfilt.weights.find import find_embedded, is_offline
-
-_Tower = TypeVar("_Tower", ClipImageTower, ClipTextTower)
 
 _DEFAULT_WEIGHTS = "openai"
 _PADDED_TEXTS_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
@@ -131,7 +129,7 @@ class UnpaddedTexts:
 
 
 class PaddedTexts:
-    """Texts by any other model of open_clip, as it is."""
+    """Texts by any other text tower, as open_clip runs it."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
@@ -146,11 +144,11 @@ class PaddedTexts:
 
 @dataclass(frozen=True)
 class Towers:
-    """What embeds images and texts; each tower is ours where it computes what open_clip's does."""
+    """What embeds images and texts; each tower is ours where it is known to compute what open_clip's does."""
 
     embed_images: Callable[[Tensor], Tensor]
     """(B, 3, H, W) normalised → (B, E) of unit length."""
-    embed_texts: UnpaddedTexts | PaddedTexts
+    embed_texts: Callable[[Tensor], Tensor]
     """(N, T) token ids, padded → (N, E) of unit length."""
 
 
@@ -158,35 +156,51 @@ def load_clip(source: ClipSource, device: torch.device, dtype: torch.dtype) -> t
     """The towers, the image transform, the tokenizer."""
     import open_clip
 
-    from capfilt.models import convert_clip as convert
-
     tokenizer = _try(source, lambda: open_clip.get_tokenizer(source.name))
-    empty = _build_empty(source)
-    has_our_images = empty is not None and convert.has_plain_image_tower(empty[0])
-    has_our_texts = empty is not None and convert.has_plain_text_tower(empty[0])
-    if empty is not None and has_our_images and has_our_texts:
-        model, transform = _with_weights(source, empty[0]), empty[1]
-    else:
+    images, texts, transform = _load_our_towers(source, device, dtype)
+    if images is None or texts is None:
         # open_clip knows which of its layers stay in float32.
         options = {"precision": _PRECISIONS[dtype], "device": device, "require_pretrained": True}
         model, _, transform = _try(source, lambda: _create(source, **options))
         model.eval().requires_grad_(False)
-    del empty  # what is left of it, or of `model` below, would hold the plain weights
-    images: Callable[[Tensor], Tensor] = functools.partial(model.encode_image, normalize=True)
-    texts: UnpaddedTexts | PaddedTexts = PaddedTexts(model, device)
-    if has_our_images:
-        images = _packed(convert.image_tower_from_open_clip(model, dtype), device)
-        del model.visual
-    if has_our_texts:
-        end_token_id = model.text_eos_id if model.text_pool_type == "eos" else None
-        texts = UnpaddedTexts(_packed(convert.text_tower_from_open_clip(model, dtype), device), end_token_id)
-        del model.transformer, model.token_embedding
+        if images is not None:
+            del model.visual
+        if texts is not None:
+            del model.transformer, model.token_embedding
+        images = images or functools.partial(model.encode_image, normalize=True)
+        texts = texts or PaddedTexts(model, device)
     return Towers(images, texts), transform, tokenizer
 
 
-def _packed(tower: _Tower, device: torch.device) -> _Tower:
-    pack_linears(tower.to(device))
-    return tower
+def _load_our_towers(
+    source: ClipSource, device: torch.device, dtype: torch.dtype
+) -> tuple[ClipImageTower | None, UnpaddedTexts | None, Any]:
+    """Image tower, text tower, image transform; None where ours does not compute what open_clip's does.
+
+    Also where open_clip's model cannot be built on the meta device, which is where it is looked at.
+    """
+    from capfilt.models import convert_clip as convert
+
+    empty = _build_empty(source)
+    if empty is None:
+        return None, None, None
+    model, transform = empty
+    has_images, has_texts = convert.has_plain_image_tower(model), convert.has_plain_text_tower(model)
+    if not (has_images or has_texts):
+        return None, None, None
+    del empty  # with `model` it would hold the plain weights
+    model = _with_weights(source, model)
+    images, texts = None, None
+    if has_images:
+        images = convert.image_tower_from_open_clip(model, dtype).to(device)
+        pack_linears(images)
+    del model.visual
+    if has_texts:
+        tower = convert.text_tower_from_open_clip(model, dtype).to(device)
+        texts = UnpaddedTexts(tower, model.text_eos_id if model.text_pool_type == "eos" else None)
+        del model
+        pack_linears(tower)
+    return images, texts, transform
 
 
 def _with_weights(source: ClipSource, empty: Any) -> Any:

@@ -21,6 +21,7 @@ class SmallDevice:
     """Stands for a captioner and for a CLIP whose device holds `capacity` images; texts and scores tell the picture."""
 
     device = torch.device("cpu")
+    preparation: ImagePreparation | None = None
 
     def __init__(self, batch_size: int, capacity: int) -> None:
         self.batch_size, self.capacity = batch_size, capacity
@@ -124,12 +125,10 @@ def test_decoders_leave_the_cores_to_the_model() -> None:
 
 
 def test_a_picture_is_prepared_once_for_models_that_want_the_same() -> None:
-    """The third prepares otherwise, the fourth does not say how it prepares."""
-
     class Preparing(SmallDevice):
-        def __init__(self, preparation: ImagePreparation | None) -> None:
+        def __init__(self, preparation: ImagePreparation | None, device: str = "cpu") -> None:
             super().__init__(batch_size=2, capacity=2)
-            self.preparation, self.num_prepared = preparation, 0
+            self.preparation, self.device, self.num_prepared = preparation, torch.device(device), 0
 
         def prepare(self, image: Any) -> Any:
             self.num_prepared += 1
@@ -139,12 +138,18 @@ def test_a_picture_is_prepared_once_for_models_that_want_the_same() -> None:
             assert images == [(self.preparation, (48, 40))] * len(texts)
             return super().score(images, texts)
 
-    models = [Preparing(preparation) for preparation in (ImagePreparation(32), None, ImagePreparation(48))]
-    also = Preparing(ImagePreparation(32))
-    lanes = [CaptionLane(models[0]), *(ClipLane(model, include_web=False) for model in (*models[1:], also))]
+    small = ImagePreparation(32)
+    captioner = Preparing(small)
+    others = [
+        Preparing(ImagePreparation(48)),
+        Preparing(None),
+        Preparing(None),
+        Preparing(small),
+        Preparing(small, "meta"),
+    ]
+    lanes = [CaptionLane(captioner), *(ClipLane(model, include_web=False) for model in others)]
     for number, lane in enumerate(lanes):
         lane.stage = f"stage {number}"
     found = list(run_lanes(items(3), lanes))
     assert [item.failure for item in found] == [None] * 3
-    assert [model.num_prepared for model in models] == [3, 3, 3]
-    assert also.num_prepared == 0
+    assert [model.num_prepared for model in (captioner, *others)] == [3, 3, 3, 3, 0, 3]

@@ -35,10 +35,10 @@ def build(*, quick_gelu: bool = False, vision: dict[str, Any] | None = None, tex
     return model.requires_grad_(False)
 
 
-Towers = tuple[ClipImageTower, ClipTextTower]
+BothTowers = tuple[ClipImageTower, ClipTextTower]
 
 
-def ours(model: Any) -> Towers:
+def ours(model: Any) -> BothTowers:
     assert has_plain_image_tower(model)
     assert has_plain_text_tower(model)
     return image_tower_from_open_clip(model), text_tower_from_open_clip(model)
@@ -71,7 +71,7 @@ def test_embeddings_are_those_of_open_clip(quick_gelu: bool, text: dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def packed() -> Towers:
+def packed() -> BothTowers:
     towers = ours(build(quick_gelu=True))
     for tower in towers:
         pack_linears(tower)
@@ -85,13 +85,13 @@ ALL_TEXTS = draw_texts(60)
 
 @settings(max_examples=50, deadline=None)
 @given(chosen=st.lists(st.integers(0, len(ALL_TEXTS) - 1), min_size=1, max_size=30))
-def test_a_text_is_embedded_the_same_among_any_others(packed: Towers, chosen: list[int]) -> None:
+def test_a_text_is_embedded_the_same_among_any_others(packed: BothTowers, chosen: list[int]) -> None:
     text_tower = packed[1]
     whole = text_tower(ALL_TEXTS)
     assert torch.equal(text_tower([ALL_TEXTS[number] for number in chosen]), whole[chosen])
 
 
-def test_an_image_is_embedded_the_same_among_any_others(packed: Towers) -> None:
+def test_an_image_is_embedded_the_same_among_any_others(packed: BothTowers) -> None:
     images = torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     image_tower = packed[0]
     whole = image_tower(images)

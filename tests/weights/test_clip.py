@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from capfilt.errors import UsageError
-from capfilt.models import convert_clip
 from capfilt.models.clip import ClipImageTower
 from capfilt.models.packed import PackedLinear
 from capfilt.settings import RankSettings
-from capfilt.weights.clip import PaddedTexts, Towers, UnpaddedTexts, find_clip, load_clip
+from capfilt.weights import clip
+from capfilt.weights.clip import Towers, UnpaddedTexts, find_clip, load_clip
 from tests import factories
 
 CPU = torch.device("cpu")
@@ -40,13 +40,12 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def is_ours(towers: Towers) -> tuple[bool, bool]:
     """Image tower, text tower."""
-    assert isinstance(towers.embed_texts, UnpaddedTexts | PaddedTexts)
     return isinstance(towers.embed_images, ClipImageTower), isinstance(towers.embed_texts, UnpaddedTexts)
 
 
 @torch.inference_mode()
-def embed(towers: Any) -> torch.Tensor:
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+def embed(towers: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     return torch.cat([towers.embed_images(images), towers.embed_texts(TEXTS)]).float()
 
 
@@ -57,20 +56,27 @@ def embed_by_open_clip(folder: Path) -> torch.Tensor:
     return torch.cat([model.eval().encode_image(images, normalize=True), model.encode_text(TEXTS, normalize=True)])
 
 
+def watch_open_clip(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """The image and text transformers of open_clip's models that are made from now on, the image's first."""
+    parts: list[weakref.ref[Any]] = []
+    build = open_clip.CLIP.__init__
+
+    def record(self: Any, *args: Any, **options: Any) -> None:
+        build(self, *args, **options)
+        parts.extend([weakref.ref(self.visual), weakref.ref(self.transformer)])
+
+    monkeypatch.setattr(open_clip.CLIP, "__init__", record)
+    return parts
+
+
 def test_openai_models_run_on_our_towers_and_leave_no_plain_weights(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models: list[Any] = []
-    convert = convert_clip.image_tower_from_open_clip
-    monkeypatch.setattr(
-        convert_clip,
-        "image_tower_from_open_clip",
-        lambda model, dtype: models.append(weakref.ref(model)) or convert(model, dtype),
-    )
+    parts = watch_open_clip(monkeypatch)
     gc.disable()
     try:
         towers = load(folder)
-        assert models[0]() is None, "open_clip's model is still there"
+        assert [part() for part in parts] == [None, None], "open_clip's model is still there"
     finally:
         gc.enable()
     assert is_ours(towers) == (True, True)
@@ -108,6 +114,17 @@ OTHER_TEXT = {"pool_type": "last"}
 RESNET = {"layers": [1, 1, 1, 1], "width": 16, "head_width": 32}
 
 
+def rebuild(folder: Path, vision: dict[str, Any], text: dict[str, Any]) -> None:
+    """Another model in the folder, with random weights."""
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"] |= vision
+    config["model_cfg"]["text_cfg"] |= text
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    state = open_clip.CLIP(**config["model_cfg"]).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("vision", "text", "ours"),
     [
@@ -115,21 +132,37 @@ RESNET = {"layers": [1, 1, 1, 1], "width": 16, "head_width": 32}
         (OTHER_VISION, OTHER_TEXT, (False, False)),
     ],
 )  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_towers_of_another_build_are_left_to_open_clip(
-    folder: Path, vision: dict[str, Any], text: dict[str, Any], ours: tuple[bool, bool]
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    vision: dict[str, Any],
+    text: dict[str, Any],
+    ours: tuple[bool, bool],
+    dtype: torch.dtype,
 ) -> None:
-    config = json.loads((folder / "open_clip_config.json").read_text())
-    config["model_cfg"]["vision_cfg"] |= vision
-    config["model_cfg"]["text_cfg"] |= text
-    if vision is RESNET:
-        model = open_clip.CLIP(**config["model_cfg"])
-        save_file(
-            {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
-            folder / "open_clip_model.safetensors",
-        )
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    towers = load(folder)
+    rebuild(folder, vision, text)
+    expected = embed_by_open_clip(folder)
+    parts = watch_open_clip(monkeypatch)
+    gc.disable()
+    try:
+        towers = load(folder, dtype)
+        *_, image_tower, text_tower = parts
+        assert (image_tower() is None, text_tower() is None) == ours, "a tower that ours replaced is still there"
+        assert all(part() is None for part in parts[:-2])
+    finally:
+        gc.enable()
     assert is_ours(towers) == ours
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(embed(towers, dtype), expected, atol=tolerance, rtol=0)
+
+
+def test_models_that_cannot_be_looked_at_first_are_left_to_open_clip(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip, "_build_empty", lambda source: None)
+    towers = load(folder)
+    assert is_ours(towers) == (False, False)
     torch.testing.assert_close(embed(towers), embed_by_open_clip(folder), atol=1e-5, rtol=0)
 
 
