@@ -27,7 +27,7 @@ _Tower = TypeVar("_Tower", ClipImageTower, ClipTextTower)
 
 
 def image_tower_from_open_clip(model: Any, dtype: torch.dtype = torch.float32) -> ClipImageTower:
-    """Ours, in eval mode, of a model that `has_plain_image_tower`. Weights are copied, to the dtype, one by one."""
+    """Ours, in eval mode, of a model that `has_plain_image_tower`; weights that need no change are the model's own."""
     visual = model.visual
     config = ViTConfig(
         image_size_px=visual.image_size[0], patch_size_px=visual.patch_size[0], norm_first=True,
@@ -39,7 +39,7 @@ def image_tower_from_open_clip(model: Any, dtype: torch.dtype = torch.float32) -
 
 
 def text_tower_from_open_clip(model: Any, dtype: torch.dtype = torch.float32) -> ClipTextTower:
-    """Ours, in eval mode, of a model that `has_plain_text_tower`. Weights are copied, to the dtype, one by one."""
+    """Ours, in eval mode, of a model that `has_plain_text_tower`; weights that need no change are the model's own."""
     config = ClipTextConfig(
         vocab_size=model.token_embedding.num_embeddings, max_positions=len(model.positional_embedding),
         **_sizes(model.transformer.resblocks),
@@ -50,7 +50,7 @@ def text_tower_from_open_clip(model: Any, dtype: torch.dtype = torch.float32) ->
 
 
 def _filled(tower: _Tower, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> _Tower:
-    state = {name: value.detach().to(dtype, copy=True).contiguous() for name, value in weights}
+    state = {name: value.detach().to(dtype).contiguous() for name, value in weights}
     tower.load_state_dict(state, assign=True)
     return tower.eval().requires_grad_(False)
 

@@ -8,6 +8,7 @@ Legend: B images, C channels, H and W their sides, N texts, T tokens, E embeddin
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import warnings
@@ -26,6 +27,7 @@ from capfilt.models.clip import ClipImageTower, ClipTextTower
 from capfilt.models.packed import pack_linears
 from capfilt.settings import EMBEDDED, RankSettings
 from capfilt.weights.find import find_embedded, is_offline
+from capfilt.weights.model_files import read_safetensors
 
 _DEFAULT_WEIGHTS = "openai"
 _PADDED_TEXTS_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
@@ -190,17 +192,17 @@ def _load_our_towers(
         return None, None, None
     del empty  # with `model` it would hold the plain weights
     model = _with_weights(source, model)
-    images, texts = None, None
-    if has_images:
-        images = convert.image_tower_from_open_clip(model, dtype).to(device)
-        pack_linears(images)
+    images = convert.image_tower_from_open_clip(model, dtype).to(device) if has_images else None
     del model.visual
-    if has_texts:
-        tower = convert.text_tower_from_open_clip(model, dtype).to(device)
-        texts = UnpaddedTexts(tower, model.text_eos_id if model.text_pool_type == "eos" else None)
-        del model
-        pack_linears(tower)
-    return images, texts, transform
+    if images is not None:
+        pack_linears(images)  # lets go of the plain weights one by one, which nothing else holds now
+    if not has_texts:
+        return images, None, transform
+    end_token_id = model.text_eos_id if model.text_pool_type == "eos" else None
+    text_tower = convert.text_tower_from_open_clip(model, dtype).to(device)
+    del model
+    pack_linears(text_tower)
+    return images, UnpaddedTexts(text_tower, end_token_id), transform
 
 
 def _with_weights(source: ClipSource, empty: Any) -> Any:
@@ -230,6 +232,10 @@ def _fill(model: Any, weights: Path) -> None:
     """Give an empty model the weights of a file."""
     import open_clip
 
+    if weights.suffix == ".safetensors":
+        with contextlib.suppress(RuntimeError):  # other names or sizes, which open_clip may know to bring to the model's
+            model.load_state_dict(read_safetensors(weights), assign=True)
+            return
     model.load_state_dict = functools.partial(model.load_state_dict, assign=True)
     try:
         open_clip.load_checkpoint(model, str(weights))

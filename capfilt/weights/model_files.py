@@ -63,7 +63,7 @@ def read_weights(folder: Path, dtype: torch.dtype | None = None) -> State:
     state: State = {}
     for file in find_weights(folder):
         if file.suffix == ".safetensors":
-            state |= _read_safetensors(file, dtype)
+            state |= read_safetensors(file, dtype)
         else:
             state |= {name: _in_dtype(tensor, dtype) for name, tensor in read_torch_file(file).items()}
     return {_present_name(name): tensor for name, tensor in state.items()}
@@ -80,7 +80,7 @@ def _present_name(name: str) -> str:
     return name
 
 
-def _read_safetensors(path: Path, dtype: torch.dtype | None) -> State:
+def read_safetensors(path: Path, dtype: torch.dtype | None = None) -> State:
     """Copies of a file's tensors.
 
     The file is mapped anew for every few of them: what was mapped stays in memory until it is closed, and the whole
