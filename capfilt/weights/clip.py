@@ -233,7 +233,7 @@ def _fill(model: Any, weights: Path) -> None:
     import open_clip
 
     if weights.suffix == ".safetensors":
-        with contextlib.suppress(RuntimeError):  # other names or sizes, which open_clip may know to bring to the model's
+        with contextlib.suppress(RuntimeError):  # other names or sizes: open_clip may know how to bring them to these
             model.load_state_dict(read_safetensors(weights), assign=True)
             return
     model.load_state_dict = functools.partial(model.load_state_dict, assign=True)
