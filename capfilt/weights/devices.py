@@ -50,7 +50,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def choose_inference_dtype(name: str, device: torch.device) -> torch.dtype:
     """`choose_dtype`, but `auto` is bfloat16 on a CPU that is fast at it: one with AVX512_BF16 or AMX."""
-    if name == "auto" and device.type == "cpu" and _multiplies_bfloat16():
+    if name == "auto" and device.type == "cpu" and _has_bfloat16_instructions():
         return torch.bfloat16
     return choose_dtype(name, device)
 
@@ -92,7 +92,7 @@ def name_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _multiplies_bfloat16() -> bool:
+def _has_bfloat16_instructions() -> bool:
     """Without such instructions bfloat16 is computed by detours, slower than float32."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.cpu, "get_capabilities")):
         return False

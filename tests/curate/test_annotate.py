@@ -236,7 +236,7 @@ def test_read_back_has_the_columns_of_the_contract(finished: RunDir) -> None:
 def test_auto_says_and_records_the_precision_it_took(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_fast: bool, dtype: str
 ) -> None:
-    monkeypatch.setattr("capfilt.weights.devices._multiplies_bfloat16", lambda: is_fast)
+    monkeypatch.setattr("capfilt.weights.devices._has_bfloat16_instructions", lambda: is_fast)
     run, shown = make_run(tmp_path, num_shards=1), io.StringIO()
     auto = {"dtype": "auto"}
     settings = (models.caption(**auto), models.rank(**auto), models.filter(**auto))
