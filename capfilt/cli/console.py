@@ -6,6 +6,7 @@ Text that came from the web, a file or a model goes through `clean` before it is
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
@@ -13,17 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.data.texts import clean_for_terminal
-from capfilt.progress import StreamProgress, format_field
+from capfilt.progress import NullProgress, Progress, StreamProgress, format_field
+
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+"""Of the processes that torchrun started, the first one speaks."""
 
 
 def say(text: str = "") -> None:
     """One line on standard output."""
+    if not IS_MAIN_PROCESS:
+        return
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
     """One line on standard error: what a script does not want to read."""
+    if not IS_MAIN_PROCESS:
+        return
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
@@ -33,9 +41,9 @@ def clean(text: object, max_chars: int = 200) -> str:
     return clean_for_terminal(str(text), max_chars)
 
 
-def open_progress() -> StreamProgress:
+def open_progress() -> Progress:
     """Progress on standard error."""
-    return StreamProgress(sys.stderr)
+    return StreamProgress(sys.stderr) if IS_MAIN_PROCESS else NullProgress()
 
 
 def end(summary: str, next_command: str | None = None) -> None:

@@ -28,14 +28,21 @@ class SharedOptions(TypedDict):
     """The options of every training, in the order of the help; `takes_shared_options` puts them into a command."""
 
     max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
-    batch_size: Annotated[int, typer.Option(min=2, help="Images in a step.")]
+    batch_size: Annotated[int, typer.Option(min=2, help="Images that a process works on at a time.")]
+    accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches whose gradients make one step.")]
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")]
     min_learning_rate: Annotated[float, typer.Option(help="Learning rate at the end, at most --learning-rate.")]
     warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")]
     save_every_steps: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")]
     seed: Annotated[int, typer.Option(help="Fixes initialisation, order and draws.")]
     device: Device
-    autocast: Annotated[str, typer.Option(help="Precision of matrix products: float32 or bfloat16.")]
+    autocast: Annotated[str, typer.Option(help="Precision of matrix products: float32, bfloat16 or float16.")]
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the layers with torch.compile.")]
+    recompute: Annotated[bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, more time.")]
+    sharding: Annotated[
+        str, typer.Option(help="Of several processes (torchrun): none, each has all weights; full, its share of them.")
+    ]
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write curves for TensorBoard too.")]
     assignments: Annotated[
         list[str],
         typer.Option("--set", metavar="NAME=VALUE", help="Any setting by its name, tuples with commas; repeatable."),

@@ -5,23 +5,39 @@ In: images and token ids. Out: the losses ITC, ITM and LM (BLIP §3.2).
 - encoder and decoder share everything but self-attention (`tie_decoder`)
 - one image forward serves all losses; the cross-attention keys and values of an image serve the positive
   and the hard negative text
-- negatives come from the batch, with probability softmax(similarity); pairs of equal texts are no negatives
+- ITC contrasts with the features of momentum encoders and of their queue, against soft targets; without momentum
+  (`MomentumConfig` None) within the batch
+- hard negatives of ITM have probability softmax(similarity); pairs of equal texts are no negatives
 
-Deviation from the paper: no momentum encoders, queue or soft targets; ITC contrasts within the batch.
+Deviation from the released code: images and texts of all ranks are negatives, of ITM too.
 
-Legend: B images, R texts of them (a multiple of B), T tokens, P patches, D width, V vocabulary.
+Legend: B images of this rank, A of all ranks, R texts of them (a multiple of B), T tokens, P patches, D width,
+E embedding, K places in the queue, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from capfilt.models.losses import draw_hard_negatives, itc_loss, itm_loss, lm_loss
+from capfilt.models.losses import draw_hard_negatives, itc_loss, itm_loss, lm_loss, soft_itc_loss, soft_targets
 from capfilt.models.med import Captioner, Filter, KeyValue, MEDConfig, tie_decoder
+from capfilt.models.momentum import FeatureQueue, follow, similarities_to_queue, slow_copy
+from capfilt.models.ranks import ALONE, Ranks
 from capfilt.models.vit import VisionTransformer
+
+
+@dataclass(frozen=True)
+class MomentumConfig:
+    """Momentum encoders of ITC."""
+
+    rate: float = 0.995
+    """Share of its old weights that a momentum encoder keeps in a step (ALBEF §3.5, BLIP: 0.995)."""
+    queue_size: int = 57600
+    """Pairs of features that are contrasted with, beside the batch (BLIP's released code: 57,600)."""
 
 
 class ImageTextContrast(nn.Module):
@@ -29,64 +45,157 @@ class ImageTextContrast(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.temperature = nn.Parameter(torch.tensor([0.07]))  # one entry: FSDP shards no scalars
 
-    def forward(self, images_BE: Tensor, texts_BE: Tensor) -> Tensor:
-        """Similarities over temperature, (B, B), images in rows."""
-        return images_BE @ texts_BE.T / self.temperature.clamp(0.001, 0.5)
+    def clamped(self) -> Tensor:
+        """The temperature within its bounds."""
+        return self.temperature.clamp(0.001, 0.5)
+
+    def forward(self, own_BE: Tensor, others_AE: Tensor) -> Tensor:
+        """Similarities over temperature (B, A)."""
+        return own_BE @ others_AE.T / self.clamped()
+
+
+class MomentumEncoders(nn.Module):
+    """Slow copies of a filter's image and text encoder with their projections, and the queue of their features."""
+
+    def __init__(self, model: Filter, config: MomentumConfig) -> None:
+        super().__init__()
+        self.rate = config.rate
+        self.filter = slow_copy(model)
+        self.filter.itm_head = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+        for layer in self.filter.encoder.layers:  # the text encoder of ITC attends to no image
+            layer.cross_attention, layer.cross_norm = nn.Identity(), nn.Identity()
+        self.queue = FeatureQueue(config.queue_size, model.text_projection.out_features)
+
+    def follow(self, model: Filter) -> None:
+        """After a step: go its way after `model`, and put its features into the queue."""
+        follow(self.filter, model, self.rate)
+        self.queue.push()
+
+    @torch.no_grad()
+    def embed(self, images_BCHW: Tensor, tokens_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """ITC embeddings (B, E) of images and of texts."""
+        images_BE = self.filter.embed_images(self.filter.vision(images_BCHW))
+        return images_BE, self.filter.embed_texts(tokens_BT, mask_BT)
+
+    def train(self, mode: bool = True) -> MomentumEncoders:
+        """The copies stay in eval mode, without dropout."""
+        return super().train(False)
+
+
+@dataclass(frozen=True)
+class _Contrast:
+    """Similarities over temperature (B, K) of images to texts and back, and the targets of ITC; None for one-hot."""
+
+    i2t: Tensor
+    t2i: Tensor
+    targets: tuple[Tensor, Tensor] | None
 
 
 class FilterLosses(nn.Module):
     """ITC and ITM of a filter, from pre-training on or for its fine-tuning."""
 
-    def __init__(self, model: Filter) -> None:
+    def __init__(self, model: Filter, momentum: MomentumConfig | None = None) -> None:
         super().__init__()
         self.model = model
         self.contrast = ImageTextContrast()
+        self.momentum = MomentumEncoders(model, momentum) if momentum else None
 
     def forward(
         self,
+        images_BCHW: Tensor,
         features_BPD: Tensor,
         tokens_BT: Tensor,
         losses: Sequence[str] = ("itc", "itm"),
+        *,
         false_tokens_BT: Tensor | None = None,
+        uniform_2B: Tensor | None = None,
+        alpha: Tensor | float = 0.4,
+        ranks: Ranks = ALONE,
     ) -> dict[str, Tensor]:
         """Losses `itc` and `itm` of pairs, those of them that are asked for.
 
         Args:
-            features_BPD: image features.
-            tokens_BT: (B, T) texts that begin with [CLS] and end with [SEP], padded.
+            images_BCHW: the images, for the momentum encoders.
+            features_BPD: their features.
+            tokens_BT: (B, T) texts that begin with [CLS] and end with [SEP], padded; as long on every rank.
             losses: names of the losses; another's name is passed over.
             false_tokens_BT: (B, T) texts known to be false of their image, in place of hard negative texts; a row
                 of padding alone where none is known.
+            uniform_2B: what draws the hard negatives, see `draw_hard_negatives`: of texts, of images.
+            alpha: weight of the momentum encoders' similarities in ITC's targets.
+            ranks: whose images and texts are negatives too.
         """
         if "itc" not in losses and "itm" not in losses:
             return {}
-        config = self.model.encoder.config
-        mask_BT = tokens_BT != config.pad_token_id
-        images_BE = self.model.embed_images(features_BPD)
-        texts_BE = self.model.embed_texts(tokens_BT, mask_BT)
-        similarity_BB = self.contrast(images_BE, texts_BE)
+        contrast = self._contrast(images_BCHW, features_BPD, tokens_BT, alpha, ranks)
         found: dict[str, Tensor] = {}
         if "itc" in losses:
-            found["itc"] = itc_loss(similarity_BB, similarity_BB.T)
+            found["itc"] = self._itc(contrast, ranks)
         if "itm" in losses:
-            same_text = (tokens_BT[:, None] == tokens_BT[None]).all(dim=2)
-            similarity_BB = similarity_BB.detach()
-            negative_BT = tokens_BT[draw_hard_negatives(similarity_BB, same_text)]
+            by_text, by_image = uniform_2B if uniform_2B is not None else (None, None)
+            all_tokens_AT = ranks.gather(tokens_BT)
+            same_text_BA = (tokens_BT[:, None] == all_tokens_AT[None]).all(dim=2)
+            num_all, offset = len(all_tokens_AT), ranks.offset(len(tokens_BT))
+            other_text = draw_hard_negatives(contrast.i2t[:, :num_all].detach(), same_text_BA, by_text, offset=offset)
+            other_image = draw_hard_negatives(contrast.t2i[:, :num_all].detach(), same_text_BA, by_image, offset=offset)
+            negative_BT = all_tokens_AT[other_text]
             if false_tokens_BT is not None:
-                is_known = (false_tokens_BT != config.pad_token_id).any(dim=1, keepdim=True)
+                is_known = (false_tokens_BT != self.model.encoder.config.pad_token_id).any(dim=1, keepdim=True)
                 negative_BT = torch.where(is_known, false_tokens_BT, negative_BT)
-            other_image = draw_hard_negatives(similarity_BB.T, same_text)
-            found["itm"] = self._itm(features_BPD, tokens_BT, negative_BT, other_image)
+            found["itm"] = self._itm(features_BPD, tokens_BT, negative_BT, other_image, ranks)
         return found
 
-    def _itm(self, features_BPD: Tensor, tokens_BT: Tensor, negative_BT: Tensor, other_image: Tensor) -> Tensor:
+    def _contrast(
+        self, images_BCHW: Tensor, features_BPD: Tensor, tokens_BT: Tensor, alpha: Tensor | float, ranks: Ranks
+    ) -> _Contrast:
+        mask_BT = tokens_BT != self.model.encoder.config.pad_token_id
+        images_BE = self.model.embed_images(features_BPD)
+        texts_BE = self.model.embed_texts(tokens_BT, mask_BT)
+        if self.momentum is None:
+            i2t, t2i = (
+                self.contrast(images_BE, ranks.gather(texts_BE)),
+                self.contrast(texts_BE, ranks.gather(images_BE)),
+            )
+            return _Contrast(i2t, t2i, None)
+        offset = ranks.offset(len(tokens_BT))
+        slow_images_BE, slow_texts_BE = self.momentum.embed(images_BCHW, tokens_BT, mask_BT)
+        slow_images_AE, slow_texts_AE = ranks.gather(slow_images_BE), ranks.gather(slow_texts_BE)
+        queued_images, queued_texts = self.momentum.queue.features()
+
+        def similarities(own_BE: Tensor, others_AE: Tensor, queued_KE: Tensor) -> Tensor:
+            queued_BK = similarities_to_queue(own_BE, queued_KE, self.contrast.clamped())
+            return torch.cat([self.contrast(own_BE, others_AE).float(), queued_BK], dim=1)
+
+        with torch.no_grad():
+            slow_i2t = similarities(slow_images_BE, slow_texts_AE, queued_texts)
+            slow_t2i = similarities(slow_texts_BE, slow_images_AE, queued_images)
+        targets = soft_targets(slow_i2t, alpha, offset=offset), soft_targets(slow_t2i, alpha, offset=offset)
+        i2t = similarities(images_BE, slow_texts_AE, queued_texts)
+        t2i = similarities(texts_BE, slow_images_AE, queued_images)
+        self.momentum.queue.hold(slow_images_AE, slow_texts_AE)
+        return _Contrast(i2t, t2i, targets)
+
+    def _itc(self, contrast: _Contrast, ranks: Ranks) -> Tensor:
+        i2t, t2i = contrast.i2t, contrast.t2i
+        if contrast.targets is None:
+            return itc_loss(i2t.float(), t2i.float(), offset=ranks.offset(len(i2t)))
+        return soft_itc_loss(i2t, t2i, contrast.targets)
+
+    def _itm(
+        self, features_BPD: Tensor, tokens_BT: Tensor, negative_BT: Tensor, other_image: Tensor, ranks: Ranks
+    ) -> Tensor:
         """B matching pairs, B images with a negative text, B texts with a negative image."""
-        image = self.model.encoder.image_key_values(features_BPD)
+        encoder = self.model.encoder
+        image = encoder.image_key_values(features_BPD)
         both_texts = torch.stack([tokens_BT, negative_BT], dim=1).flatten(0, 1)
         by_image = self._match_logits(both_texts, image)
-        by_text = self._match_logits(tokens_BT, [(key[other_image], value[other_image]) for key, value in image])
+        if ranks.num_ranks == 1:
+            negative_image = [(key[other_image], value[other_image]) for key, value in image]
+        else:  # features are gathered, which are less than the keys and values of all layers
+            negative_image = encoder.image_key_values(ranks.gather(features_BPD)[other_image])
+        by_text = self._match_logits(tokens_BT, negative_image)
         return itm_loss(by_image[0::2], torch.cat([by_image[1::2], by_text]))
 
     def _match_logits(self, tokens_RT: Tensor, image: list[KeyValue]) -> Tensor:
@@ -106,10 +215,11 @@ class CaptionerLosses(nn.Module):
         self.num_prompt_tokens = num_prompt_tokens
         self.label_smoothing = label_smoothing
 
-    def forward(self, features_BPD: Tensor, tokens_RT: Tensor) -> dict[str, Tensor]:
+    def forward(self, features_BPD: Tensor, tokens_RT: Tensor, ranks: Ranks = ALONE) -> dict[str, Tensor]:
         """Loss `lm` of texts (R, T) that begin with any token (replaced by [DEC]) and the prompt, if any.
 
-        R is B, or a multiple of it: several texts of each image, side by side.
+        R is B, or a multiple of it: several texts of each image, side by side. Averaged over the ranks it is the
+        mean over the tokens of all.
         """
         decoder = self.model.decoder
         inputs_RT = tokens_RT[:, :-1].clone()
@@ -119,14 +229,49 @@ class CaptionerLosses(nn.Module):
         counts[:, : self.num_prompt_tokens] = False
         hidden_RTD = decoder(inputs_RT, image=decoder.image_key_values(features_BPD))
         logits_NV = self.model.head(hidden_RTD[counts][None])[0]
-        return {"lm": lm_loss(logits_NV, target_RT[counts], label_smoothing=self.label_smoothing)}
+        return {"lm": lm_loss(logits_NV, target_RT[counts], label_smoothing=self.label_smoothing, ranks=ranks)}
+
+
+class FineTuning(nn.Module):
+    """A captioner or a filter by itself: its losses and their sum `loss`."""
+
+    def __init__(self, losses: CaptionerLosses | FilterLosses) -> None:
+        super().__init__()
+        self.losses = losses
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        tokens_RT: Tensor,
+        losses: Sequence[str],
+        *,
+        false_tokens_BT: Tensor | None = None,
+        uniform_2B: Tensor | None = None,
+        alpha: Tensor | float = 0.4,
+        ranks: Ranks = ALONE,
+    ) -> dict[str, Tensor]:
+        """As `Blip.forward`; the captioner's loss is `lm` alone."""
+        features_BPD = self.losses.model.vision(images_BCHW)
+        if isinstance(self.losses, CaptionerLosses):
+            found = self.losses(features_BPD, tokens_RT, ranks)
+        else:
+            found = self.losses(
+                images_BCHW, features_BPD, tokens_RT, losses,
+                false_tokens_BT=false_tokens_BT, uniform_2B=uniform_2B, alpha=alpha, ranks=ranks,
+            )  # fmt: skip
+        return found | {"loss": torch.stack(list(found.values())).sum()}
 
 
 class Blip(nn.Module):
     """A captioner and a filter that share one image encoder and all of MED but the self-attention."""
 
     def __init__(
-        self, vision: VisionTransformer, config: MEDConfig, *, embed_dim: int = 256, label_smoothing: float = 0.1
+        self,
+        vision: VisionTransformer,
+        config: MEDConfig,
+        *,
+        embed_dim: int = 256,
+        label_smoothing: float = 0.1,
     ) -> None:
         super().__init__()
         self.filter = Filter(vision, config, embed_dim=embed_dim)
@@ -136,12 +281,20 @@ class Blip(nn.Module):
         self.filter_losses = FilterLosses(self.filter)
         self.captioner_losses = CaptionerLosses(self.captioner, label_smoothing=label_smoothing)
 
+    def start_momentum(self, config: MomentumConfig | None) -> None:
+        """Momentum encoders that start as what is followed; None takes them away."""
+        self.filter_losses.momentum = MomentumEncoders(self.filter, config) if config else None
+
     def forward(
         self,
         images_BCHW: Tensor,
         tokens_RT: Tensor,
         losses: Sequence[str] = ("itc", "itm", "lm"),
+        *,
         false_tokens_BT: Tensor | None = None,
+        uniform_2B: Tensor | None = None,
+        alpha: Tensor | float = 0.4,
+        ranks: Ranks = ALONE,
     ) -> dict[str, Tensor]:
         """The losses asked for of `itc`, `itm` and `lm`, and their sum `loss` (BLIP §3.2).
 
@@ -149,7 +302,10 @@ class Blip(nn.Module):
         """
         features_BPD = self.filter.vision(images_BCHW)
         first_BT = tokens_RT[:: len(tokens_RT) // len(images_BCHW)]
-        found = self.filter_losses(features_BPD, first_BT, losses, false_tokens_BT)
+        found = self.filter_losses(
+            images_BCHW, features_BPD, first_BT, losses,
+            false_tokens_BT=false_tokens_BT, uniform_2B=uniform_2B, alpha=alpha, ranks=ranks,
+        )  # fmt: skip
         if "lm" in losses:
-            found |= self.captioner_losses(features_BPD, tokens_RT)
+            found |= self.captioner_losses(features_BPD, tokens_RT, ranks)
         return found | {"loss": torch.stack(list(found.values())).sum()}

@@ -6,14 +6,14 @@ In: features of a frozen image encoder, before its last layer norm, and texts. O
 - `Stage2`: query outputs, projected, are soft visual prompts of a frozen language model
 - the layer norm on the image features stays trainable and computes in float32; what comes before it is
   frozen, so the features may come from a cache
-- gathering across ranks is an argument, the identity on one process
+- which processes train together is an argument (`models.ranks`); in-batch negatives come from all of them
 
 Legend: B images, A images of all ranks, Q queries, P patches, T tokens, D width, E embedding, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,23 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capfilt.models.llms import LanguageModel
-from capfilt.models.losses import draw_hard_negatives, itc_loss
+from capfilt.models.losses import draw_hard_negatives, itc_loss, itm_loss, lm_loss
 from capfilt.models.med import LanguageModelHead, MEDConfig
-from capfilt.models.qformer import ImageKeyValues, KeyValue, QFormer, QFormerConfig, select_images
-
-Gather = Callable[[Tensor], Tensor]
-"""(B, …) of this rank → (A, …) of all ranks, gradients included."""
+from capfilt.models.qformer import ImageKeyValues, KeyValue, QFormer, QFormerConfig, join_images, select_images
+from capfilt.models.ranks import ALONE, Ranks
 
 LABEL_SMOOTHING = 0.1
 """Of ITC and ITG (released code; the paper does not say)."""
 TEMPERATURE_RANGE = (0.001, 0.5)
 """Bounds of the learned temperature (BLIP's; BLIP-2's code has none)."""
-IGNORED = -100
-
-
-def identity(tensor: Tensor) -> Tensor:
-    """Gathers on one process."""
-    return tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +63,7 @@ class Stage1(nn.Module):
             nn.init.zeros_(projection.bias)
         sizes = MEDConfig(vocab_size=config.vocab_size, width=config.width, layer_norm_eps=config.layer_norm_eps)
         self.lm_head = LanguageModelHead(sizes, self.qformer.word_embedding)
-        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.temperature = nn.Parameter(torch.tensor([0.07]))  # one entry: FSDP shards no scalars
 
     def image_key_values(self, features_BPD: Tensor) -> ImageKeyValues:
         """Frozen features, not yet normed, in any precision → cross-attention keys and values."""
@@ -95,75 +87,84 @@ class Stage1(nn.Module):
         texts: Texts,
         *,
         losses: tuple[str, ...] = ("itc", "itm", "itg"),
-        gather: Gather = identity,
-        rank: int = 0,
+        uniform_2B: Tensor | None = None,
+        ranks: Ranks = ALONE,
     ) -> dict[str, Tensor]:
         """The losses asked for, and "loss", their plain sum.
 
-        `gather` and `rank` bring in the images and texts of all ranks as negatives; every rank must pad its
-        texts to the same length then.
+        The images and texts of all `ranks` are negatives; every rank pads its texts to the same length then.
+        `uniform_2B` draws the hard negatives, of images and of texts, see `draw_hard_negatives`.
         """
-        image = self.image_key_values(features_BPD)
+        normed_BPD = self.vision_norm(features_BPD.float())
+        image = self.qformer.image_key_values(normed_BPD)
         queries, key_values = self.qformer.encode_queries(image)
-        similarity = self._similarities(queries, texts, gather)
         found: dict[str, Tensor] = {}
-        if "itc" in losses:
-            image_to_text, text_to_image = (cosines / self._temperature() for cosines in similarity)
-            found["itc"] = itc_loss(
-                image_to_text, text_to_image, offset=rank * len(queries), label_smoothing=LABEL_SMOOTHING
-            )
-        if "itm" in losses:
-            found["itm"] = self._itm_loss(image, texts, similarity, gather, rank)
+        if "itc" in losses or "itm" in losses:
+            i2t, t2i = (cosines / self._temperature() for cosines in self._cosines(queries, texts, ranks))
+            if "itc" in losses:
+                found["itc"] = itc_loss(i2t, t2i, offset=ranks.offset(len(queries)), label_smoothing=LABEL_SMOOTHING)
+            if "itm" in losses:
+                negatives = self._draw_negatives(texts, i2t.detach(), t2i.detach(), uniform_2B, ranks)
+                found["itm"] = self._itm_loss(normed_BPD, image, texts, *negatives, ranks)
         if "itg" in losses:
-            found["itg"] = self._itg_loss(texts, key_values)
+            found["itg"] = self._itg_loss(texts, key_values, ranks)
         return {"loss": torch.stack(list(found.values())).sum(), **found}
 
     def _temperature(self) -> Tensor:
         return self.temperature.clamp(*TEMPERATURE_RANGE)
 
-    def _similarities(self, queries_BQD: Tensor, texts: Texts, gather: Gather) -> tuple[Tensor, Tensor]:
+    def _cosines(self, queries_BQD: Tensor, texts: Texts, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """Cosines (B, A) of own images with all texts and of own texts with all images; best query counts."""
         images_BQE, texts_BE = self.embed_queries(queries_BQD), self.embed_texts(texts)
-        image_to_text = (images_BQE @ gather(texts_BE).T).amax(dim=1)
-        if gather is identity:
+        image_to_text = (images_BQE @ ranks.gather(texts_BE).T).amax(dim=1)
+        if ranks.num_ranks == 1:
             return image_to_text, image_to_text.T
-        text_to_image = torch.einsum("be,aqe->baq", texts_BE, gather(images_BQE)).amax(dim=2)
+        text_to_image = torch.einsum("be,aqe->baq", texts_BE, ranks.gather(images_BQE)).amax(dim=2)
         return image_to_text, text_to_image
+
+    def _draw_negatives(
+        self, texts: Texts, i2t_BA: Tensor, t2i_BA: Tensor, uniform_2B: Tensor | None, ranks: Ranks
+    ) -> tuple[Tensor, Texts]:
+        """For each text the place of another image among those of all ranks, for each image another text."""
+        for_image, for_text = uniform_2B if uniform_2B is not None else (None, None)
+        tokens_AT, mask_AT = ranks.gather(texts.tokens), ranks.gather(texts.mask)
+        same_BA = (texts.tokens[:, None] == tokens_AT[None]).all(dim=2)
+        offset = ranks.offset(len(i2t_BA))
+        chosen = draw_hard_negatives(i2t_BA, same_BA, for_image, offset=offset)
+        other_image = draw_hard_negatives(t2i_BA, same_BA, for_text, offset=offset)
+        return other_image, Texts(tokens=tokens_AT[chosen], mask=mask_AT[chosen])
 
     def _itm_loss(
         self,
+        normed_BPD: Tensor,
         image: ImageKeyValues,
         texts: Texts,
-        similarity: tuple[Tensor, Tensor],
-        gather: Gather,
-        rank: int,
+        other_image: Tensor,
+        other_texts: Texts,
+        ranks: Ranks,
     ) -> Tensor:
         """B pairs that belong together, and for each image and each text a hard negative from all ranks."""
-        num_own = len(texts.tokens)
-        all_tokens, all_mask = gather(texts.tokens), gather(texts.mask)
-        same = (texts.tokens[:, None] == all_tokens[None]).all(dim=2)
-        temperature = self._temperature().detach()
-        texts_for_image, images_for_text = (
-            draw_hard_negatives(cosines.detach() / temperature, same, offset=rank * num_own) for cosines in similarity
+        own = torch.arange(len(texts.tokens), device=texts.tokens.device)
+        if ranks.num_ranks == 1:
+            pair_images = select_images(image, torch.cat([own, own, other_image]))
+        else:  # features are gathered, which are less than the keys and values of all layers
+            others = self.qformer.image_key_values(ranks.gather(normed_BPD)[other_image])
+            pair_images = join_images(select_images(image, torch.cat([own, own])), others)
+        pair_texts = Texts(
+            tokens=torch.cat([texts.tokens, other_texts.tokens, texts.tokens]),
+            mask=torch.cat([texts.mask, other_texts.mask, texts.mask]),
         )
-        own = torch.arange(num_own, device=texts.tokens.device)
-        all_images = [None if kv is None else (gather(kv[0]), gather(kv[1])) for kv in image]
-        own = own + rank * num_own
-        pair_images = select_images(all_images, torch.cat([own, images_for_text, own]))
-        pair_texts = torch.cat([own, own, texts_for_image])
-        logits = self.itm_logits(pair_images, Texts(tokens=all_tokens[pair_texts], mask=all_mask[pair_texts]))
-        labels = torch.zeros(3 * num_own, dtype=torch.long, device=logits.device)
-        labels[:num_own] = 1
-        return F.cross_entropy(logits, labels)
+        logits_R2 = self.itm_logits(pair_images, pair_texts)
+        return itm_loss(logits_R2[: len(own)], logits_R2[len(own) :])
 
-    def _itg_loss(self, texts: Texts, query_key_values: list[KeyValue]) -> Tensor:
+    def _itg_loss(self, texts: Texts, query_key_values: list[KeyValue], ranks: Ranks) -> Tensor:
         """Next-token cross-entropy, smoothed; [DEC] takes the place of [CLS]; padding carries no loss."""
         tokens = texts.tokens.clone()
         tokens[:, 0] = self.dec_token_id
         hidden = self.qformer.decode_text(tokens[:, :-1], query_key_values)
         predicted = texts.mask[:, 1:].bool()
         logits = self.lm_head(hidden[predicted])
-        return F.cross_entropy(logits, tokens[:, 1:][predicted], label_smoothing=LABEL_SMOOTHING)
+        return lm_loss(logits, tokens[:, 1:][predicted], label_smoothing=LABEL_SMOOTHING, ranks=ranks)
 
 
 class Stage2(nn.Module):
@@ -183,9 +184,15 @@ class Stage2(nn.Module):
         image = self.qformer.image_key_values(self.vision_norm(features_BPD.float()))
         return self.projection(self.qformer.encode_queries(image)[0])
 
-    def forward(self, features_BPD: Tensor, texts: list[str]) -> dict[str, Tensor]:
-        """The language model's loss on the texts, as "lm" and "loss"."""
-        loss = self.llm.caption_loss(self.visual_prompts(features_BPD), texts)
+    def forward(
+        self,
+        features_BPD: Tensor,
+        texts: list[str],
+        ranks: Ranks = ALONE,
+        draws: Sequence[float] | None = None,
+    ) -> dict[str, Tensor]:
+        """The language model's loss on the texts, as "lm" and "loss"; see `LanguageModel.caption_loss`."""
+        loss = self.llm.caption_loss(self.visual_prompts(features_BPD), texts, ranks, draws)
         return {"loss": loss, "lm": loss}
 
     def train(self, mode: bool = True) -> Stage2:

@@ -20,8 +20,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationConfig, OPTForCausalLM, T5ForConditionalGeneration
+
+from capfilt.models.losses import lm_loss
+from capfilt.models.ranks import ALONE, Ranks
 
 MAX_TOKENS = 32
 """Longest caption in tokens (released code: 32)."""
@@ -41,8 +43,14 @@ class LanguageModel(Protocol):
     end_token_id: int
     """The token that ends a generated text."""
 
-    def caption_loss(self, visual_BQW: Tensor, texts: Sequence[str]) -> Tensor:
-        """Mean cross-entropy per predicted token of the texts, given the visual prompts."""
+    def caption_loss(
+        self, visual_BQW: Tensor, texts: Sequence[str], ranks: Ranks = ALONE, draws: Sequence[float] | None = None
+    ) -> Tensor:
+        """Mean cross-entropy per predicted token of the texts, given the visual prompts.
+
+        Averaged over the ranks it is the mean over the tokens of all. `draws` in [0, 1) make what is drawn for each
+        text (T5: where it is split); None takes torch's generator.
+        """
         ...
 
     def generate(self, visual_BQW: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
@@ -64,14 +72,16 @@ class OPT(nn.Module):
         self.bos_token_id = int(model.config.bos_token_id)
         self.end_token_id = _newline_token_id(tokenizer)
 
-    def caption_loss(self, visual_BQW: Tensor, texts: Sequence[str]) -> Tensor:
+    def caption_loss(
+        self, visual_BQW: Tensor, texts: Sequence[str], ranks: Ranks = ALONE, draws: Sequence[float] | None = None
+    ) -> Tensor:
         """LM loss on caption and newline; visual prompts and bos carry none."""
         rows = [[self.bos_token_id, *self._encode(t)[: MAX_TOKENS - 1], self.end_token_id] for t in texts]
         tokens, mask = _pad(rows, pad=self.end_token_id, device=visual_BQW.device)
         hidden = self._hidden(visual_BQW, tokens, mask)[:, visual_BQW.shape[1] : -1]
         predicted = mask[:, 1:]
         logits = self.model.lm_head(hidden[predicted])
-        return F.cross_entropy(logits.float(), tokens[:, 1:][predicted])
+        return lm_loss(logits, tokens[:, 1:][predicted], label_smoothing=0.0, ranks=ranks)
 
     @torch.no_grad()
     def generate(self, visual_BQW: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
@@ -111,15 +121,18 @@ class T5(nn.Module):
         """Share of captions trained with an empty prefix (the paper: none). Without some, a caption cannot be
         asked for without its first word."""
 
-    def caption_loss(self, visual_BQW: Tensor, texts: Sequence[str]) -> Tensor:
-        """Prefix LM: the text is split between its first word and its middle, by torch's generator."""
-        parts = [self._split(text) for text in texts]
+    def caption_loss(
+        self, visual_BQW: Tensor, texts: Sequence[str], ranks: Ranks = ALONE, draws: Sequence[float] | None = None
+    ) -> Tensor:
+        """Prefix LM: the text is split between its first word and its middle, see `split_caption`."""
+        draws = torch.rand(len(texts)).tolist() if draws is None else draws
+        parts = [split_caption(t, d, self.whole_caption_share) for t, d in zip(texts, draws, strict=True)]
         prefix, mask = self._encode_batch([p for p, _ in parts], visual_BQW.device)
         inputs, mask = _prepend(visual_BQW, self.model.get_input_embeddings()(prefix), mask)
         target, target_mask = self._encode_batch([s for _, s in parts], visual_BQW.device)
         labels = target.masked_fill(~target_mask, -100)
         output = self.model(inputs_embeds=inputs, attention_mask=mask, labels=labels, use_cache=False)
-        return F.cross_entropy(output.logits[target_mask].float(), target[target_mask])
+        return lm_loss(output.logits[target_mask], target[target_mask], label_smoothing=0.0, ranks=ranks)
 
     @torch.no_grad()
     def generate(self, visual_BQW: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
@@ -131,16 +144,21 @@ class T5(nn.Module):
         found = self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=settings)
         return _decode(self.tokenizer, found[:, 1:], self.end_token_id)
 
-    def _split(self, text: str) -> tuple[str, str]:
-        words = text.split()
-        if len(words) < 2 or torch.rand(()).item() < self.whole_caption_share:
-            return "", text
-        place = int(torch.randint(1, max(1, len(words) // 2) + 1, ()))
-        return " ".join(words[:place]), " ".join(words[place:])
-
     def _encode_batch(self, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         rows = [[*self.tokenizer(t, add_special_tokens=False).input_ids[:MAX_TOKENS], self.end_token_id] for t in texts]
         return _pad(rows, pad=self.pad_token_id, device=device)
+
+
+def split_caption(text: str, draw: float, whole_share: float = 0.0) -> tuple[str, str]:
+    """Prefix and rest of a caption, as `draw` in [0, 1) says (BLIP-2 §3.3).
+
+    A share `whole_share` of the draws gives an empty prefix, the others a place between the first word and the middle.
+    """
+    words = text.split()
+    if draw < whole_share or len(words) < 2:
+        return "", text
+    place = 1 + int((draw - whole_share) / (1 - whole_share) * max(1, len(words) // 2))
+    return " ".join(words[:place]), " ".join(words[place:])
 
 
 LLMS: dict[str, tuple[type[OPT] | type[T5], Any]] = {

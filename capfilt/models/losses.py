@@ -1,11 +1,12 @@
-"""The losses of BLIP and BLIP-2 as pure functions; nothing here needs a process group.
+"""The losses of BLIP, ALBEF and BLIP-2 as pure functions; nothing here needs a process group.
 
 In: embeddings, logits, token ids. Out: scalar losses, indices of hard negatives.
 
-Gathering across ranks is the caller's: pass the gathered embeddings as `all_*` and the rank's first row as
-`offset`. On one process they are the embeddings themselves and 0.
+Gathering across ranks is the caller's (`models.ranks`): pass similarities to the gathered embeddings, and the place
+of the rank's first row among all as `offset`.
 
-Legend: B pairs on this rank, A pairs on all ranks, E embedding width, T tokens, V vocabulary.
+Legend: B pairs on this rank, A pairs on all ranks, K columns contrasted with (A, and a queue's), E embedding width,
+T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from capfilt.models.ranks import ALONE, Ranks
 
 
 def itc_loss(
@@ -33,9 +36,26 @@ def itc_loss(
     return (i2t + t2i) / 2
 
 
+def soft_targets(momentum_similarity_BK: Tensor, alpha: Tensor | float, *, offset: int = 0) -> Tensor:
+    """Targets (B, K) of ITC: alpha · softmax(similarities of the momentum encoders) + (1 - alpha) · one-hot.
+
+    ALBEF §3.3, equations 6 and 7, as BLIP §3.2 takes them over; `offset` is the column of this rank's first pair.
+    """
+    rows = torch.arange(offset, offset + len(momentum_similarity_BK), device=momentum_similarity_BK.device)
+    one_hot_BK = F.one_hot(rows, momentum_similarity_BK.shape[1])
+    return alpha * momentum_similarity_BK.detach().float().softmax(dim=1) + (1 - alpha) * one_hot_BK
+
+
+def soft_itc_loss(similarity_i2t_BK: Tensor, similarity_t2i_BK: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+    """Image-text contrastive loss against soft targets, of images to texts and of texts to images."""
+    i2t = F.cross_entropy(similarity_i2t_BK.float(), targets[0])
+    t2i = F.cross_entropy(similarity_t2i_BK.float(), targets[1])
+    return (i2t + t2i) / 2
+
+
 @torch.no_grad()
 def draw_hard_negatives(
-    similarity_BA: Tensor, excluded_BA: Tensor, generator: torch.Generator | None = None, *, offset: int = 0
+    similarity_BA: Tensor, excluded_BA: Tensor, uniform_B: Tensor | None = None, *, offset: int = 0
 ) -> Tensor:
     """Draw for each row another column, with probability softmax(similarity) (ALBEF §3.2, BLIP-2 §3.2).
 
@@ -43,7 +63,8 @@ def draw_hard_negatives(
         similarity_BA: (B, A) similarities over temperature.
         excluded_BA: (B, A) boolean, True where a column is no negative: equal texts. The released codes exclude the
             pair itself alone, which is excluded here in any case.
-        generator: source of the draws.
+        uniform_B: (B,) numbers in [0, 1) that make the choice (inverse distribution function), so that a draw does
+            not depend on what was drawn before; None takes torch's generator.
         offset: column of this rank's first pair.
 
     Returns:
@@ -55,8 +76,12 @@ def draw_hard_negatives(
     excluded_BA = excluded_BA | own_BA
     excluded_BA = torch.where(excluded_BA.all(dim=1, keepdim=True), own_BA, excluded_BA)
     lowest = torch.finfo(torch.float32).min  # not -inf: a pair that is alone is drawn, not NaN
-    weights = similarity_BA.float().masked_fill(excluded_BA, lowest).softmax(dim=1)
-    return torch.multinomial(weights, 1, generator=generator).squeeze(1)
+    weights_BA = similarity_BA.float().masked_fill(excluded_BA, lowest).softmax(dim=1)
+    if uniform_B is None:
+        uniform_B = torch.rand(len(rows), device=rows.device)
+    cumulated_BA = weights_BA.cumsum(dim=1)
+    threshold_B1 = (1.0 - uniform_B.to(cumulated_BA)[:, None]) * cumulated_BA[:, -1:]  # more than 0, at most the sum
+    return (cumulated_BA < threshold_B1).sum(dim=1).clamp(max=similarity_BA.shape[1] - 1)
 
 
 def itm_loss(match_logits_B2: Tensor, mismatch_logits_N2: Tensor) -> Tensor:
@@ -64,9 +89,14 @@ def itm_loss(match_logits_B2: Tensor, mismatch_logits_N2: Tensor) -> Tensor:
     logits = torch.cat([match_logits_B2, mismatch_logits_N2])
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     target[: len(match_logits_B2)] = 1
-    return F.cross_entropy(logits, target)
+    return F.cross_entropy(logits.float(), target)
 
 
-def lm_loss(logits_NV: Tensor, target_N: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
-    """Language modelling loss over the positions that count (BLIP §3.2: label smoothing 0.1)."""
-    return F.cross_entropy(logits_NV.float(), target_N, label_smoothing=label_smoothing)
+def lm_loss(logits_NV: Tensor, target_N: Tensor, *, label_smoothing: float = 0.1, ranks: Ranks = ALONE) -> Tensor:
+    """Language modelling loss, the mean over the positions that count (BLIP §3.2: label smoothing 0.1).
+
+    With several ranks, averaged over them, it is the mean over the positions of all.
+    """
+    total = F.cross_entropy(logits_NV.float(), target_N, label_smoothing=label_smoothing, reduction="sum")
+    count = torch.tensor(float(len(target_N)), device=logits_NV.device)
+    return total / ranks.mean(count).clamp(min=1.0)

@@ -193,6 +193,14 @@ def select_images(image: ImageKeyValues, rows: Tensor) -> ImageKeyValues:
     return [None if kv is None else (kv[0][rows], kv[1][rows]) for kv in image]
 
 
+def join_images(first: ImageKeyValues, second: ImageKeyValues) -> ImageKeyValues:
+    """The keys and values of both, one after the other."""
+    return [
+        None if a is None or b is None else (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]))
+        for a, b in zip(first, second, strict=True)
+    ]
+
+
 def _batch_size(image: ImageKeyValues) -> int:
     first = image[0]
     assert first is not None, "layer 0 always attends to the image"

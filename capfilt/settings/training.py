@@ -14,7 +14,9 @@ class TrainSettings:
     max_steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 64
-    """Images in a step."""
+    """Images that a process works on at a time; a step has batch_size · accumulation_steps · processes of them."""
+    accumulation_steps: int = 1
+    """Batches whose gradients make one step; contrast is within a batch."""
     learning_rate: float = 1e-4
     """Peak rate (BLIP-2 §3.4: 1e-4)."""
     min_learning_rate: float = 0.0
@@ -30,7 +32,16 @@ class TrainSettings:
     clip_grad_norm: float = 1.0
     """Global norm at which gradients are clipped; 0 for none."""
     autocast: str = "float32"
-    """Precision of matrix products: float32 or bfloat16; the weights stay float32."""
+    """Precision of matrix products: float32, bfloat16, or float16 with scaled losses; the weights stay float32."""
+    compile: bool = False
+    """Compile the layers with torch.compile; the first steps are slow."""
+    recompute: bool = False
+    """Gradient checkpointing: run each layer again in the backward pass instead of keeping what it computed."""
+    sharding: str = "none"
+    """Of several processes: none (each has all weights, DDP) or full (each has its share of them, FSDP)."""
+    run_weights: tuple[float, ...] = ()
+    """How often each run's images are shown in an epoch, in the order of the runs; empty for once each. A fraction
+    shows a part of them, another one in every epoch."""
     random_crop: float = 1.0
     """Smallest share of the area a random resized crop keeps; 1 for no crop."""
     random_flip: bool = False
@@ -41,17 +52,23 @@ class TrainSettings:
     """Steps between two checkpoints."""
     log_every_steps: int = 20
     """Steps between two lines of metrics."""
+    tensorboard: bool = False
+    """Write curves for TensorBoard too, into the output's tensorboard/."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
     def __post_init__(self) -> None:
         require(self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
         require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2 (contrast needs another pair)")
+        require(self.accumulation_steps >= 1, "accumulation_steps", self.accumulation_steps, "at least 1")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         lowest = self.min_learning_rate
         require(0 <= lowest <= self.learning_rate, "min_learning_rate", lowest, "0 to learning_rate")
         require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "adamw or muon")
-        require(self.autocast in ("float32", "bfloat16"), "autocast", self.autocast, "float32 or bfloat16")
+        precisions = ("float32", "bfloat16", "float16")
+        require(self.autocast in precisions, "autocast", self.autocast, f"one of {', '.join(precisions)}")
+        require(self.sharding in ("none", "full"), "sharding", self.sharding, "none or full")
+        require(all(w > 0 for w in self.run_weights), "run_weights", self.run_weights, "more than 0 each")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.beta2 < 1, "beta2", self.beta2, "0 or more, less than 1")
         require(self.clip_grad_norm >= 0, "clip_grad_norm", self.clip_grad_norm, "0 (none) or more")
@@ -78,6 +95,15 @@ class BlipTrainSettings(TrainSettings):
     """LM: share of the target spread over the vocabulary (BLIP's released code: 0.1)."""
     losses: tuple[str, ...] = ("itc", "itm", "lm")
     """Pre-training: losses that are summed (BLIP §3.2: all three); fine-tuning has its own."""
+    momentum: float = 0.995
+    """ITC: share of its old weights that a momentum encoder keeps in a step (ALBEF §3.5, BLIP: 0.995); 0 for no
+    momentum encoders, whose contrast is then within the batch."""
+    queue_size: int = 57600
+    """ITC: pairs of features of earlier steps that are contrasted with (BLIP's released code: 57,600)."""
+    alpha: float = 0.4
+    """ITC: weight of the momentum encoders' similarities in its targets (ALBEF §3.5, BLIP: 0.4)."""
+    alpha_epochs: float = 2.0
+    """ITC: epochs over which alpha rises from 0 (BLIP's released code: 2)."""
     captions_per_image: int = 1
     """LM: kept captions of an image that a step decodes, its features computed once (BLIP: one)."""
     known_false: bool = False
@@ -110,6 +136,10 @@ class BlipTrainSettings(TrainSettings):
         known = ("itc", "itm", "lm")
         odd = not self.losses or any(name not in known for name in self.losses)
         require(not odd, "losses", self.losses, f"some of {', '.join(known)}")
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "0 (none) or more, less than 1")
+        require(self.queue_size >= 1, "queue_size", self.queue_size, "at least 1")
+        require(0 <= self.alpha <= 1, "alpha", self.alpha, "0 to 1")
+        require(self.alpha_epochs >= 0, "alpha_epochs", self.alpha_epochs, "0 or more")
         require(self.captions_per_image >= 1, "captions_per_image", self.captions_per_image, "at least 1")
         require(self.max_text_tokens >= 4, "max_text_tokens", self.max_text_tokens, "at least 4")
         sizes = ("image_size_px", "patch_size_px", "vision_width", "vision_depth", "text_width", "text_depth")

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from capfilt.errors import UsageError
+from capfilt.models.ranks import ALONE, Ranks
 from capfilt.settings import TrainSettings
 from capfilt.weights.model_files import CLIP_MEAN, CLIP_STD
 
@@ -70,8 +71,11 @@ class PairDataset(Protocol):
 
     keys: Sequence[str]
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """A permutation of the rows, int64, pure in (seed, epoch)."""
+    def order(self, seed: int, epoch: int, num_ranks: int = 1, batch_size: int = 1) -> np.ndarray:
+        """The rows of an epoch, int64, pure in the arguments; may show some more than once, or not at all.
+
+        A step's rows stand side by side, `batch_size` of each rank, in the order of the ranks.
+        """
         ...
 
     def captions_of(self, row: int) -> list[str]:
@@ -102,7 +106,7 @@ class ArrayPairs:
             raise ValueError(f"{len(images_NHWC)} images, {len(captions)} caption lists, {len(keys)} keys")
         self.images, self.captions, self.keys = images_NHWC, captions, keys
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
+    def order(self, seed: int, epoch: int, num_ranks: int = 1, batch_size: int = 1) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(len(self.keys))
 
     def captions_of(self, row: int) -> list[str]:
@@ -124,21 +128,25 @@ def iterate_batches(
     settings: TrainSettings,
     cursor: Cursor = Cursor(),
     *,
+    ranks: Ranks = ALONE,
     mean: tuple[float, ...] = CLIP_MEAN,
     std: tuple[float, ...] = CLIP_STD,
     with_pixels: bool = True,
 ) -> Iterator[Batch]:
-    """The endless stream of batches from `cursor` on; the last incomplete batch of an epoch is dropped.
+    """The endless stream of a rank's batches from `cursor` on; what fills no batch of all ranks ends an epoch.
 
-    Of the settings: batch_size, seed, random_crop, random_flip. Without pixels (features are cached) the
-    batches hold rows, texts and keys only. Raises UsageError where the images do not fill one batch.
+    Every rank has as many batches in an epoch as the others. Of the settings: batch_size, seed, random_crop,
+    random_flip. Without pixels (features are cached) the batches hold rows, texts and keys only. Raises UsageError
+    where the images do not fill one batch of every rank.
     """
-    if len(dataset.keys) < settings.batch_size:
+    size = settings.batch_size * ranks.num_ranks
+    if len(dataset.order(settings.seed, 0, ranks.num_ranks, settings.batch_size)) < size:
+        of_each = f" of {settings.batch_size} for each of {ranks.num_ranks} processes" if ranks.num_ranks > 1 else ""
         raise UsageError(
-            f"{len(dataset.keys)} images with kept captions do not fill a batch of {settings.batch_size}. "
+            f"{len(dataset.keys)} images with kept captions do not fill a batch of {size}{of_each}. "
             f"Lower --batch-size, or curate more with `capfilt run`."
         )
-    plans = _plan(dataset, settings, cursor)
+    plans = _plan(dataset, settings, cursor, ranks)
     if not with_pixels:
         no_pixels = np.empty((0, 0, 0, 3), np.uint8)
         return (_assemble(dataset, settings, plan, no_pixels, mean, std) for plan in plans)
@@ -147,19 +155,35 @@ def iterate_batches(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
+    """One batch: its rows, and at which time of the epoch each of them is shown (0 the first)."""
+
     epoch: int
     rows: np.ndarray
+    times: np.ndarray
     following: Cursor
 
 
-def _plan(dataset: PairDataset, settings: TrainSettings, cursor: Cursor) -> Iterator[_Plan]:
-    epoch, position, size = cursor.epoch, cursor.position, settings.batch_size
+def _plan(dataset: PairDataset, settings: TrainSettings, cursor: Cursor, ranks: Ranks) -> Iterator[_Plan]:
+    epoch, position, own = cursor.epoch, cursor.position, settings.batch_size
+    size = own * ranks.num_ranks
     while True:
-        order = dataset.order(settings.seed, epoch)
+        order = dataset.order(settings.seed, epoch, ranks.num_ranks, own)
+        times = _times_shown(order)
         while position + size <= len(order):
+            first = position + ranks.offset(own)
             position += size
-            yield _Plan(epoch, order[position - size : position], Cursor(epoch, position))
+            yield _Plan(epoch, order[first : first + own], times[first : first + own], Cursor(epoch, position))
         epoch, position = epoch + 1, 0
+
+
+def _times_shown(order: np.ndarray) -> np.ndarray:
+    """How often each entry stood there before: zeros where none repeats."""
+    by_row = np.argsort(order, kind="stable")
+    ordered = order[by_row]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    times = np.empty(len(order), np.int64)
+    times[by_row] = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
+    return times
 
 
 def _read_ahead(
@@ -195,18 +219,24 @@ def _assemble(
     rows: list[int] = plan.rows.tolist()
     keys = [dataset.keys[row] for row in rows]
     texts = []
-    for row, key in zip(rows, keys, strict=True):
+    for row, name in zip(rows, _names(dataset, plan), strict=True):
         captions = dataset.captions_of(row)
-        texts.append(captions[draw(settings.seed, plan.epoch, key, "caption") % len(captions)])
+        texts.append(captions[draw(settings.seed, plan.epoch, name, "caption") % len(captions)])
     return Batch(pixels, texts, keys, plan.following, plan.rows, mean, std)
 
 
 def _views(dataset: PairDataset, settings: TrainSettings, plan: _Plan) -> list[View] | None:
     if settings.random_crop == 1.0 and not settings.random_flip:
         return None
-    rows: list[int] = plan.rows.tolist()
-    seeds = [draw(settings.seed, plan.epoch, dataset.keys[row], "view") for row in rows]
+    seeds = [draw(settings.seed, plan.epoch, name, "view") for name in _names(dataset, plan)]
     return [draw_view(seed, settings.random_crop, settings.random_flip) for seed in seeds]
+
+
+def _names(dataset: PairDataset, plan: _Plan) -> list[str]:
+    """What the draws of an image go by: its key, and the time where it is shown again in an epoch."""
+    rows: list[int] = plan.rows.tolist()
+    keys = [dataset.keys[row] for row in rows]
+    return [f"{key} {time}" if time else key for key, time in zip(keys, plan.times.tolist(), strict=True)]
 
 
 def draw_captions(captions: Sequence[str], number: int, seed: int) -> list[str]:
@@ -221,6 +251,27 @@ def draw(seed: int, epoch: int, key: str, what: str) -> int:
     """64 random bits that depend on nothing but the arguments."""
     digest = hashlib.blake2b(f"{what}:{seed}:{epoch}:{key}".encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of one batch of one process: they depend on nothing but seed, step and place in the step."""
+
+    seed: int
+    step: int
+    part: int = 0
+    """Which of the step's accumulated batches."""
+    ranks: Ranks = ALONE
+
+    def uniform(self, num: int, num_rows: int) -> Tensor:
+        """float32 (num, num_rows) in [0, 1): this rank's rows of what one process would draw for all ranks' rows."""
+        generator = torch.Generator().manual_seed(draw(self.seed, self.step, str(self.part), "uniform"))
+        offset = self.ranks.offset(num_rows)
+        return torch.rand(num, num_rows * self.ranks.num_ranks, generator=generator)[:, offset : offset + num_rows]
+
+    def reseed(self) -> None:
+        """Sets torch's generators, for dropout: another seed on every rank."""
+        torch.manual_seed(draw(self.seed, self.step, f"{self.part} {self.ranks.rank}", "dropout"))
 
 
 def draw_view(seed: int, smallest_area: float, flip: bool) -> View:

@@ -7,7 +7,7 @@ layout that plain transformers opens; pre-training writes two, `captioner/` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
-from capfilt.models.blip import Blip, CaptionerLosses, FilterLosses
+from capfilt.models.blip import Blip, CaptionerLosses, FilterLosses, FineTuning, MomentumConfig
 from capfilt.models.convert_blip import Kind
 from capfilt.models.med import Captioner, Filter, MEDConfig
 from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import BlipTrainSettings
-from capfilt.train.batches import Batch, draw, draw_captions, iterate_batches
+from capfilt.train.batches import Batch, Draws, draw, draw_captions, iterate_batches
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import RunPairs, read_pairs, runs_digest
+from capfilt.train.processes import Processes, join_processes
 from capfilt.weights.blip import LoadedBlip, load_trainable_blip, save_blip
-from capfilt.weights.devices import choose_device
 from capfilt.weights.find import SIDE_FILES, find_model_dir
 from capfilt.weights.model_files import ImagePreparation, load_tokenizer, tokenizer_digest, weights_digest
 
@@ -46,58 +46,63 @@ def train_blip(
     settings = replace(settings, prompt="")  # that of the captioner's fine-tuning
     torch.manual_seed(settings.seed)
     model, start = _start_from_init(settings) if settings.init else _start_from_nothing(settings)
-
-    def losses(images_BCHW: Tensor, tokens_RT: Tensor, false_tokens_BT: Tensor | None) -> dict[str, Tensor]:
-        return model(images_BCHW, tokens_RT, settings.losses, false_tokens_BT)
+    model.start_momentum(_momentum_of(settings))
 
     def save(folder: Path) -> None:
         save_blip(folder / "captioner", "captioner", model.captioner, start, prompt="")
         save_blip(folder / "filter", "filter", model.filter, start)
 
-    return _train(run_dirs, settings, output_dir, progress, model, losses, start, save, "blip")
+    return _train(run_dirs, settings, output_dir, progress, _Part("blip", model, model.filter_losses), start, save)
 
 
 def train_captioner(
     run_dirs: RunDirs, settings: BlipTrainSettings, output_dir: Path, progress: Progress | None = None
 ) -> TrainSummary:
     """Fine-tune a captioner with LM; the tokens of the prompt carry no loss (BLIP §3.3)."""
-    settings = replace(settings, known_false=False)  # those of ITM
+    settings = replace(settings, known_false=False, losses=("lm",))  # ITM's, pre-training's
     torch.manual_seed(settings.seed)
     start = load_trainable_blip(_part_of(settings.init, "captioner"), "captioner")
     assert isinstance(start.model, Captioner)
     prompt_tokens = start.tokenizer(settings.prompt, add_special_tokens=False).input_ids
-    objective = CaptionerLosses(
+    losses = CaptionerLosses(
         start.model, num_prompt_tokens=len(prompt_tokens), label_smoothing=settings.label_smoothing
     )
 
-    def losses(images_BCHW: Tensor, tokens_RT: Tensor, _false_tokens_BT: Tensor | None) -> dict[str, Tensor]:
-        parts = objective(objective.model.vision(images_BCHW), tokens_RT)
-        return parts | {"loss": parts["lm"]}
-
     def save(folder: Path) -> None:
-        save_blip(folder, "captioner", objective.model, start, prompt=settings.prompt)
+        save_blip(folder, "captioner", losses.model, start, prompt=settings.prompt)
 
-    return _train(run_dirs, settings, output_dir, progress, objective, losses, start, save, "captioner")
+    part = _Part("captioner", FineTuning(losses), None)
+    return _train(run_dirs, settings, output_dir, progress, part, start, save)
 
 
 def train_filter(
     run_dirs: RunDirs, settings: BlipTrainSettings, output_dir: Path, progress: Progress | None = None
 ) -> TrainSummary:
     """Fine-tune a filter with ITC and ITM (BLIP §3.3)."""
-    settings = replace(settings, captions_per_image=1, prompt="")  # those of LM
+    settings = replace(settings, captions_per_image=1, prompt="", losses=("itc", "itm"))  # LM's, pre-training's
     torch.manual_seed(settings.seed)
     start = load_trainable_blip(_part_of(settings.init, "filter"), "filter")
     assert isinstance(start.model, Filter)
-    objective = FilterLosses(start.model)
-
-    def losses(images_BCHW: Tensor, tokens_BT: Tensor, false_tokens_BT: Tensor | None) -> dict[str, Tensor]:
-        parts = objective(objective.model.vision(images_BCHW), tokens_BT, false_tokens_BT=false_tokens_BT)
-        return parts | {"loss": parts["itc"] + parts["itm"]}
+    losses = FilterLosses(start.model, _momentum_of(settings))
 
     def save(folder: Path) -> None:
-        save_blip(folder, "filter", objective.model, start)
+        save_blip(folder, "filter", losses.model, start)
 
-    return _train(run_dirs, settings, output_dir, progress, objective, losses, start, save, "filter")
+    part = _Part("filter", FineTuning(losses), losses)
+    return _train(run_dirs, settings, output_dir, progress, part, start, save)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is trained: its name, the module that gives losses, and the part of it with ITC, if there is one."""
+
+    name: str
+    objective: nn.Module
+    contrast: FilterLosses | None
+
+
+def _momentum_of(settings: BlipTrainSettings) -> MomentumConfig | None:
+    return MomentumConfig(settings.momentum, settings.queue_size) if settings.momentum else None
 
 
 def _train(
@@ -105,43 +110,84 @@ def _train(
     settings: BlipTrainSettings,
     output_dir: Path,
     progress: Progress | None,
-    module: nn.Module,
-    losses: Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]],
+    part: _Part,
     start: LoadedBlip,
     save: Callable[[Path], None],
-    part: str,
 ) -> TrainSummary:
     """The shared part: data, device, tokens; then the loop."""
     progress = progress or NullProgress()
-    device = choose_device(settings.device)
-    module.to(device).train()
-    side = start.preparation.image_size_px
-    dataset = read_pairs(run_dirs, image_size_px=side, progress=progress, known_false=settings.known_false)
-    prompt = settings.prompt.strip() + " " if settings.prompt.strip() else ""
+    processes = join_processes(settings)
+    part.objective.to(processes.device).train()
+    dataset = read_pairs(
+        run_dirs, image_size_px=start.preparation.image_size_px, run_weights=settings.run_weights, progress=progress,
+        known_false=settings.known_false,
+    )  # fmt: skip
+    inputs = _Inputs(dataset, settings, start.tokenizer, part, processes)
+    momentum = part.contrast.momentum if part.contrast else None
 
-    def compute_losses(batch: Batch, _step: int) -> dict[str, Tensor]:
-        texts, false_texts = _captions_of(dataset, batch, settings), _false_captions_of(dataset, batch, settings)
-        encoded = encode_texts(start.tokenizer, [prompt + text for text in texts + false_texts], settings, device)
-        tokens_RT, false_tokens_BT = encoded[: len(texts)], encoded[len(texts) :] if false_texts else None
-        if false_tokens_BT is not None:
-            false_tokens_BT[torch.tensor([not text for text in false_texts])] = start.tokenizer.pad_token_id
-        return losses(batch.images.to(device), tokens_RT, false_tokens_BT)
+    def follow(_step: int) -> None:
+        if momentum is not None:
+            assert part.contrast is not None
+            momentum.follow(part.contrast.model)
 
-    origin_sha256 = _origin_digest(settings, part)
-    fields = {"input": runs_digest(run_dirs), "origin_sha256": origin_sha256}
     return train(
-        compute_losses,
-        named_parameters=module.named_parameters(),
+        part.objective,
+        inputs,
         open_batches=lambda cursor: iterate_batches(
-            dataset, settings, cursor, mean=start.preparation.mean, std=start.preparation.std
+            dataset, settings, cursor,
+            ranks=processes.ranks, mean=start.preparation.mean, std=start.preparation.std,
         ),
         settings=settings,
         output_dir=output_dir,
         save=save,
+        processes=processes,
         progress=progress,
-        name=f"train {part}",
-        fields=fields,
-    )
+        name=f"train {part.name}",
+        extra_tensors=lambda: {f"momentum.{n}": t for n, t in momentum.state_dict().items()} if momentum else {},
+        fields={"input": runs_digest(run_dirs), "origin_sha256": _origin_digest(settings, part.name)},
+        after_step=follow,
+        some_unused=part.name == "blip" and set(settings.losses) != {"itc", "itm", "lm"},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Makes the objective's inputs of a batch."""
+
+    dataset: RunPairs
+    settings: BlipTrainSettings
+    tokenizer: Any
+    part: _Part
+    processes: Processes
+
+    def __call__(self, batch: Batch, draws: Draws) -> dict[str, Any]:
+        settings, device = self.settings, self.processes.device
+        texts = _captions_of(self.dataset, batch, settings)
+        false_texts = _false_captions_of(self.dataset, batch, settings)
+        prompt = settings.prompt.strip() + " " if settings.prompt.strip() else ""
+        tokens_NT = encode_texts(
+            self.tokenizer, [prompt + text for text in texts + false_texts], settings.max_text_tokens,
+            to_the_longest=self.processes.num == 1,
+        )  # fmt: skip
+        false_tokens_BT = None
+        if false_texts:
+            false_tokens_BT = tokens_NT[len(texts) :].clone()
+            false_tokens_BT[torch.tensor([not text for text in false_texts])] = self.tokenizer.pad_token_id
+        inputs: dict[str, Any] = {
+            "images_BCHW": batch.images.to(device), "tokens_RT": tokens_NT[: len(texts)].to(device),
+            "losses": settings.losses, "ranks": self.processes.ranks,
+        }  # fmt: skip
+        if self.part.contrast is not None:
+            inputs["false_tokens_BT"] = None if false_tokens_BT is None else false_tokens_BT.to(device)
+            inputs["uniform_2B"] = draws.uniform(2, len(batch.keys)).to(device)
+            inputs["alpha"] = self._alpha(batch)
+        return inputs
+
+    def _alpha(self, batch: Batch) -> float:
+        """The weight of the momentum encoders' similarities, which rises over the first epochs."""
+        settings = self.settings
+        epochs = batch.cursor.epoch + batch.cursor.position / len(self.dataset.keys)
+        return settings.alpha * min(1.0, epochs / settings.alpha_epochs if settings.alpha_epochs else 1.0)
 
 
 def _captions_of(dataset: RunPairs, batch: Batch, settings: BlipTrainSettings) -> list[str]:
@@ -166,10 +212,11 @@ def _false_captions_of(dataset: RunPairs, batch: Batch, settings: BlipTrainSetti
     return texts
 
 
-def encode_texts(tokenizer: Any, texts: list[str], settings: BlipTrainSettings, device: torch.device) -> Tensor:
-    """[CLS] … [SEP] of each text, padded to the longest: (B, T) token ids."""
-    encoded = tokenizer(texts, padding=True, truncation=True, max_length=settings.max_text_tokens, return_tensors="pt")
-    return encoded.input_ids.to(device)
+def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, to_the_longest: bool = True) -> Tensor:
+    """[CLS] … [SEP] of each text: (B, T) token ids, padded to the longest or to `max_tokens`."""
+    padding = "longest" if to_the_longest else "max_length"
+    encoded = tokenizer(texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt")
+    return encoded.input_ids
 
 
 def _origin_digest(settings: BlipTrainSettings, part: str) -> str:

@@ -2,7 +2,7 @@
 
     OUTPUT/checkpoints/step-00000500/
       model.safetensors       the tensors that training changes
-      optimizer.safetensors   the optimizer's moments and the states of the random generators
+      optimizer.safetensors   the optimizer's moments
       state.json              step, cursor, settings, losses so far, sha256 of the two files; written last
 
 In: live tensors and an optimizer. Out: the same, as they were at the step saved. A directory without a
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError, RunLockedError
+from capfilt.train.processes import fill_tensor, full_tensor
 
 FORMAT_VERSION = 1
 NUM_KEPT = 2
@@ -59,16 +60,23 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
-) -> Path:
-    """Commits the state after `state["step"]` steps, then drops all but the newest two checkpoints."""
-    _refuse_non_finite(tensors, int(state["step"]))
+    write: bool = True,
+) -> None:
+    """Commits the state after `state["step"]` steps, then drops all but the newest two checkpoints.
+
+    Of several processes all call it, since each may have a share of the tensors, and one is to `write`.
+    """
+    whole, moments = _whole_tensors(tensors, write), _whole_tensors(_optimizer_tensors(optimizer), write)
+    if not write:
+        return
+    _refuse_non_finite(whole, int(state["step"]))
     root = output_dir / "checkpoints"
     staging = root / f".staging-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, staging / _TENSOR_FILES[0])
-        save_file(_optimizer_tensors(optimizer), staging / _TENSOR_FILES[1])
+        save_file(whole, staging / _TENSOR_FILES[0])
+        save_file(moments, staging / _TENSOR_FILES[1])
         digests = {name: _sync_and_digest(staging / name) for name in _TENSOR_FILES}
         record = {"format_version": FORMAT_VERSION, **state, "sha256": digests}
         (staging / "state.json").write_text(json.dumps(record, indent=1))
@@ -83,7 +91,6 @@ def save_checkpoint(
     sync_directory(root)
     for old in _checkpoint_dirs(output_dir)[:-NUM_KEPT]:
         shutil.rmtree(old)
-    return target
 
 
 def find_checkpoint(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -124,14 +131,13 @@ def setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def load_checkpoint(path: Path, *, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Copies a checkpoint into live tensors, the optimizer and the random generators; names must agree."""
+    """Copies a checkpoint into live tensors and the optimizer; names must agree."""
     stored = load_file(path / _TENSOR_FILES[0])
     odd = sorted(stored.keys() ^ tensors.keys())
     if odd:
         raise CorruptionError(f"{path} and the model differ in {len(odd)} tensors, the first {odd[0]!r}.")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(stored[name])
+    for name, tensor in tensors.items():
+        fill_tensor(tensor, stored[name])
     _restore_optimizer(optimizer, load_file(path / _TENSOR_FILES[1]))
 
 
@@ -196,23 +202,30 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def _whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """On the host, whole where processes have shares; nothing unless they are to be kept."""
+    whole = ((name, full_tensor(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.contiguous().cpu() for name, tensor in whole if keep}
+
+
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            tensors[f"{index}.{name}"] = torch.as_tensor(value).detach().contiguous().cpu()
-    return tensors
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    cuda_state = tensors.pop("rng.cuda", None)
-    if cuda_state is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda_state)
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Fills the optimizer's state; what belongs to a weight is shared out as the weight is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, field = name.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            target = torch.zeros_like(parameter, requires_grad=False)
+            fill_tensor(target, value)
+            value = target
         state.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

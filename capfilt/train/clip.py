@@ -24,18 +24,19 @@ import open_clip
 import torch
 from open_clip.model import CLIP
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.models.losses import itc_loss
+from capfilt.models.ranks import ALONE, Ranks
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import ClipTrainSettings
-from capfilt.train.batches import Batch, PairDataset, iterate_batches, normalise
+from capfilt.train.batches import Batch, Draws, PairDataset, iterate_batches, normalise
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
+from capfilt.train.processes import join_processes
 from capfilt.train.tokenizer_files import save_tokenizer
-from capfilt.weights.devices import choose_device
 from capfilt.weights.model_files import CLIP_MEAN, CLIP_STD, load_tokenizer, weights_digest
 
 HEAD_WIDTH = 32
@@ -59,7 +60,9 @@ def train_clip(
     Errors as those of `read_pairs`, `load_clip_tokenizer` and `train`.
     """
     progress = progress or NullProgress()
-    dataset = read_pairs(run_dirs, image_size_px=settings.image_size_px, progress=progress)
+    dataset = read_pairs(
+        run_dirs, image_size_px=settings.image_size_px, run_weights=settings.run_weights, progress=progress
+    )
     fields = {"input": runs_digest(run_dirs), "tokenizer_sha256": weights_digest(tokenizer_dir)}
     return train_clip_on(dataset, tokenizer_dir, settings, output_dir, progress=progress, fields=fields)
 
@@ -74,34 +77,50 @@ def train_clip_on(
     fields: Mapping[str, Any] | None = None,
 ) -> TrainSummary:
     """Trains on a dataset whose pictures have `image_size_px`; `fields` identify it."""
-    device = choose_device(settings.device)
+    processes = join_processes(settings)
+    device = processes.device
     torch.manual_seed(settings.seed)
     tokenizer = load_clip_tokenizer(tokenizer_dir)
     model = build_clip(settings, len(tokenizer)).to(device).train()
 
-    def compute_losses(batch: Batch, _step: int) -> dict[str, Tensor]:
-        image_BE = model.encode_image(batch.images.to(device), normalize=True)
-        text_BE = model.encode_text(_encode(tokenizer, batch.texts, settings, device), normalize=True)
-        similarity_BB = model.logit_scale.exp() * image_BE @ text_BE.T
-        return {"loss": itc_loss(similarity_BB, similarity_BB.T), "logit_scale": model.logit_scale.exp()}
+    def prepare(batch: Batch, _draws: Draws) -> dict[str, Any]:
+        tokens_BT = _encode(tokenizer, batch.texts, settings, device)
+        return {"images_BCHW": batch.images.to(device), "tokens_BT": tokens_BT, "ranks": processes.ranks}
 
     def clamp_temperature(_step: int) -> None:
         with torch.no_grad():
             model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     return train(
-        compute_losses,
-        named_parameters=model.named_parameters(),
-        open_batches=lambda cursor: iterate_batches(dataset, settings, cursor),
+        ClipLosses(model),
+        prepare,
+        open_batches=lambda cursor: iterate_batches(dataset, settings, cursor, ranks=processes.ranks),
         settings=settings,
         output_dir=output_dir,
         save=lambda folder: save_clip(folder, model, settings, tokenizer),
+        processes=processes,
         progress=progress,
         name="clip",
-        extra_tensors=_saved_buffers(model),
+        extra_tensors=lambda: _saved_buffers(model),
         fields=fields,
         after_step=clamp_temperature,
     )
+
+
+class ClipLosses(nn.Module):
+    """Contrast of images and texts of all ranks (CLIP §2.3)."""
+
+    def __init__(self, model: CLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+        """`loss`, and the inverse temperature for the log."""
+        image_BE = self.model.encode_image(images_BCHW, normalize=True)
+        text_BE = self.model.encode_text(tokens_BT, normalize=True)
+        scale, offset = self.model.logit_scale.exp(), ranks.offset(len(image_BE))
+        i2t, t2i = scale * image_BE @ ranks.gather(text_BE).T, scale * text_BE @ ranks.gather(image_BE).T
+        return {"loss": itc_loss(i2t, t2i, offset=offset), "logit_scale": scale}
 
 
 def build_clip(settings: ClipTrainSettings, vocab_size: int) -> CLIP:

@@ -17,6 +17,7 @@ from capfilt.progress import Progress
 from capfilt.settings import Stage1Settings, Stage2Settings
 from capfilt.train.batches import Batch, Cursor, PairDataset, iterate_batches, normalise
 from capfilt.train.pretrained import ImageEncoder
+from capfilt.train.processes import Processes
 
 BATCH_SIZE = 64
 """Images encoded at a time."""
@@ -30,11 +31,11 @@ class FrozenFeatures:
         encoder: ImageEncoder,
         dataset: PairDataset,
         settings: Stage1Settings | Stage2Settings,
-        device: torch.device,
+        processes: Processes,
         progress: Progress,
     ) -> None:
         self._encoder, self._dataset, self._settings = encoder, dataset, settings
-        self._device, self._progress = device, progress
+        self._device, self._ranks, self._progress = processes.device, processes.ranks, progress
         self._cache: Tensor | None = None
 
     @property
@@ -50,7 +51,7 @@ class FrozenFeatures:
             self._cache = _encode_all(self._encoder, self._dataset, self._device, self._progress)
         preparation = self._encoder.preparation
         return iterate_batches(
-            self._dataset, self._settings, cursor,
+            self._dataset, self._settings, cursor, ranks=self._ranks,
             mean=preparation.mean, std=preparation.std, with_pixels=self._cache is None,
         )  # fmt: skip
 

@@ -43,13 +43,13 @@ from transformers.utils import logging as transformers_logging
 from capfilt.data.commit import file_sha256
 from capfilt.data.llm_texts import LlmText, read_llm_texts
 from capfilt.errors import UsageError
-from capfilt.models.llms import OPT, T5
+from capfilt.models.llms import OPT, T5, split_caption
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import LlmTrainSettings
-from capfilt.train.batches import Batch, Cursor, draw
+from capfilt.train.batches import Batch, Cursor, Draws, draw
 from capfilt.train.loop import TrainSummary, train
+from capfilt.train.processes import join_processes
 from capfilt.train.tokenizer_files import save_tokenizer
-from capfilt.weights.devices import choose_device
 from capfilt.weights.model_files import load_tokenizer, weights_digest
 
 HEAD_WIDTH = 32
@@ -100,29 +100,44 @@ def train_llm_on(
     fields: Mapping[str, Any] | None = None,
 ) -> TrainSummary:
     """Trains on texts in memory; `fields` identify them."""
-    device = choose_device(settings.device)
+    processes = join_processes(settings)
+    if processes.num > 1:
+        raise UsageError("A small language model is trained by one process; start `capfilt train llm` by itself.")
     torch.manual_seed(settings.seed)
     tokenizer = load_tokenizer(tokenizer_dir)
     llm = ARCHITECTURES[settings.architecture].build(tokenizer, settings)
-    llm.model.to(device).train()
+    llm.model.to(processes.device).train()
 
-    def compute_losses(batch: Batch, _step: int) -> dict[str, Tensor]:
+    def prepare(batch: Batch, _draws: Draws) -> dict[str, Any]:
         assert isinstance(batch, TextBatch)
-        draws = [draw(settings.seed, batch.epoch, key, "split") / 2**64 for key in batch.keys]
-        encoded = [llm.encode(t, d) for t, d in zip(batch.llm_texts, draws, strict=True)]
-        return {"loss": llm.loss(encoded, device)}
+        splits = [draw(settings.seed, batch.epoch, key, "split") / 2**64 for key in batch.keys]
+        return {"encoded": [llm.encode(t, s) for t, s in zip(batch.llm_texts, splits, strict=True)]}
 
     return train(
-        compute_losses,
-        named_parameters=llm.model.named_parameters(),
+        LlmLosses(llm),
+        prepare,
         open_batches=lambda cursor: iterate_text_batches(texts, settings, cursor),
         settings=settings,
         output_dir=output_dir,
         save=lambda folder: _save(folder, llm),
+        processes=processes,
         progress=progress or NullProgress(),
         name=settings.architecture,
         fields=fields,
     )
+
+
+class LlmLosses(nn.Module):
+    """Mean cross-entropy per written token."""
+
+    def __init__(self, llm: Pretraining) -> None:
+        super().__init__()
+        self.model = llm.model
+        self._llm = llm
+
+    def forward(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+        """`loss`."""
+        return {"loss": self._llm.loss(encoded, self.model.device)}
 
 
 def iterate_text_batches(texts: Sequence[LlmText], settings: LlmTrainSettings, cursor: Cursor) -> Iterator[TextBatch]:
@@ -241,15 +256,10 @@ class T5Pretraining:
 
     def encode(self, text: LlmText, split: float = 0.0) -> Encoded:
         """`split` in [0, 1) draws where a caption is split; 0 asks for the whole caption."""
-        words = text.text.split()
         if text.question:
             asked, written = T5.question_prompt.format(text.question), text.text
-        elif split < self.whole_share or len(words) < 2:
-            asked, written = "", text.text
         else:
-            share = (split - self.whole_share) / (1 - self.whole_share)
-            place = 1 + int(share * max(1, len(words) // 2))
-            asked, written = " ".join(words[:place]), " ".join(words[place:])
+            asked, written = split_caption(text.text, split, self.whole_share)
         end = self.tokenizer.eos_token_id
         after = [*_ids(self.tokenizer, asked), end]
         given = [*_places(self.tokenizer, text.preamble), *([token] for token in after)]

@@ -1,13 +1,17 @@
 """The training loop of every `capfilt train` command: one file, read top to bottom.
 
-In: a function from (batch, step) to losses, the live tensors, a stream of batches, settings. Out: the saved
-model in `output_dir`, and beside it
+In: an objective (a module that gives losses), what makes its inputs of a batch, a stream of batches, settings. Out:
+the saved model in `output_dir`, and beside it
 
-    metrics.jsonl      a line per `log_every_steps`: step, averaged losses, learning_rate, images_per_second
+    metrics.jsonl      losses over the steps, and losses.png (capfilt/train/records.py)
     checkpoints/       the last two, from which the same command goes on (capfilt/train/checkpoint.py)
     training.json      settings, summary and sha256 of the model's files; written last: its presence says done
 
 Refused with the step and the keys of the batch: a loss or a gradient that is not finite.
+
+A step is a function of weights, optimizer, cursor and (seed, step): what is random in it is drawn anew from those, so
+that a resumed training takes the steps of an undisturbed one. Several processes (capfilt/train/processes.py) take
+each step together.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +36,8 @@ from torch import Tensor, nn
 from capfilt.errors import CapfiltError
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import TrainSettings
-from capfilt.train.batches import Batch, Cursor
+from capfilt.train.batches import Batch, Cursor, Draws
+from capfilt.train.blocks import compile_blocks, recompute_blocks
 from capfilt.train.checkpoint import (
     file_digests,
     find_checkpoint,
@@ -43,17 +48,22 @@ from capfilt.train.checkpoint import (
     save_checkpoint,
 )
 from capfilt.train.cpu import fast_bfloat16_attention, fast_cpu
-from capfilt.train.optim import NamedParameters, build_optimizer, learning_rate_at, set_learning_rate
-from capfilt.weights.devices import choose_device
+from capfilt.train.optim import build_optimizer, learning_rate_at, set_learning_rate
+from capfilt.train.processes import Processes, global_norm, make_whole
+from capfilt.train.records import Records
 
-ComputeLosses = Callable[[Batch, int], dict[str, Tensor]]
+Prepare = Callable[[Batch, Draws], Mapping[str, Any]]
 OpenBatches = Callable[[Cursor], Iterator[Batch]]
 
 UNBOUND_SETTINGS = (
-    "save_every_steps", "log_every_steps", "device", "feature_cache_bytes",
+    "save_every_steps", "log_every_steps", "tensorboard", "device", "compile", "recompute", "sharding",
+    "feature_cache_bytes",
     "image_encoder", "qformer_init", "init", "tokenizer",  # `fields` holds digests of what these paths name
 )  # fmt: skip
 """Settings that may change between a training and its resumption."""
+
+SMALLEST_LOSS_SCALE = 1.0
+"""float16: gradients that overflow at this scale of the loss are no passing overflow any more."""
 
 
 @dataclass(frozen=True)
@@ -99,103 +109,195 @@ class _Running:
 
 
 def train(
-    compute_losses: ComputeLosses,
+    objective: nn.Module,
+    prepare: Prepare,
     *,
-    named_parameters: NamedParameters,
     open_batches: OpenBatches,
     settings: TrainSettings,
     output_dir: Path,
     save: Callable[[Path], None],
+    processes: Processes,
     progress: Progress | None = None,
     name: str = "train",
-    extra_tensors: Mapping[str, Tensor] | None = None,
+    extra_tensors: Callable[[], Mapping[str, Tensor]] = dict,
     fields: Mapping[str, Any] | None = None,
     after_step: Callable[[int], None] | None = None,
+    some_unused: bool = False,
 ) -> TrainSummary:
     """Trains for `settings.max_steps` optimizer steps, or goes on where an earlier run of the same stopped.
 
-    `compute_losses(batch, step)` returns scalars, "loss" among them, the rest for the log.
-    `open_batches(cursor)` opens the endless stream at a cursor. `extra_tensors` are checkpointed beside the
-    trainable parameters (running statistics). `fields` name what else fixes the result, such as the
-    input's digest; with the settings they must agree on resumption. `after_step(step)` runs after each
-    update. `save(folder)` writes the finished model's files.
+    `objective(**prepare(batch, draws))` returns scalars, "loss" among them, the rest for the log; it is on the
+    processes' device. `open_batches(cursor)` opens this process's endless stream at a cursor. `extra_tensors()` are
+    checkpointed beside the trainable parameters (running statistics, momentum encoders). `fields` name what else
+    fixes the result, such as the input's digest; with the settings they must agree on resumption.
+    `after_step(step)` runs after each update. `some_unused`: the losses leave some trainable weights out.
+    `save(folder)` writes the finished model's files.
 
     Raises FingerprintMismatchError where `output_dir` holds another training, RunLockedError where one is at
     work, CapfiltError on a loss that is not finite. SIGINT and SIGTERM save a checkpoint (or the finished
     model, where it is being written) first, then raise KeyboardInterrupt (exit code 130) and SystemExit(143).
     """
-    parameters = {key: p for key, p in named_parameters if p.requires_grad}
-    tensors = {**parameters, **(extra_tensors or {})}
-    identity = {**binding_settings(settings), **(fields or {})}
-    progress = progress or NullProgress()
-    with lock_output(output_dir), fast_cpu(), _deferred_signals() as caught:
+    identity = {**binding_settings(settings), "num_processes": processes.num, **(fields or {})}
+    progress = progress if progress and processes.is_main else NullProgress()
+    with _lock(output_dir, processes), fast_cpu(), _deferred_signals() as caught:
         done = _finished(output_dir, identity)
         if done is not None:
             return done
-        optimizer = build_optimizer(parameters.items(), settings)
-        start, cursor, running = _resume(output_dir, tensors, optimizer, identity)
+        live = _make_live(objective, prepare, settings, processes, extra_tensors, some_unused)
+        start, cursor, running = _resume(output_dir, live, identity)
+        records = Records(output_dir, active=processes.is_main, tensorboard=settings.tensorboard)
+        records.go_on(start)
         batches = open_batches(cursor)
         progress.start(name, settings.max_steps, "step")
         progress.advance(start, already=True)
         for step in range(start, settings.max_steps):
-            batch = next(batches)
-            set_learning_rate(optimizer, rate := learning_rate_at(step, settings))
-            values = _take_step(compute_losses, parameters, optimizer, settings, step, batch)
+            set_learning_rate(live.optimizer, rate := learning_rate_at(step, settings))
+            taken = _take_step(live, batches, step, caught)
             if after_step is not None:
                 after_step(step)
-            running.add(values, len(batch.keys))
-            taken = step + 1
-            if taken % settings.log_every_steps == 0 or taken == settings.max_steps:
-                _report(output_dir, progress, taken, rate, running)
-            progress.advance(1)
-            if taken % settings.save_every_steps == 0 or taken == settings.max_steps or caught:
-                _save(output_dir, tensors, optimizer, taken, batch.cursor, identity, running)
-            if caught:
-                _raise_signal(caught[0])
+            running.add(taken.values, taken.num_images)
+            step += 1
+            if step % settings.log_every_steps == 0 or step == settings.max_steps:
+                per_second = running.flush()
+                averages = {**running.last_losses, "learning_rate": rate, "images_per_second": round(per_second, 2)}
+                records.add({"step": step, **averages})
+                progress.advance(0, images_per_second=per_second)
+            shown: dict[str, Any] = {**taken.values, "lr": f"{rate:.1e}"}
+            progress.advance(1, **shown)
+            if step % settings.save_every_steps == 0 or step == settings.max_steps or taken.stop:
+                _save(output_dir, live, step, taken.cursor, identity, running)
+            if taken.stop:
+                _raise_signal(caught[0] if caught else signal.SIGTERM)
         progress.finish()
-        summary = _summary(running, settings)
-        _finish(output_dir, save, identity, summary)
+        summary = _summary(running, settings, processes)
+        make_whole(objective)
+        if processes.is_main:
+            records.finish()
+            _finish(output_dir, save, identity, summary)
+        processes.wait()
         return summary
 
 
-def _take_step(
-    compute_losses: ComputeLosses,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+@dataclass
+class _Live:
+    """What a step works on."""
+
+    module: nn.Module
+    prepare: Prepare
+    parameters: dict[str, nn.Parameter]
+    extra_tensors: Callable[[], Mapping[str, Tensor]]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    settings: TrainSettings
+    processes: Processes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the optimizer's state."""
+        return {**self.parameters, **self.extra_tensors()}
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What a step did: losses and gradient norm, averaged over batches and processes, and where the stream is."""
+
+    values: dict[str, float]
+    num_images: int
+    cursor: Cursor
+    stop: bool
+    """Whether one of the processes was asked to stop."""
+
+
+def _make_live(
+    objective: nn.Module,
+    prepare: Prepare,
     settings: TrainSettings,
-    step: int,
-    batch: Batch,
-) -> dict[str, float]:
-    """One update; gives losses and gradient norm. Where it is refused the weights stay as they are."""
-    with _precision(settings):
-        losses = compute_losses(batch, step)
-    values = _finite_values(losses, step, batch)
-    optimizer.zero_grad(set_to_none=True)
-    losses["loss"].backward()
-    values["grad_norm"] = _clip(parameters, settings.clip_grad_norm, step, batch)
-    optimizer.step()
-    return values
+    processes: Processes,
+    extra_tensors: Callable[[], Mapping[str, Tensor]],
+    some_unused: bool,
+) -> _Live:
+    if settings.recompute:
+        recompute_blocks(objective)
+    if settings.compile:
+        compile_blocks(objective)
+    module = processes.wrap(objective, some_unused=some_unused)
+    parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(parameters.items(), settings)
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.autocast == "float16")
+    return _Live(module, prepare, parameters, extra_tensors, optimizer, scaler, settings, processes)
+
+
+def _take_step(live: _Live, batches: Iterator[Batch], step: int, caught: Sequence[int]) -> _Taken:
+    """One update. Where it is refused the weights stay as they are."""
+    settings, scaler, processes = live.settings, live.scaler, live.processes
+    live.optimizer.zero_grad(set_to_none=True)
+    taken: list[Batch] = []
+    found: list[dict[str, Tensor]] = []
+    for part in range(settings.accumulation_steps):
+        taken.append(batch := next(batches))
+        draws = Draws(settings.seed, step, part, processes.ranks)
+        draws.reseed()
+        inputs = live.prepare(batch, draws)
+        with processes.accumulating(live.module, is_last=part + 1 == settings.accumulation_steps):
+            with _precision(settings, processes.device):
+                losses = live.module(**inputs)
+            scaler.scale(losses["loss"] / settings.accumulation_steps).backward()
+        found.append({name: value.detach().float() for name, value in losses.items()})
+    scaler.unscale_(live.optimizer)
+    norm = _clip(live.parameters, settings.clip_grad_norm)
+    averages = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
+    keys = [key for batch in taken for key in batch.keys]
+    values, stops = _agree({**averages, "grad_norm": norm}, keys, step, live, stop=bool(caught))
+    scaler.step(live.optimizer)
+    scaler.update()
+    return _Taken(values, len(keys) * processes.num, taken[-1].cursor, stops)
+
+
+def _agree(
+    values: Mapping[str, Tensor], keys: list[str], step: int, live: _Live, *, stop: bool
+) -> tuple[dict[str, float], bool]:
+    """The values averaged over the processes, and whether one of them is to stop.
+
+    CapfiltError on every process where one's are not finite; an overflow that float16 passes over is none.
+    """
+    asked = torch.tensor(float(stop), device=live.processes.device)
+    own = torch.stack([*(value.to(asked.device) for value in values.values()), asked])
+    by_process = live.processes.gather_values(own).tolist()
+    names = list(values)
+    scaled = live.scaler.is_enabled() and live.scaler.get_scale() >= SMALLEST_LOSS_SCALE
+    checked = len(names) - 1 if scaled else len(names)  # the gradient norm is the last
+    is_bad = [not all(math.isfinite(value) for value in row[:checked]) for row in by_process]
+    if any(is_bad):
+        rows = live.processes.gather_objects(keys)
+        odd_keys = [key for row, bad in zip(rows, is_bad, strict=True) if bad for key in row]
+        bad_row = by_process[is_bad.index(True)]
+        raise CapfiltError(_non_finite_message(dict(zip(names, bad_row, strict=False)), step, odd_keys))
+    averages = [sum(column) / len(by_process) for column in zip(*by_process, strict=True)]
+    found = dict(zip(names, averages, strict=False))
+    return {name: value for name, value in found.items() if math.isfinite(value)}, averages[-1] > 0
 
 
 @contextmanager
-def _precision(settings: TrainSettings) -> Iterator[None]:
+def _precision(settings: TrainSettings, device: torch.device) -> Iterator[None]:
     """Matrix products as `settings.autocast` says; the weights stay float32."""
     if settings.autocast == "float32":
         yield
         return
-    kind = choose_device(settings.device).type
-    with torch.autocast(kind, torch.bfloat16), fast_bfloat16_attention() if kind == "cpu" else nullcontext():
+    on_cpu = device.type == "cpu"
+    kind = torch.bfloat16 if settings.autocast == "bfloat16" else torch.float16
+    with torch.autocast(device.type, kind), fast_bfloat16_attention() if on_cpu else nullcontext():
         yield
 
 
-def _report(output_dir: Path, progress: Progress, step: int, rate: float, running: _Running) -> None:
-    images_per_second = running.flush()
-    losses = running.last_losses
-    line = {"step": step, **losses, "learning_rate": rate, "images_per_second": round(images_per_second, 2)}
-    with open(output_dir / "metrics.jsonl", "a") as handle:
-        handle.write(json.dumps(line) + "\n")
-    shown: dict[str, Any] = {**losses, "lr": f"{rate:.1e}", "images_per_second": images_per_second}
-    progress.advance(0, **shown)
+@contextmanager
+def _lock(output_dir: Path, processes: Processes) -> Iterator[None]:
+    """The output for this training alone; the main process asks, the others wait for its answer."""
+    if not processes.is_main:
+        processes.wait()
+        yield
+        return
+    with lock_output(output_dir):
+        processes.wait()
+        yield
 
 
 def binding_settings(settings: TrainSettings) -> dict[str, Any]:
@@ -203,81 +305,61 @@ def binding_settings(settings: TrainSettings) -> dict[str, Any]:
     return {k: v for k, v in asdict(settings).items() if k not in UNBOUND_SETTINGS}
 
 
-def _finite_values(losses: Mapping[str, Tensor], step: int, batch: Batch) -> dict[str, float]:
-    names = list(losses)
-    values = dict(zip(names, torch.stack([losses[n].detach().float() for n in names]).tolist(), strict=True))
-    if not all(math.isfinite(v) for v in values.values()):
-        shown = ", ".join(f"{n} {v:.4g}" for n, v in values.items())
-        raise CapfiltError(_non_finite_message(f"loss ({shown})", step, batch))
-    return values
-
-
-def _clip(parameters: Mapping[str, nn.Parameter], max_norm: float, step: int, batch: Batch) -> float:
+def _clip(parameters: Mapping[str, nn.Parameter], max_norm: float) -> Tensor:
     """Global norm of the gradients before clipping; 0 for `max_norm` measures without clipping."""
-    norm = float(nn.utils.clip_grad_norm_(parameters.values(), max_norm or math.inf))
-    if not math.isfinite(norm):
-        raise CapfiltError(_non_finite_message(f"gradient norm ({norm})", step, batch))
+    norm = global_norm(parameters)
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
     return norm
 
 
-def _non_finite_message(what: str, step: int, batch: Batch) -> str:
+def _non_finite_message(values: Mapping[str, float], step: int, keys: list[str]) -> str:
+    losses = {name: value for name, value in values.items() if name != "grad_norm"}
+    if all(math.isfinite(value) for value in losses.values()):
+        what = f"gradient norm ({values['grad_norm']})"
+    else:
+        what = f"loss ({', '.join(f'{name} {value:.4g}' for name, value in losses.items())})"
     return (
         f"Step {step + 1}: the {what} is not finite; the weights were left as they were. "
-        f"Keys of the batch: {', '.join(batch.keys)}. The last checkpoint is kept: look at those samples "
+        f"Keys of the batch: {', '.join(keys)}. The last checkpoint is kept: look at those samples "
         f"in the run's shards (KEY.jpg, KEY.txt), or train with a lower --learning-rate into another --output."
     )
 
 
-def _resume(
-    output_dir: Path,
-    tensors: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    identity: Mapping[str, Any],
-) -> tuple[int, Cursor, _Running]:
+def _resume(output_dir: Path, live: _Live, identity: Mapping[str, Any]) -> tuple[int, Cursor, _Running]:
     found = find_checkpoint(output_dir)
     if found is None:
-        (output_dir / "metrics.jsonl").unlink(missing_ok=True)
         return 0, Cursor(), _Running()
     path, state = found
     refuse_other_settings(state, identity, output_dir)
-    load_checkpoint(path, tensors=tensors, optimizer=optimizer)
-    _cut_metrics(output_dir, state["step"])
+    load_checkpoint(path, tensors=live.tensors(), optimizer=live.optimizer)
+    live.scaler.load_state_dict(state["scaler"])
     running = _Running(state["first_losses"], state["last_losses"], state["seconds"])
     running.sums, running.num_steps = state["open_sums"], state["open_steps"]
     return state["step"], Cursor(**state["cursor"]), running
 
 
 def _save(
-    output_dir: Path,
-    tensors: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    cursor: Cursor,
-    identity: Mapping[str, Any],
-    running: _Running,
+    output_dir: Path, live: _Live, step: int, cursor: Cursor, identity: Mapping[str, Any], running: _Running
 ) -> None:
     state = {
         "step": step, "cursor": asdict(cursor), "fields": dict(identity),
         "first_losses": running.first_losses, "last_losses": running.last_losses,
         "open_sums": running.sums, "open_steps": running.num_steps,
         "seconds": running.seconds + time.monotonic() - running.since,
+        "scaler": live.scaler.state_dict(),
     }  # fmt: skip
-    save_checkpoint(output_dir, tensors=tensors, optimizer=optimizer, state=state)
+    is_main = live.processes.is_main
+    save_checkpoint(output_dir, tensors=live.tensors(), optimizer=live.optimizer, state=state, write=is_main)
+    live.processes.wait()
 
 
-def _cut_metrics(output_dir: Path, step: int) -> None:
-    """Drops the lines of steps that will be taken again."""
-    path = output_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(kept))
-
-
-def _summary(running: _Running, settings: TrainSettings) -> TrainSummary:
+def _summary(running: _Running, settings: TrainSettings, processes: Processes) -> TrainSummary:
+    num_images = settings.max_steps * settings.batch_size * settings.accumulation_steps * processes.num
     return TrainSummary(
         steps=settings.max_steps,
         seconds=round(running.seconds, 3),
-        images_per_second=round(settings.max_steps * settings.batch_size / max(running.seconds, 1e-9), 2),
+        images_per_second=round(num_images / max(running.seconds, 1e-9), 2),
         first_losses=_without_norm(running.first_losses),
         last_losses=_without_norm(running.last_losses),
     )

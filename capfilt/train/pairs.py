@@ -38,17 +38,24 @@ def read_pairs(
     runs: Sequence[RunDir | str | Path],
     *,
     image_size_px: int,
+    run_weights: Sequence[float] = (),
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
     progress: Progress | None = None,
     known_false: bool = False,
 ) -> RunPairs:
     """The images of `runs` that have a kept caption; an image without one is left out.
 
-    With `known_false` the captions that were dropped as such are read too.
+    An epoch shows the images of a run as often as its weight says (once without weights). With `known_false` the
+    captions that were dropped as such are read too.
 
-    Raises UsageError for a run without a manifest or with nothing kept, CorruptionError for damaged shards.
+    Raises UsageError for a run without a manifest or with nothing kept, and for another number of weights than runs;
+    CorruptionError for damaged shards.
     """
-    dataset = RunPairs(_read_index(runs, known_false), image_size_px)
+    if run_weights and len(run_weights) != len(runs):
+        raise UsageError(
+            f"{len(run_weights)} weights for {len(runs)} runs; give one for each: --set run_weights=1,0.5."
+        )
+    dataset = RunPairs(_read_index(runs, known_false), image_size_px, run_weights)
     if dataset.num_bytes_decoded <= memory_limit_bytes:
         dataset.decode_all(progress or NullProgress())
     return dataset
@@ -68,9 +75,10 @@ def runs_digest(runs: Sequence[RunDir | str | Path]) -> str:
 
 @dataclass(frozen=True)
 class _ShardRows:
-    """The rows of one shard: `first` is the row of its first kept sample."""
+    """The rows of one shard: `first` is the row of its first kept sample, `number` that of its run."""
 
     run: RunDir
+    number: int
     shard: str
     first: int
     num_rows: int
@@ -90,8 +98,9 @@ class _Index:
 class RunPairs:
     """A dataset over shards; see `PairDataset`."""
 
-    def __init__(self, index: _Index, image_size_px: int) -> None:
+    def __init__(self, index: _Index, image_size_px: int, run_weights: Sequence[float] = ()) -> None:
         self._index = index
+        self._run_weights = run_weights
         self._size_px = image_size_px
         self._groups = list(_group_shards(index.shards))
         self._shard_of_row = np.repeat(np.arange(len(index.shards)), [s.num_rows for s in index.shards])
@@ -116,16 +125,37 @@ class RunPairs:
         """Captions of an image that are known to be false; none where they were not read."""
         return self._index.false_texts.get((int(self._shard_of_row[row]), self.keys[row]), [])
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """In memory any order; streamed, groups of shards in random order, shuffled within a group."""
+    def order(self, seed: int, epoch: int, num_ranks: int = 1, batch_size: int = 1) -> np.ndarray:
+        """In memory any order; streamed, groups of shards in random order, shuffled within a group.
+
+        Streamed, each rank reads a stretch of that order of its own, so that ranks read different shards.
+        """
         rng = np.random.default_rng((seed, epoch))
+        shown = self._shown(rng)
         if self.in_memory:
-            return rng.permutation(len(self.keys))
+            return rng.permutation(shown)
         shards, parts = self._index.shards, []
         for group in rng.permutation(len(self._groups)):
-            rows = [np.arange(shards[s].first, shards[s].first + shards[s].num_rows) for s in self._groups[group]]
-            parts.append(rng.permutation(np.concatenate(rows)))
-        return np.concatenate(parts)
+            first, last = shards[self._groups[group][0]], shards[self._groups[group][-1]]
+            bounds = np.searchsorted(shown, [first.first, last.first + last.num_rows])
+            parts.append(rng.permutation(shown[slice(*bounds)]))
+        whole = np.concatenate(parts)
+        num_steps = len(whole) // (num_ranks * batch_size)
+        stretches = whole[: num_ranks * (len(whole) // num_ranks)].reshape(num_ranks, -1)[:, : num_steps * batch_size]
+        return stretches.reshape(num_ranks, num_steps, batch_size).swapaxes(0, 1).reshape(-1)
+
+    def _shown(self, rng: np.random.Generator) -> np.ndarray:
+        """The rows of an epoch, ascending, as often as the weight of their run says."""
+        if not self._run_weights:
+            return np.arange(len(self.keys))
+        times = np.zeros(len(self.keys), np.int64)
+        numbers = np.array([shard.number for shard in self._index.shards])[self._shard_of_row]
+        for number, weight in enumerate(self._run_weights):
+            rows = np.flatnonzero(numbers == number)
+            num_more = round((weight - int(weight)) * len(rows))
+            times[rows] = int(weight)
+            times[rng.permutation(rows)[:num_more]] += 1
+        return np.repeat(np.arange(len(self.keys)), times)
 
     def decode_all(self, progress: Progress) -> None:
         """Decodes every picture once, at image_size_px, shard by shard."""
@@ -172,7 +202,9 @@ def _read_index(runs: Sequence[RunDir | str | Path], known_false: bool) -> _Inde
     texts: list[pa.Array] = []
     counts: list[np.ndarray] = []
     false_texts: dict[tuple[int, str], list[str]] = {}
-    for run, shard, rows in iterate_manifest(runs, ["key", "text", "kept", "drop_reason"]):
+    columns = ["key", "text", "kept", "drop_reason"]
+    numbered = ((n, *found) for n, run in enumerate(runs) for found in iterate_manifest([run], columns))
+    for number, run, shard, rows in numbered:
         table = rows.filter(rows["kept"])
         if not table.num_rows:
             continue
@@ -182,7 +214,7 @@ def _read_index(runs: Sequence[RunDir | str | Path], known_false: bool) -> _Inde
             table["key"].to_numpy(zero_copy_only=False), return_index=True, return_counts=True
         )
         by_place = np.argsort(first)  # keys stand as in the shard, the captions of one key side by side
-        shards.append(_ShardRows(run, shard, len(keys), len(shard_keys)))
+        shards.append(_ShardRows(run, number, shard, len(keys), len(shard_keys)))
         keys.extend(shard_keys[by_place].tolist())
         counts.append(count[by_place])
         texts.append(pa.array([clean_caption(text) for text in table["text"].to_pylist()], pa.string()))

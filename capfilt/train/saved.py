@@ -65,9 +65,12 @@ class SavedStage2:
     stage: Stage2
 
 
-def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, device: torch.device) -> Texts:
-    """[CLS] … [SEP], padded to the longest."""
-    encoded = tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+def encode_texts(
+    tokenizer: Any, texts: list[str], max_tokens: int, device: torch.device, *, to_the_longest: bool = True
+) -> Texts:
+    """[CLS] … [SEP], padded to the longest or to `max_tokens`."""
+    padding = "longest" if to_the_longest else "max_length"
+    encoded = tokenizer(texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt")
     return Texts(tokens=encoded.input_ids.to(device), mask=encoded.attention_mask.bool().to(device))
 
 
@@ -100,6 +103,7 @@ def load_stage1(name: str | Path, device: torch.device) -> SavedStage1:
     ours |= (
         load_file(extra) if extra.exists() else {k: v for k, v in stage.state_dict().items() if k in EXTRA_STAGE1_KEYS}
     )
+    ours["temperature"] = ours["temperature"].reshape(1)
     ours["lm_head.vocabulary.weight"] = ours["qformer.word_embedding.weight"]
     stage.load_state_dict(ours)
     encoder = build_image_encoder(vision, state, read_preparation(folder, vision.image_size_px), device)

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from capfilt.data.rundir import RunDir
 from capfilt.models.blip2 import Stage1
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage1Settings
-from capfilt.train.batches import Batch, PairDataset
+from capfilt.train.batches import Batch, Draws, PairDataset
 from capfilt.train.features import FrozenFeatures
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.pretrained import copy_start, load_image_encoder, load_qformer_start
+from capfilt.train.processes import join_processes
 from capfilt.train.saved import encode_texts, save_stage1
 from capfilt.weights.blip import read_sizes
-from capfilt.weights.devices import choose_device
 from capfilt.weights.find import find_model_dir
 from capfilt.weights.model_files import weights_digest
 
@@ -37,7 +36,9 @@ def train_stage1(
     """Trains on the kept pairs of `run_dirs`; errors are those of `read_pairs`, the loaders and `train`."""
     progress = progress or NullProgress()
     vision, _, _ = read_sizes(find_model_dir(settings.image_encoder, "image encoder"))
-    dataset = read_pairs(run_dirs, image_size_px=vision.image_size_px, progress=progress)
+    dataset = read_pairs(
+        run_dirs, image_size_px=vision.image_size_px, run_weights=settings.run_weights, progress=progress
+    )
     return train_stage1_on(dataset, settings, output_dir, progress=progress, fields={"input": runs_digest(run_dirs)})
 
 
@@ -51,7 +52,8 @@ def train_stage1_on(
 ) -> TrainSummary:
     """Trains on a dataset, whose pictures have the image encoder's size; `fields` identify it."""
     progress = progress or NullProgress()
-    device = choose_device(settings.device)
+    processes = join_processes(settings)
+    device = processes.device
     torch.manual_seed(settings.seed)
     encoder = load_image_encoder(settings.image_encoder, device)
     start = load_qformer_start(settings, encoder.vision.config.width)
@@ -65,22 +67,30 @@ def train_stage1_on(
     copy_start(stage.lm_head, start.head_weights)
     stage.vision_norm.load_state_dict(encoder.norm)
     stage.to(device).train()
-    features = FrozenFeatures(encoder, dataset, settings, device, progress)
+    features = FrozenFeatures(encoder, dataset, settings, processes, progress)
 
-    def compute_losses(batch: Batch, _step: int) -> dict[str, Tensor]:
-        texts = encode_texts(start.tokenizer, batch.texts, settings.max_text_tokens, device)
-        return stage(features(batch), texts, losses=settings.losses)
+    def prepare(batch: Batch, draws: Draws) -> dict[str, Any]:
+        to_the_longest = processes.num == 1
+        texts = encode_texts(
+            start.tokenizer, batch.texts, settings.max_text_tokens, device, to_the_longest=to_the_longest
+        )
+        return {
+            "features_BPD": features(batch), "texts": texts, "losses": settings.losses, "ranks": processes.ranks,
+            "uniform_2B": draws.uniform(2, len(batch.keys)).to(device),
+        }  # fmt: skip
 
     return train(
-        compute_losses,
-        named_parameters=stage.named_parameters(),
+        stage,
+        prepare,
         open_batches=features.open_batches,
         settings=settings,
         output_dir=output_dir,
         save=lambda folder: save_stage1(folder, encoder, stage, start.tokenizer, settings.embed_dim),
+        processes=processes,
         progress=progress,
         name="stage1",
         fields={**_identity(settings), **(fields or {})},
+        some_unused=set(settings.losses) != {"itc", "itm", "itg"},
     )
 
 

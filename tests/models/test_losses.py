@@ -38,7 +38,9 @@ def test_hard_negatives_follow_softmax_and_leave_out_the_pair() -> None:
     similarity = torch.tensor([[9.0, 1.0, 0.0, 0.0], [2.0, 9.0, 0.0, 1.0]])
     excluded = torch.tensor([[True, False, False, True], [False, True, False, False]])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([draw_hard_negatives(similarity, excluded, generator) for _ in range(4000)])
+    draws = torch.stack(
+        [draw_hard_negatives(similarity, excluded, torch.rand(2, generator=generator)) for _ in range(4000)]
+    )
     shares = torch.stack([(draws == column).float().mean(0) for column in range(4)], dim=1)
     for row in range(2):
         weights = torch.exp(similarity[row]).masked_fill(excluded[row], 0) + 0.0
@@ -50,7 +52,9 @@ def test_hard_negatives_follow_softmax_and_leave_out_the_pair() -> None:
 def test_equal_texts_everywhere_give_another_pair(offset: int) -> None:
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
-        drawn = draw_hard_negatives(torch.zeros(3, 5), torch.ones(3, 5, dtype=torch.bool), generator, offset=offset)
+        drawn = draw_hard_negatives(
+            torch.zeros(3, 5), torch.ones(3, 5, dtype=torch.bool), torch.rand(3, generator=generator), offset=offset
+        )
         assert ((drawn >= 0) & (drawn < 5)).all()
         assert not (drawn == torch.arange(3) + offset).any()
 

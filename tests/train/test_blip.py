@@ -25,7 +25,7 @@ from tests.train import small_models
 TINY = BlipTrainSettings(
     image_size_px=32, patch_size_px=8, vision_width=32, vision_depth=1, text_width=32, text_depth=1, head_width=16,
     max_positions=48, embed_dim=16, max_steps=12, warmup_steps=2, batch_size=8, learning_rate=3e-3,
-    log_every_steps=4, label_smoothing=0.0,
+    log_every_steps=4, label_smoothing=0.0, queue_size=64,
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_captioner_learns_from_there(world_run: RunDir, pre_trained: Path, tmp_p
 
 
 def test_filter_learns_from_there(world_run: RunDir, pre_trained: Path, tmp_path: Path) -> None:
-    settings = replace(TINY, init=str(pre_trained), max_steps=20)
+    settings = replace(TINY, init=str(pre_trained), max_steps=20, momentum=0.0)  # a queue that fills raises ITC
     summary = train_filter([world_run.path], settings, tmp_path / "out")
     assert set(summary.last_losses) >= {"itc", "itm", "loss"}
     assert summary.last_losses["loss"] < summary.first_losses["loss"]

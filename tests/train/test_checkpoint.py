@@ -38,14 +38,12 @@ def save(folder: Path, step: int, seed: int = 0) -> tuple[nn.Linear, torch.optim
     return model, optimizer
 
 
-def test_weights_moments_and_generators_come_back(tmp_path: Path) -> None:
+def test_weights_and_moments_come_back(tmp_path: Path) -> None:
     model, optimizer = save(tmp_path, 5)
-    expected = torch.rand(4)
     fresh, fresh_optimizer = trained(9, steps=0)
     path, state = find_checkpoint(tmp_path) or pytest.fail("no checkpoint")
     load_checkpoint(path, tensors=dict(fresh.named_parameters()), optimizer=fresh_optimizer)
     assert state["step"] == 5
-    assert torch.equal(torch.rand(4), expected)
     torch.testing.assert_close(fresh.state_dict(), model.state_dict(), atol=0, rtol=0)
     moments, expected_moments = fresh_optimizer.state_dict()["state"], optimizer.state_dict()["state"]
     torch.testing.assert_close(moments, expected_moments, atol=0, rtol=0)

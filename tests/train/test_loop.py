@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from capfilt.errors import CapfiltError, FingerprintMismatchError
 from capfilt.settings import TrainSettings
-from capfilt.train.batches import Batch, from_arrays, iterate_batches
+from capfilt.train.batches import Batch, Draws, from_arrays, iterate_batches
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.optim import build_optimizer, learning_rate_at, parameter_groups
+from capfilt.train.processes import join_processes
 
 SETTINGS = TrainSettings(
     max_steps=20, batch_size=8, warmup_steps=3, save_every_steps=5, log_every_steps=4, random_flip=True,
@@ -39,22 +41,31 @@ def run_training(
     torch.manual_seed(settings.seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Dropout(0.1), nn.LayerNorm(16), nn.Linear(16, 1))
 
-    def compute_losses(batch: Batch, step: int) -> dict[str, Tensor]:
+    class Objective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor, target: Tensor, step: int) -> dict[str, Tensor]:
+            loss = (self.model(images).squeeze(1) - target).square().mean()
+            return {"loss": hook(step, loss), "mse": loss}
+
+    def prepare(batch: Batch, draws: Draws) -> dict[str, Any]:
         target = torch.tensor([float(len(text)) for text in batch.texts])
-        loss = (model(batch.images).squeeze(1) - target).square().mean()
-        return {"loss": hook(step, loss), "mse": loss}
+        return {"images": batch.images, "target": target, "step": draws.step}
 
     def save(target: Path) -> None:
         while_saving()
         torch.save(model.state_dict(), target / "model.bin")
 
     return train(
-        compute_losses,
-        named_parameters=model.named_parameters(),
+        Objective(),
+        prepare,
         open_batches=lambda cursor: iterate_batches(dataset, settings, cursor),
         settings=settings,
         output_dir=folder,
         save=save,
+        processes=join_processes(settings),
     )
 
 

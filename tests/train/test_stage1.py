@@ -71,12 +71,12 @@ def test_a_crash_changes_nothing(
 
     calls = 0
 
-    def crash(*arguments: object) -> Texts:
+    def crash(*arguments: object, to_the_longest: bool) -> Texts:
         nonlocal calls
         calls += 1
         if calls == 5:
             raise RuntimeError("crash")
-        return encode_texts(*arguments)  # pyright: ignore[reportArgumentType]
+        return encode_texts(*arguments, to_the_longest=to_the_longest)  # pyright: ignore[reportArgumentType]
 
     with monkeypatch.context() as patch:
         patch.setattr(stage1, "encode_texts", crash)

@@ -1,0 +1,76 @@
+"""Momentum encoders and the queue of their features (MoCo; ALBEF §3.2, BLIP §3.2).
+
+In: a model that trains. Out: a copy that follows it slowly, and the features that copies of the last steps gave, to
+be contrasted with.
+
+Deviations from the released code: the queue starts empty, not full of random features, and its size need not be a
+multiple of the batch; the features of all ranks' batches are contrasted with, not this rank's alone, so that ranks
+compute what one process would with the joint batch.
+
+Legend: B pairs on this rank, A pairs on all ranks, K places in the queue, E embedding.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+NEVER = -1e4
+"""Similarity over temperature of what is not there: far below that of any two features (at least -1 / 0.001)."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def slow_copy(module: Module) -> Module:
+    """A copy that takes no gradient."""
+    return deepcopy(module).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, rate: float) -> None:
+    """slow ← rate · slow + (1 - rate) · fast, weight by weight (ALBEF: rate 0.995)."""
+    targets = dict(fast.named_parameters())
+    for name, p in slow.named_parameters():
+        p.lerp_(targets[name].detach(), 1.0 - rate)
+
+
+def similarities_to_queue(features_BE: Tensor, queued_KE: Tensor, temperature: Tensor) -> Tensor:
+    """(B, K) over temperature, float32; NEVER at places where nothing was put yet."""
+    empty_K = queued_KE.square().sum(dim=1) == 0
+    return (features_BE @ queued_KE.T / temperature).float().masked_fill(empty_K, NEVER)
+
+
+class FeatureQueue(nn.Module):
+    """The last K features of images and of texts, all of unit length; zeros where nothing was put yet."""
+
+    def __init__(self, size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("images", torch.zeros(size, embed_dim))
+        self.register_buffer("texts", torch.zeros(size, embed_dim))
+        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+        self._held: list[tuple[Tensor, Tensor]] = []
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Queued features (K, E) of images and of texts."""
+        return cast(Tensor, self.images), cast(Tensor, self.texts)
+
+    def hold(self, images_AE: Tensor, texts_AE: Tensor) -> None:
+        """Keep the features of a batch until `push`: the backward pass still reads the queue as it is."""
+        if torch.is_grad_enabled():
+            self._held.append((images_AE.detach(), texts_AE.detach()))
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """Put what is held in the place of the oldest features; of more than fit, the last."""
+        place = cast(Tensor, self.place)
+        for batch in self._held:
+            kept = [features[-self.size :] for features in batch]
+            rows = (place + torch.arange(len(kept[0]), device=place.device)) % self.size
+            for queued, features in zip(self.features(), kept, strict=True):
+                queued.index_copy_(0, rows, features.to(queued.dtype))
+            place.copy_((place + len(rows)) % self.size)
+        self._held.clear()

@@ -1,0 +1,68 @@
+"""The layers of a model's stacks: compiled, recomputed in the backward pass, shared out among processes.
+
+In: a module. Out: its layers, or the same module changed in place; names of weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from capfilt.models.med import TextLayer
+from capfilt.models.qformer import QFormerLayer
+
+_METHODS: dict[type[nn.Module], tuple[str, ...]] = {QFormerLayer: ("attend", "finish_queries", "finish_text")}
+"""What the layers of a class are called by; `forward` alone for all others."""
+
+
+def stacked_blocks(module: nn.Module) -> list[nn.Module]:
+    """Every layer of every stack, each once; the outermost where stacks are nested."""
+    found: dict[int, nn.Module] = {}
+    inner: set[int] = set()
+    for part in module.modules():  # from the outside in
+        if not isinstance(part, nn.ModuleList) or id(part) in inner:
+            continue
+        for layer in part:
+            found.setdefault(id(layer), layer)
+            inner.update(id(child) for child in layer.modules())
+    return list(found.values())
+
+
+def called_blocks(module: nn.Module) -> list[nn.Module]:
+    """Those that are called as modules and share no weight with another: the ViT's and a language model's layers."""
+    return [block for block in stacked_blocks(module) if not isinstance(block, TextLayer | QFormerLayer)]
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compiles each layer when it first runs; equal layers share what was compiled."""
+    for block, name in _calls(module):
+        if name == "forward":
+            block.compile()
+        else:
+            setattr(block, name, torch.compile(getattr(block, name)))
+
+
+def recompute_blocks(module: nn.Module) -> None:
+    """Each layer keeps its inputs alone and is run again in the backward pass: less memory, a third more time."""
+    for block, name in _calls(module):
+        setattr(block, name, _recomputed(getattr(block, name)))
+
+
+def _calls(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for block in stacked_blocks(module):
+        yield from ((block, name) for name in _METHODS.get(type(block), ("forward",)))
+
+
+def _recomputed(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(*inputs: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return method(*inputs, **options)
+        return checkpoint(method, *inputs, use_reentrant=False, **options)
+
+    return call
