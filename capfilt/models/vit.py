@@ -5,6 +5,7 @@ In: images, float, normalised. Out: one feature per patch, the [CLS] feature fir
 - a strided convolution cuts and embeds the patches; learned positions
 - pre-norm blocks: attention with one fused query-key-value matrix, then a feed-forward
 - a last layer norm; CLIP has one before the blocks too
+- `change_image_size` makes it take larger or smaller images than it was trained on
 
 Legend: B batch, C channels, P patches, D width.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,48 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             features_BPD = block(features_BPD)
         return self.norm(features_BPD)
+
+
+def interpolate_positions(position_1PD: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Learned positions of a square grid of patches, for another grid.
+
+    Bicubic without antialiasing, corners not aligned, as ViTs are brought to another resolution (Dosovitskiy et al.
+    2021 §3.2; BLIP's released code does the same). Computed in float32.
+
+    Args:
+        position_1PD: (1, 1 + P, D), [CLS] first, P a square number.
+        grid: rows and columns of patches wanted.
+
+    Returns:
+        (1, 1 + rows · columns, D) of the same dtype; [CLS]'s entry as it was, and all of it for the same grid.
+
+    Raises ValueError where P is no square number or the grid is empty.
+    """
+    num_patches = position_1PD.shape[1] - 1
+    side = math.isqrt(max(num_patches, 0))
+    if side * side != num_patches or side == 0:
+        raise ValueError(f"{num_patches} positions make no square grid of patches")
+    if min(grid) < 1:
+        raise ValueError(f"grid is {grid}; expected at least one row and one column of patches")
+    if grid == (side, side):
+        return position_1PD
+    known_1DHW = position_1PD[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    wanted_1DHW = F.interpolate(known_1DHW, size=grid, mode="bicubic", align_corners=False)
+    wanted_1PD = wanted_1DHW.flatten(2).transpose(1, 2).to(position_1PD.dtype)
+    return torch.cat([position_1PD[:, :1], wanted_1PD], dim=1)
+
+
+@torch.no_grad()
+def change_image_size(vision: VisionTransformer, image_size_px: int) -> None:
+    """Let an encoder take squares of another size, in place: its positions are interpolated.
+
+    Raises ValueError where the size is no multiple of the patch.
+    """
+    config = replace(vision.config, image_size_px=image_size_px)
+    side, known = image_size_px // config.patch_size_px, vision.position_embedding
+    wanted = interpolate_positions(known, (side, side)).clone()
+    vision.position_embedding = nn.Parameter(wanted, requires_grad=known.requires_grad)
+    vision.config = config
 
 
 def initialise(module: nn.Module, width: int) -> None:
