@@ -41,7 +41,7 @@ def generate(
         raise UsageError("--answer needs a question. Add --prompt 'what colour is the ball?'")
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    pictures = [_read_picture(path) for path in images]
+    pictures = [read_picture(path) for path in images]
     from capfilt.train.generate import load_generator
 
     generator = load_generator(model, device, dtype)
@@ -57,7 +57,8 @@ def generate(
         say(clean(text, 1000) if len(images) == 1 else f"{clean(path)}\t{clean(text, 1000)}")
 
 
-def _read_picture(path: Path) -> Image.Image:
+def read_picture(path: Path) -> Image.Image:
+    """An image file that a user named. Raises UsageError where it is no picture that capfilt reads."""
     from capfilt.data.images import ImageRefused, decode_image
 
     try:

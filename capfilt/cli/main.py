@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from capfilt import __version__
-from capfilt.cli import annotate, generate, ingest, inspection, recipe, rehearsal, train
+from capfilt.cli import annotate, explain, generate, ingest, inspection, recipe, rehearsal, train
 from capfilt.cli.console import clean, note
 from capfilt.errors import CapfiltError
 
@@ -56,6 +56,7 @@ app.command("stats")(inspection.stats)
 app.command("verify")(inspection.verify)
 app.add_typer(train.app, name="train")
 app.command("generate")(generate.generate)
+app.command("explain")(explain.explain)
 
 
 def _print_version(value: bool) -> None:
