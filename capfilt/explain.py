@@ -188,7 +188,7 @@ def read_text(model: ExplainableModel, text: str) -> ReadText:
     return ReadText(
         shown=whole[len(model.prompt) : first_cut].strip(),
         tokens=[model.first_token_id, *ids[1:end], ids[-1]],
-        words=tuple(whole[slice(*spans[number])] for number in places),
+        words=tuple(whole[max(spans[number][0], len(model.prompt)) : spans[number][1]] for number in places),
         places=list(places.values()),
         cut=whole[first_cut:],
     )

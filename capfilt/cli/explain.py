@@ -32,7 +32,12 @@ def explain(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or more texts about it.")],
     layer: Annotated[
         int | None,
-        typer.Option(min=0, help="Layer whose cross-attention is shown, from 0; unset: 7 of 12.", show_default=False),
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Layer whose cross-attention is shown, counted from 0; unset: 7 of 12, a captioner's last.",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[
         Path | None,

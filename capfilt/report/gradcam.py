@@ -20,7 +20,7 @@ from PIL import Image
 
 from capfilt.data.texts import clean_for_terminal
 
-MAX_PIXELS = 24_000_000
+MAX_PIXELS = 16_000_000
 """Of all panels together: larger pictures are drawn smaller."""
 MIN_PANEL_PX = 192
 """Longest side of a panel at least: smaller pictures are drawn larger."""
@@ -90,7 +90,7 @@ def draw_panels(picture: Image.Image, panels: Sequence[Panel], heading: str) -> 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph ")  # of scripts that matplotlib's own font lacks
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
-        canvas.print_png(buffer)
+        canvas.print_png(buffer, pil_kwargs={"compress_level": 3})
     return buffer.getvalue()
 
 
