@@ -152,8 +152,9 @@ def explain_stage1_match(
 
     Deviation from BLIP-2: none of its papers or released code explains the Q-Former. BLIP's Grad-CAM takes a
     token's own row of the cross-attention, which does not exist here. What a query knew of the text from earlier
-    layers is not counted, so maps of words say less than those of BLIP: in a small model of the miniature world
-    `average` lay on the objects three times as much as by chance, but words did not tell two objects apart.
+    layers is not counted, so maps of words say less than those of BLIP: in a small model of the miniature world,
+    400 steps old, `average` lay on the objects three times as much as by chance in layer 0 and no more than by
+    chance in the last, and in neither did words tell two objects apart.
 
     Args: as `explain_match`; features from the frozen encoder, before the stage's layer norm, and tokens with [CLS]
     first; layer one of `stage1_layers`.
