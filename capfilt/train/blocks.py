@@ -38,13 +38,13 @@ def called_blocks(module: nn.Module) -> list[nn.Module]:
     return [block for block in stacked_blocks(module) if not isinstance(block, TextLayer | QFormerLayer)]
 
 
-def compile_blocks(module: nn.Module) -> None:
+def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
     """Compiles each layer when it first runs; equal layers share what was compiled."""
     for block, name in _calls(module):
         if name == "forward":
-            block.compile()
+            block.compile(backend=backend)
         else:
-            setattr(block, name, torch.compile(getattr(block, name)))
+            setattr(block, name, torch.compile(getattr(block, name), backend=backend))
 
 
 def recompute_blocks(module: nn.Module) -> None:
