@@ -187,11 +187,11 @@ def _folders_of(recipe: Recipe, name: str, run: RunDir) -> dict[str, Path | None
         init = training_dir(run.path, "stage1", run.generation)
         return {"init_sha256": init, "llm_sha256": find_local_dir(recipe.stage2.llm, None)}
     assert recipe.stage1 is not None
+    image_encoder = find_local_dir(recipe.stage1.image_encoder, "captioner")
+    if recipe.stage1.init:
+        return {"init_sha256": find_local_dir(recipe.stage1.init, None), "image_encoder_sha256": image_encoder}
     start = recipe.stage1.qformer_init or recipe.stage1.image_encoder
-    return {
-        "image_encoder_sha256": find_local_dir(recipe.stage1.image_encoder, "captioner"),
-        "qformer_init_sha256": find_local_dir(start, "captioner"),
-    }
+    return {"image_encoder_sha256": image_encoder, "qformer_init_sha256": find_local_dir(start, "captioner")}
 
 
 def _compare_training(name: str, settings: TrainSettings, output_dir: Path, digests: Mapping[str, str]) -> StepPlan:

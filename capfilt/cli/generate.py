@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a stage-2 model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or LAVIS's .pth of a stage-2 model.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Text to continue, or a question with --answer.")
@@ -32,6 +32,12 @@ def generate(
         int | None,
         typer.Option(min=1, help="Longest text in tokens; unset: 30, or 10 with --answer.", show_default=False),
     ] = None,
+    llm: Annotated[
+        str, typer.Option(metavar="PATH|ID", help="Language model, for a .pth of LAVIS's, which has none.")
+    ] = "",
+    image_encoder: Annotated[
+        str, typer.Option(metavar="PATH|ID", help="Image encoder, for a .pth of LAVIS's that was saved without.")
+    ] = "",
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
@@ -44,7 +50,7 @@ def generate(
     pictures = [read_picture(path) for path in images]
     from capfilt.train.generate import load_generator
 
-    generator = load_generator(model, device, dtype)
+    generator = load_generator(model, device, dtype, llm, image_encoder)
     prompts = [prompt or ""] * len(pictures)
     given = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
     options = {name: value for name, value in given.items() if value is not None}

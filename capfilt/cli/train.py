@@ -132,19 +132,41 @@ def filter_(
     say_result(summary, training_line("filter", summary, output), next_command, as_json=shared["as_json"])
 
 
+EncoderDtype = Annotated[str, typer.Option(help="Frozen image encoder: auto, float32, bfloat16 or float16.")]
+FeatureCacheDir = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Keep the image encoder's features there, for this and later trainings."),
+]
+
+
 @app.command("stage1")
 @takes_shared_options(Stage1Settings)
 def stage1(
     runs: Runs,
     output: Output,
     generation: TrainedGeneration = None,
+    init: Annotated[
+        str,
+        typer.Option(metavar="PATH|ID", help="Stage-1 model to go on from: ours, Blip2ForImageTextRetrieval, LAVIS's."),
+    ] = Stage1Settings.init,
     image_encoder: Annotated[
         str,
-        typer.Option(metavar="PATH|ID", help="BLIP model whose image encoder is taken, frozen; or embedded."),
+        typer.Option(
+            metavar="PATH|ID",
+            help="Frozen: a CLIP, BLIP or BLIP-2, open_clip:NAME:WEIGHTS, a .pth of EVA-CLIP, or embedded.",
+        ),
     ] = Stage1Settings.image_encoder,
+    image_encoder_layer: Annotated[
+        str, typer.Option(help="Block that gives the features: auto (as in BLIP-2), second-last or last.")
+    ] = Stage1Settings.image_encoder_layer,
+    image_size_px: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images; unset: the image encoder's own.", show_default=False)
+    ] = Stage1Settings.image_size_px,
+    encoder_dtype: EncoderDtype = Stage1Settings.encoder_dtype,
+    feature_cache_dir: FeatureCacheDir = Stage1Settings.feature_cache_dir,
     qformer_init: Annotated[
         str,
-        typer.Option(metavar="PATH|ID", help="BERT or BLIP the Q-Former starts from; unset: the image encoder's."),
+        typer.Option(metavar="PATH|ID", help="BERT or BLIP the Q-Former starts from; unset: the image encoder's BLIP."),
     ] = Stage1Settings.qformer_init,
     init_cross_attention: Annotated[
         bool, typer.Option("--init-cross-attention", help="Start from BLIP's cross-attention too.")
@@ -166,17 +188,30 @@ def stage1(
 @takes_shared_options(Stage2Settings)
 def stage2(
     runs: Runs,
-    init: Annotated[Path, typer.Option("--init", metavar="STAGE1_DIR", help="What stage 1 saved.", show_default=False)],
-    llm: Annotated[
+    init: Annotated[
         str,
         typer.Option(
+            "--init",
             metavar="PATH|ID",
-            help="OPT or T5: folder, hub id, embedded-opt or embedded-t5.",
+            help="What stage 1 saved, or a stage-2 model to go on from; published ones too.",
             show_default=False,
         ),
     ],
     output: Output,
+    llm: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH|ID",
+            help="OPT or T5: folder, hub id, embedded-opt or embedded-t5; unset: that of a stage-2 model.",
+            show_default=False,
+        ),
+    ] = "",
     generation: TrainedGeneration = None,
+    image_encoder: Annotated[
+        str, typer.Option(metavar="PATH|ID", help="Frozen image encoder, for a .pth of LAVIS's that was saved without.")
+    ] = Stage2Settings.image_encoder,
+    encoder_dtype: EncoderDtype = Stage2Settings.encoder_dtype,
+    feature_cache_dir: FeatureCacheDir = Stage2Settings.feature_cache_dir,
     **shared: Unpack[SharedOptions],
 ) -> None:
     """BLIP-2 stage 2: the Q-Former of stage 1 and a projection in front of a frozen language model."""

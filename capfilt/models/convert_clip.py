@@ -18,10 +18,9 @@ from open_clip import transformer as layers
 from torch import Tensor, nn
 
 from capfilt.models.clip import ClipImageTower, ClipTextConfig, ClipTextTower
+from capfilt.models.convert_image_encoders import QUICK_GELU_SCALE
 from capfilt.models.packed import Activation
 from capfilt.models.vit import ViTConfig
-
-QUICK_GELU_SCALE = 1.702
 
 _Tower = TypeVar("_Tower", ClipImageTower, ClipTextTower)
 

@@ -130,11 +130,12 @@ class VisionTransformer(nn.Module):
         """Encode images.
 
         Args:
-            images_BCHW: (B, 3, H, W) with H = W = image_size_px, normalised.
+            images_BCHW: (B, 3, H, W) with H = W = image_size_px, normalised; computed in the weights' precision.
 
         Returns:
             (B, 1 + P, D), layer-normed; index 0 is [CLS].
         """
+        images_BCHW = images_BCHW.to(self.patch_embedding.weight.dtype)
         patches_BPD = self.patch_embedding(images_BCHW).flatten(2).transpose(1, 2)
         class_B1D = self.class_embedding.expand(len(images_BCHW), -1, -1)
         features_BPD = torch.cat([class_B1D, patches_BPD], dim=1) + self.position_embedding

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from capfilt.settings.checks import DEVICES, DTYPES, require
 
+IMAGE_ENCODER_LAYERS = ("auto", "second-last", "last")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
@@ -154,8 +156,20 @@ class BlipTrainSettings(TrainSettings):
 class Stage1Settings(TrainSettings):
     """BLIP-2 stage 1: the Q-Former on a frozen image encoder (BLIP-2 §3.2)."""
 
+    init: str = ""
+    """Stage-1 model to go on from: what `train stage1` saved, a folder or hub id of a Blip2ForImageTextRetrieval (its
+    temperature and head of ITG are new then), or LAVIS's blip2_pretrained.pth. Its sizes hold. Empty for a new one."""
     image_encoder: str = ""
-    """Folder or hub id of a BLIP model whose image encoder is taken, frozen, or `embedded`."""
+    """Frozen image encoder (BLIP-2 §3.2: CLIP ViT-L/14 or EVA-CLIP ViT-g/14): a folder or hub id of a CLIP, BLIP or
+    BLIP-2, open_clip:NAME:WEIGHTS, a .pth of EVA-CLIP, or `embedded`. Empty where `init` has one."""
+    image_encoder_layer: str = "auto"
+    """Block whose output are the image features: second-last (BLIP-2 §3.2), last, or auto: the second-last of a CLIP
+    and an EVA-CLIP (as published with BLIP-2 it lacks the last one already), the last of a BLIP."""
+    image_size_px: int | None = None
+    """Side of the square images; None for the image encoder's own. Positions are interpolated for another."""
+    encoder_dtype: str = "auto"
+    """Precision of the frozen image encoder: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or
+    float16."""
     qformer_init: str = ""
     """Folder or hub id of BERT (BLIP-2 §3.1: google-bert/bert-base-uncased) or of a BLIP model, whose text encoder
     and tokenizer the Q-Former starts from; empty takes those of image_encoder."""
@@ -177,6 +191,11 @@ class Stage1Settings(TrainSettings):
     """Losses that are summed (BLIP-2 §3.2: all three; Table 6 leaves out itg)."""
     feature_cache_bytes: int = 4 << 30
     """Features of the frozen image encoder are computed once and held in memory up to this size; 0 for never."""
+    feature_cache_dir: str | None = None
+    """Directory where those features are kept instead, whatever their size, for this training and later ones; None for
+    memory. Without random crops and flips only."""
+    feature_cache_dtype: str = "auto"
+    """Precision of the features in memory and on disk: auto (the image encoder's own), float32, bfloat16, float16."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,6 +206,15 @@ class Stage1Settings(TrainSettings):
         require(self.cross_attention_every >= 1, "cross_attention_every", self.cross_attention_every, "at least 1")
         require(self.max_text_tokens >= 4, "max_text_tokens", self.max_text_tokens, "at least 4")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
+        layer, size = self.image_encoder_layer, self.image_size_px
+        require(
+            layer in IMAGE_ENCODER_LAYERS, "image_encoder_layer", layer, f"one of {', '.join(IMAGE_ENCODER_LAYERS)}"
+        )
+        require(size is None or size >= 1, "image_size_px", size, "at least 1")
+        for name in ("num_queries", "cross_attention_every", "embed_dim", "init_cross_attention") if self.init else ():
+            value = getattr(self, name)
+            require(value == getattr(Stage1Settings, name), name, value, "to be left out with init, whose sizes hold")
+        _check_frozen(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +225,11 @@ class Stage2Settings(TrainSettings):
     """Rate at the end of the cosine (BLIP-2 §3.4: 5e-5 in stage 2)."""
     dropout: float = 0.1
     """Dropout in the Q-Former (BERT: 0.1)."""
+    image_encoder: str = ""
+    """Frozen image encoder, as in stage 1, of a .pth of LAVIS's that was saved without; empty for the model's own."""
+    encoder_dtype: str = "auto"
+    """Precision of the frozen image encoder: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or
+    float16."""
     whole_caption_share: float = 0.5
     """T5: share of captions trained with an empty prefix, so that a caption can be asked for without its first
     word. BLIP-2 has none."""
@@ -205,13 +238,31 @@ class Stage2Settings(TrainSettings):
     float16."""
     feature_cache_bytes: int = 4 << 30
     """Features of the frozen image encoder are computed once and held in memory up to this size; 0 for never."""
+    feature_cache_dir: str | None = None
+    """Directory where those features are kept instead, whatever their size, for this training and later ones; None for
+    memory. Without random crops and flips only."""
+    feature_cache_dtype: str = "auto"
+    """Precision of the features in memory and on disk: auto (the image encoder's own), float32, bfloat16, float16."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.llm_dtype in DTYPES, "llm_dtype", self.llm_dtype, f"one of {', '.join(DTYPES)}")
+        _check_frozen(self)
         require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
         share = self.whole_caption_share
         require(0 <= share <= 1, "whole_caption_share", share, "0 to 1")
+
+
+def _check_frozen(settings: Stage1Settings | Stage2Settings) -> None:
+    """Settings of the frozen image encoder that both stages have."""
+    for name in ("encoder_dtype", "feature_cache_dtype"):
+        require(getattr(settings, name) in DTYPES, name, getattr(settings, name), f"one of {', '.join(DTYPES)}")
+    directory, varied = settings.feature_cache_dir, settings.random_crop < 1.0 or settings.random_flip
+    if directory is not None:
+        require(bool(directory), "feature_cache_dir", directory, "a directory, or to be left out")
+        require(
+            not varied, "feature_cache_dir", directory, "None with random_crop or random_flip: no image stays as it is"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,23 +1,33 @@
-"""Features of the frozen image encoder for the batches of a training: from a cache in memory where they fit.
+"""Features of the frozen image encoder for the batches of a training: from a cache, or computed anew.
 
-In: a dataset, an encoder, a limit in bytes. Out: batches, and their features (B, 1 + P, D) before the encoder's last
-layer norm. The cache's size is shown while it is filled.
+In: a dataset, an encoder, settings. Out: batches, and their features (B, 1 + P, D) before the trained layer norm, in
+the encoder's precision, or in that of `feature_cache_dtype` where they come from a cache. With `feature_cache_dir` they
+are kept on disk (`capfilt.train.feature_store`), else in memory where they fit into `feature_cache_bytes`. Crops and
+flips vary the images: features are computed anew then. What a cache takes is shown while it is filled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from capfilt.data.commit import fingerprint
+from capfilt.data.manifest import iterate_manifest
+from capfilt.data.rundir import RunDir
 from capfilt.models.vit import VisionTransformer
 from capfilt.progress import Progress
 from capfilt.settings import Stage1Settings, Stage2Settings
 from capfilt.train.batches import Batch, Cursor, PairDataset, iterate_batches, normalise
-from capfilt.train.pretrained import ImageEncoder
+from capfilt.train.feature_store import FORMAT_VERSION, FeatureFile, open_features
 from capfilt.train.processes import Processes
+from capfilt.weights.blip import digest_vision
+from capfilt.weights.image_encoders import ImageEncoder
 
 BATCH_SIZE = 64
 """Images encoded at a time."""
@@ -33,22 +43,32 @@ class FrozenFeatures:
         settings: Stage1Settings | Stage2Settings,
         processes: Processes,
         progress: Progress,
+        images_digest: str | None = None,
     ) -> None:
+        """`images_digest` identifies the dataset's images and their order; None: all are read to make it, if needed."""
         self._encoder, self._dataset, self._settings = encoder, dataset, settings
-        self._device, self._ranks, self._progress = processes.device, processes.ranks, progress
+        self._device, self._ranks = processes.device, processes.ranks
+        self._progress, self._images_digest = progress, images_digest
         self._cache: Tensor | None = None
 
     @property
+    def stored_dtype(self) -> torch.dtype:
+        """What a cache holds."""
+        name = self._settings.feature_cache_dtype
+        return self._encoder.dtype if name == "auto" else getattr(torch, name)
+
+    @property
     def fits(self) -> bool:
-        """Whether features are computed once: no crop varies the images, and all of them fit in the limit."""
+        """Whether features are computed once: no crop varies the images, and they go to disk or fit in the limit."""
         varied = self._settings.random_crop < 1.0 or self._settings.random_flip
-        size = num_feature_bytes(self._encoder.vision, len(self._dataset.keys))
-        return not varied and size <= self._settings.feature_cache_bytes
+        size = num_feature_bytes(self._encoder.vision, len(self._dataset.keys), self.stored_dtype)
+        on_disk = self._settings.feature_cache_dir is not None
+        return not varied and (on_disk or size <= self._settings.feature_cache_bytes)
 
     def open_batches(self, cursor: Cursor) -> Iterator[Batch]:
-        """Fills the cache, if features fit, and opens the stream; its batches hold no pixels then."""
+        """Fills the cache, if there is to be one, and opens the stream; its batches hold no pixels then."""
         if self.fits and self._cache is None:
-            self._cache = _encode_all(self._encoder, self._dataset, self._device, self._progress)
+            self._cache = self._open_file() if self._settings.feature_cache_dir else self._encode_all()
         preparation = self._encoder.preparation
         return iterate_batches(
             self._dataset, self._settings, cursor, ranks=self._ranks,
@@ -59,27 +79,71 @@ class FrozenFeatures:
     def __call__(self, batch: Batch) -> Tensor:
         """Features (B, 1 + P, D) of the batch's images, on the device."""
         if self._cache is None:
-            with torch.autocast(self._device.type, enabled=False):  # as those of the cache are
-                return self._encoder.vision(batch.images.to(self._device))
+            return self._encode(batch.images)
         assert batch.rows is not None, "a dataset's batches carry rows"
         return self._cache[torch.from_numpy(batch.rows)].to(self._device)
 
+    def _encode(self, images_BCHW: Tensor) -> Tensor:
+        with torch.autocast(self._device.type, enabled=False):  # with and without a cache alike
+            return self._encoder.vision(images_BCHW.to(self._device))
 
-def num_feature_bytes(vision: VisionTransformer, num_images: int) -> int:
-    """Size of the cache for so many images, in float32."""
-    return num_images * (vision.config.num_patches + 1) * vision.config.width * 4
+    @torch.no_grad()
+    def _encode_rows(self, rows: np.ndarray) -> Tensor:
+        preparation = self._encoder.preparation
+        images = normalise(self._dataset.read_pixels(rows, None), preparation.mean, preparation.std)
+        return self._encode(images).to("cpu", self.stored_dtype)
+
+    def _shape(self) -> tuple[int, int, int]:
+        sizes = self._encoder.vision.config
+        return len(self._dataset.keys), sizes.num_patches + 1, sizes.width
+
+    def _encode_all(self) -> Tensor:
+        num_images = len(self._dataset.keys)
+        cache = torch.empty(self._shape(), dtype=self.stored_dtype)
+        megabytes = round(cache.nbytes / 1e6)
+        self._progress.start("features", num_images, "image")
+        for first in range(0, num_images, BATCH_SIZE):
+            rows = np.arange(first, min(first + BATCH_SIZE, num_images))
+            cache[first : first + len(rows)] = self._encode_rows(rows)
+            self._progress.advance(len(rows), cache_megabytes=megabytes)
+        self._progress.finish()
+        return cache
+
+    def _open_file(self) -> Tensor:
+        assert self._settings.feature_cache_dir is not None
+        directory = Path(self._settings.feature_cache_dir).expanduser()
+        file = FeatureFile(directory, self._digest(), self._shape(), self.stored_dtype)
+        return open_features(file, self._encode_rows, BATCH_SIZE, self._progress)
+
+    def _digest(self) -> str:
+        encoder = self._encoder
+        return fingerprint({
+            "format_version": FORMAT_VERSION,
+            "encoder": digest_vision(encoder.vision, encoder.preparation),
+            "images": self._images_digest or pixels_digest(self._dataset),
+            "dtype": str(self.stored_dtype),
+        })[:32]  # fmt: skip
 
 
-@torch.no_grad()
-def _encode_all(encoder: ImageEncoder, dataset: PairDataset, device: torch.device, progress: Progress) -> Tensor:
-    num_images, sizes = len(dataset.keys), encoder.vision.config
-    cache = torch.empty(num_images, sizes.num_patches + 1, sizes.width)
-    megabytes = round(cache.nbytes / 1e6)
-    progress.start("features", num_images, "image")
-    for first in range(0, num_images, BATCH_SIZE):
-        rows = np.arange(first, min(first + BATCH_SIZE, num_images))
-        images = normalise(dataset.read_pixels(rows, None), encoder.preparation.mean, encoder.preparation.std)
-        cache[first : first + len(rows)] = encoder.vision(images.to(device)).cpu()
-        progress.advance(len(rows), cache_megabytes=megabytes)
-    progress.finish()
-    return cache
+def num_feature_bytes(vision: VisionTransformer, num_images: int, dtype: torch.dtype = torch.float32) -> int:
+    """Size of the cache for so many images."""
+    return num_images * (vision.config.num_patches + 1) * vision.config.width * dtype.itemsize
+
+
+def kept_images_digest(runs: Sequence[RunDir | str | Path]) -> str:
+    """sha256 over shard, key and content of the images that have a kept caption, in order; captions do not count."""
+    digest = hashlib.sha256()
+    for _run, shard, table in iterate_manifest(runs, ["key", "sha256", "kept"]):
+        kept = table.filter(table["kept"])
+        images = dict(zip(kept["key"].to_pylist(), kept["sha256"].to_pylist(), strict=True))
+        digest.update(json.dumps([shard, list(images.items())]).encode())
+    return digest.hexdigest()
+
+
+def pixels_digest(dataset: PairDataset) -> str:
+    """sha256 over all pixels of a dataset, in order."""
+    digest = hashlib.sha256()
+    for first in range(0, len(dataset.keys), BATCH_SIZE):
+        rows = np.arange(first, min(first + BATCH_SIZE, len(dataset.keys)))
+        digest.update(dataset.read_pixels(rows, None).tobytes())
+    return digest.hexdigest()

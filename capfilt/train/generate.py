@@ -18,9 +18,11 @@ from torch import Tensor
 from capfilt.models.blip2 import Stage2
 from capfilt.settings import DTYPES
 from capfilt.train.batches import normalise, to_square
-from capfilt.train.pretrained import ImageEncoder
 from capfilt.train.saved import load_stage2
-from capfilt.weights.devices import choose_device
+from capfilt.weights.devices import choose_device, choose_dtype
+from capfilt.weights.find import find_model_dir
+from capfilt.weights.image_encoders import ImageEncoder
+from capfilt.weights.llms import load_llm
 from capfilt.weights.model_files import ImagePreparation
 
 BATCH_SIZE = 64
@@ -79,13 +81,24 @@ class Generator:
         return self.generate(images, [frame.format(question) for question in questions], **chosen)
 
 
-def load_generator(model_dir: str | Path, device: str = "auto", dtype: str = "auto") -> Generator:
-    """A stage-2 folder of ours or any `Blip2ForConditionalGeneration` with OPT or T5, by folder or hub id.
+def load_generator(
+    model_dir: str | Path, device: str = "auto", dtype: str = "auto", llm: str = "", image_encoder: str = ""
+) -> Generator:
+    """A stage-2 folder of ours or any `Blip2ForConditionalGeneration` with OPT or T5, by folder or hub id, or LAVIS's.
 
-    `dtype` is the language model's; auto keeps the saved one. UsageError where the folder is something else.
+    `dtype` is the frozen parts': auto keeps the saved one for the language model, and takes the one that is fast here
+    for the image encoder. A .pth of LAVIS's wants its `llm` named, and its `image_encoder` where it was saved without.
+    UsageError where the folder is something else.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     chosen = choose_device(device)
-    saved = load_stage2(model_dir, chosen, None if dtype == "auto" else getattr(torch, dtype))
+    llm_dtype = None if dtype == "auto" else choose_dtype(dtype, chosen)
+    language = None
+    if llm:
+        folder = find_model_dir(llm, "language model", embedded=None)
+        language = load_llm(folder, dtype=choose_dtype(dtype, chosen), device=chosen)
+    saved = load_stage2(
+        model_dir, chosen, llm_dtype, llm=language, image_encoder=image_encoder, dtype=choose_dtype(dtype, chosen)
+    )
     return Generator(saved.encoder, saved.stage.eval(), chosen)

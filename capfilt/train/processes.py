@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -107,13 +108,19 @@ def join_processes(settings: TrainSettings) -> Processes:
         )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes(choose_device(settings.device), sharding=sharding)
-    from accelerate import PartialState
-
-    state = PartialState(cpu=choose_device(settings.device).type == "cpu")
-    atexit.register(state.destroy_process_group)
+    state = _join_group(choose_device(settings.device).type == "cpu")
     ranks = Ranks(state.process_index, state.num_processes, _gather)
     device = cast(torch.device, state.device)
     return Processes(torch.device("cpu") if device.type == "cpu" else device, ranks, sharding)
+
+
+@cache
+def _join_group(on_cpu: bool) -> Any:
+    from accelerate import PartialState
+
+    state = PartialState(cpu=on_cpu)
+    atexit.register(state.destroy_process_group)
+    return state
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

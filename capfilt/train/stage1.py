@@ -12,18 +12,20 @@ from typing import Any
 import torch
 
 from capfilt.data.rundir import RunDir
+from capfilt.errors import UsageError
 from capfilt.models.blip2 import Stage1
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage1Settings
 from capfilt.train.batches import Batch, Draws, PairDataset
-from capfilt.train.features import FrozenFeatures
+from capfilt.train.blip2_files import blip2_digest
+from capfilt.train.features import FrozenFeatures, kept_images_digest
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
-from capfilt.train.pretrained import copy_start, load_image_encoder, load_qformer_start
+from capfilt.train.pretrained import copy_start, find_qformer_start, load_qformer_start
 from capfilt.train.processes import join_processes
-from capfilt.train.saved import encode_texts, save_stage1
-from capfilt.weights.blip import read_sizes
-from capfilt.weights.find import find_model_dir
+from capfilt.train.saved import SavedStage1, encode_texts, load_stage1, save_stage1
+from capfilt.weights.devices import choose_dtype
+from capfilt.weights.image_encoders import image_encoder_digest, load_image_encoder
 from capfilt.weights.model_files import weights_digest
 
 
@@ -35,11 +37,11 @@ def train_stage1(
 ) -> TrainSummary:
     """Trains on the kept pairs of `run_dirs`; errors are those of `read_pairs`, the loaders and `train`."""
     progress = progress or NullProgress()
-    vision, _, _ = read_sizes(find_model_dir(settings.image_encoder, "image encoder"))
-    dataset = read_pairs(
-        run_dirs, image_size_px=vision.image_size_px, run_weights=settings.run_weights, progress=progress
-    )
-    return train_stage1_on(dataset, settings, output_dir, progress=progress, fields={"input": runs_digest(run_dirs)})
+    model = start_stage1(settings)
+    side = model.encoder.preparation.image_size_px
+    dataset = read_pairs(run_dirs, image_size_px=side, run_weights=settings.run_weights, progress=progress)
+    fields = {"input": runs_digest(run_dirs)}
+    return _train(model, dataset, settings, output_dir, progress, fields, kept_images_digest(run_dirs))
 
 
 def train_stage1_on(
@@ -51,12 +53,24 @@ def train_stage1_on(
     fields: Mapping[str, Any] | None = None,
 ) -> TrainSummary:
     """Trains on a dataset, whose pictures have the image encoder's size; `fields` identify it."""
-    progress = progress or NullProgress()
-    processes = join_processes(settings)
-    device = processes.device
-    torch.manual_seed(settings.seed)
-    encoder = load_image_encoder(settings.image_encoder, device)
+    return _train(start_stage1(settings), dataset, settings, output_dir, progress or NullProgress(), fields or {}, None)
+
+
+def start_stage1(settings: Stage1Settings) -> SavedStage1:
+    """The model as training begins: that of `init`, else a new one; the seed decides what is drawn."""
+    device = join_processes(settings).device
+    dtype = choose_dtype(settings.encoder_dtype, device)
+    if settings.init:
+        return _continued(settings, device, dtype)
+    encoder = load_image_encoder(
+        settings.image_encoder,
+        device,
+        layer=settings.image_encoder_layer,
+        image_size_px=settings.image_size_px,
+        dtype=dtype,
+    )
     start = load_qformer_start(settings, encoder.vision.config.width)
+    torch.manual_seed(settings.seed)
     stage = Stage1(
         start.config,
         embed_dim=settings.embed_dim,
@@ -66,17 +80,45 @@ def train_stage1_on(
     copy_start(stage.qformer, start.weights)
     copy_start(stage.lm_head, start.head_weights)
     stage.vision_norm.load_state_dict(encoder.norm)
-    stage.to(device).train()
-    features = FrozenFeatures(encoder, dataset, settings, processes, progress)
+    return SavedStage1(encoder, stage.to(device), start.tokenizer, settings.embed_dim)
+
+
+def _continued(settings: Stage1Settings, device: torch.device, dtype: torch.dtype) -> SavedStage1:
+    if settings.qformer_init:
+        raise UsageError("--init brings a Q-Former of its own. Leave --qformer-init out.")
+    torch.manual_seed(settings.seed)
+    return load_stage1(
+        settings.init,
+        device,
+        image_encoder=settings.image_encoder,
+        layer=settings.image_encoder_layer,
+        image_size_px=settings.image_size_px,
+        dtype=dtype,
+        dropout=settings.dropout,
+    )
+
+
+def _train(
+    model: SavedStage1,
+    dataset: PairDataset,
+    settings: Stage1Settings,
+    output_dir: Path,
+    progress: Progress,
+    fields: Mapping[str, Any],
+    images_digest: str | None,
+) -> TrainSummary:
+    processes = join_processes(settings)
+    encoder, stage = model.encoder, model.stage.train()
+    features = FrozenFeatures(encoder, dataset, settings, processes, progress, images_digest)
 
     def prepare(batch: Batch, draws: Draws) -> dict[str, Any]:
-        to_the_longest = processes.num == 1
         texts = encode_texts(
-            start.tokenizer, batch.texts, settings.max_text_tokens, device, to_the_longest=to_the_longest
-        )
+            model.tokenizer, batch.texts, settings.max_text_tokens, processes.device,
+            to_the_longest=processes.num == 1,
+        )  # fmt: skip
         return {
             "features_BPD": features(batch), "texts": texts, "losses": settings.losses, "ranks": processes.ranks,
-            "uniform_2B": draws.uniform(2, len(batch.keys)).to(device),
+            "uniform_2B": draws.uniform(2, len(batch.keys)).to(processes.device),
         }  # fmt: skip
 
     return train(
@@ -85,20 +127,22 @@ def train_stage1_on(
         open_batches=features.open_batches,
         settings=settings,
         output_dir=output_dir,
-        save=lambda folder: save_stage1(folder, encoder, stage, start.tokenizer, settings.embed_dim),
+        save=lambda folder: save_stage1(folder, encoder, stage, model.tokenizer, model.embed_dim),
         processes=processes,
         progress=progress,
         name="stage1",
-        fields={**_identity(settings), **(fields or {})},
+        fields={**_identity(settings), **fields},
         some_unused=set(settings.losses) != {"itc", "itm", "itg"},
     )
 
 
 def _identity(settings: Stage1Settings) -> dict[str, str]:
     """What the models named in the settings contain; where they lie may change."""
-    image_encoder = find_model_dir(settings.image_encoder, "image encoder")
-    start = find_model_dir(settings.qformer_init or settings.image_encoder, "start of the Q-Former")
-    return {
-        "image_encoder_sha256": weights_digest(image_encoder),
-        "qformer_init_sha256": weights_digest(start),
-    }
+    found: dict[str, str] = {}
+    if settings.init:
+        found["init_sha256"] = blip2_digest(settings.init)
+    else:
+        found["qformer_init_sha256"] = weights_digest(find_qformer_start(settings))
+    if settings.image_encoder:
+        found["image_encoder_sha256"] = image_encoder_digest(settings.image_encoder)
+    return found

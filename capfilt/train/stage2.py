@@ -1,7 +1,7 @@
-"""BLIP-2 stage 2: connect a stage-1 Q-Former to a frozen language model (BLIP-2 §3.3).
+"""BLIP-2 stage 2: connect a stage-1 Q-Former to a frozen language model (BLIP-2 §3.3), or go on from a stage-2 model.
 
-In: runs with a manifest, a stage-1 folder, an OPT or T5. Out: a `Blip2ForConditionalGeneration` folder that
-plain transformers opens.
+In: runs with a manifest, a stage-1 model and an OPT or T5, or a stage-2 model that has its own. Out: a
+`Blip2ForConditionalGeneration` folder that plain transformers opens.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from typing import Any
 import torch
 
 from capfilt.data.rundir import RunDir
-from capfilt.models.llms import T5
+from capfilt.models.llms import T5, LanguageModel
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage2Settings
 from capfilt.train.batches import Batch, Draws, PairDataset
-from capfilt.train.features import FrozenFeatures
+from capfilt.train.blip2_files import blip2_digest, find_stage
+from capfilt.train.features import FrozenFeatures, kept_images_digest
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.processes import join_processes
-from capfilt.train.saved import read_stage1_image_size_px, save_stage2, start_stage2
+from capfilt.train.saved import SavedStage2, load_stage2, save_stage2, start_stage2
 from capfilt.weights.devices import choose_dtype
 from capfilt.weights.find import find_model_dir
+from capfilt.weights.image_encoders import image_encoder_digest
 from capfilt.weights.llms import load_llm
 from capfilt.weights.model_files import weights_digest
 
@@ -39,12 +41,16 @@ def train_stage2(
     output_dir: Path,
     progress: Progress | None = None,
 ) -> TrainSummary:
-    """Trains on the kept pairs of `run_dirs`; errors are those of `read_pairs`, the loaders and `train`."""
+    """Trains on the kept pairs of `run_dirs`; errors are those of `read_pairs`, the loaders and `train`.
+
+    `init_dir` is a stage-1 model, and `llm` names the language model; or a stage-2 model that has one, and `llm` is "".
+    """
     progress = progress or NullProgress()
-    side = read_stage1_image_size_px(init_dir)
+    model = load_start(init_dir, llm, settings)
+    side = model.encoder.preparation.image_size_px
     dataset = read_pairs(run_dirs, image_size_px=side, run_weights=settings.run_weights, progress=progress)
-    fields = {"input": runs_digest(run_dirs)}
-    return train_stage2_on(dataset, init_dir, llm, settings, output_dir, progress=progress, fields=fields)
+    fields = {"input": runs_digest(run_dirs), **_identity(init_dir, llm, settings)}
+    return _train(model, dataset, settings, output_dir, progress, fields, kept_images_digest(run_dirs))
 
 
 def train_stage2_on(
@@ -58,23 +64,52 @@ def train_stage2_on(
     fields: Mapping[str, Any] | None = None,
 ) -> TrainSummary:
     """Trains on a dataset, whose pictures have the image encoder's size; `fields` identify it."""
-    progress = progress or NullProgress()
-    processes = join_processes(settings)
-    device = processes.device
+    model = load_start(init_dir, llm, settings)
+    fields = {**_identity(init_dir, llm, settings), **(fields or {})}
+    return _train(model, dataset, settings, output_dir, progress or NullProgress(), fields, None)
+
+
+def load_start(init_dir: str | Path, llm: str, settings: Stage2Settings) -> SavedStage2:
+    """The model as training begins; the seed decides what is drawn."""
+    device = join_processes(settings).device
+    llm_dtype, dtype = (choose_dtype(name, device) for name in (settings.llm_dtype, settings.encoder_dtype))
+    is_stage2 = find_stage(init_dir) == "stage2"
+    language: LanguageModel | None = None
+    if llm or not is_stage2:
+        language = load_llm(_find_llm(llm), dtype=llm_dtype, device=device)
     torch.manual_seed(settings.seed)
-    llm_dir = find_model_dir(llm, "language model", embedded=None, give=GIVE_LLM)
-    language = load_llm(llm_dir, dtype=choose_dtype(settings.llm_dtype, device), device=device)
-    if isinstance(language, T5):
-        language.whole_caption_share = settings.whole_caption_share
-    model = start_stage2(init_dir, language, settings.dropout, device)
+    if is_stage2:
+        model = load_stage2(
+            init_dir, device, llm_dtype, llm=language, dropout=settings.dropout, image_encoder=settings.image_encoder,
+            dtype=dtype,
+        )  # fmt: skip
+    else:
+        assert language is not None
+        model = start_stage2(
+            init_dir, language, settings.dropout, device, image_encoder=settings.image_encoder, dtype=dtype
+        )
+    if isinstance(model.stage.llm, T5):
+        model.stage.llm.whole_caption_share = settings.whole_caption_share
+    return model
+
+
+def _train(
+    model: SavedStage2,
+    dataset: PairDataset,
+    settings: Stage2Settings,
+    output_dir: Path,
+    progress: Progress,
+    fields: Mapping[str, Any],
+    images_digest: str | None,
+) -> TrainSummary:
     stage, encoder = model.stage.train(), model.encoder
-    features = FrozenFeatures(encoder, dataset, settings, processes, progress)
+    processes = join_processes(settings)
+    features = FrozenFeatures(encoder, dataset, settings, processes, progress, images_digest)
 
     def prepare(batch: Batch, draws: Draws) -> dict[str, Any]:
         splits = draws.uniform(1, len(batch.texts))[0].tolist()
         return {"features_BPD": features(batch), "texts": batch.texts, "ranks": processes.ranks, "draws": splits}
 
-    init_digest = weights_digest(find_model_dir(str(init_dir), "model of stage 1", embedded=None))
     return train(
         stage,
         prepare,
@@ -85,5 +120,19 @@ def train_stage2_on(
         processes=processes,
         progress=progress,
         name="stage2",
-        fields={"init_sha256": init_digest, "llm_sha256": weights_digest(llm_dir), **(fields or {})},
+        fields=fields,
     )
+
+
+def _find_llm(llm: str) -> Path:
+    return find_model_dir(llm, "language model", embedded=None, give=GIVE_LLM)
+
+
+def _identity(init_dir: str | Path, llm: str, settings: Stage2Settings) -> dict[str, str]:
+    """What the models named contain; where they lie may change."""
+    found = {"init_sha256": blip2_digest(init_dir)}
+    if llm:
+        found["llm_sha256"] = weights_digest(_find_llm(llm))
+    if settings.image_encoder:
+        found["image_encoder_sha256"] = image_encoder_digest(settings.image_encoder)
+    return found

@@ -87,7 +87,7 @@ def load_blip(
     path = _find_blip(name, kind)
     if path.is_file():
         state, sizes = _read_original(path, kind)
-        config, weight_files, side_dir = {}, [path], _tokenizer_dir(path)
+        config, weight_files, side_dir = {}, [path], tokenizer_dir(path)
         preparation = ImagePreparation(sizes[0].image_size_px)
     else:
         config, sizes = read_config(path), read_sizes(path)
@@ -102,7 +102,7 @@ def load_blip(
     files = [*weight_files, *(side_dir / file for file in _SIDE_FILES if (side_dir / file).is_file())]
     model.to(dtype=dtype)
     preparation = replace(preparation, resizer=resizer)
-    vision_digest = _digest_vision(model.vision, preparation)
+    vision_digest = digest_vision(model.vision, preparation)
     return LoadedBlip(
         model=model.to(device).eval().requires_grad_(False),
         tokenizer=_load_tokenizer(side_dir, sizes[1]),
@@ -113,11 +113,12 @@ def load_blip(
     )
 
 
-def _digest_vision(vision: VisionTransformer, preparation: ImagePreparation) -> str:
+def digest_vision(vision: VisionTransformer, preparation: ImagePreparation) -> str:
+    """sha256 of what an image encoder computes from a picture: its sizes, preparation, dtype and weights."""
     digest = hashlib.sha256(repr((vision.config, preparation)).encode())
     for name, tensor in sorted(vision.state_dict().items()):
         digest.update(f"{name} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -225,8 +226,8 @@ def _refuse_other_resizing(folder: Path, preparation: ImagePreparation) -> None:
         )
 
 
-def _tokenizer_dir(path: Path) -> Path:
-    """Beside the .pth, else BERT's from the hub's cache or the network."""
+def tokenizer_dir(path: Path) -> Path:
+    """Where the tokenizer of an original .pth is: beside it, else BERT's from the hub's cache or the network."""
     if any((path.parent / name).is_file() for name in _VOCABULARY_FILES):
         return path.parent
     return download_snapshot(BERT_TOKENIZER, _TOKENIZER_FILES, f"and copy the files beside {path.name}")

@@ -174,6 +174,24 @@ def load_clip(source: ClipSource, device: torch.device, dtype: torch.dtype) -> t
     return Towers(images, texts), transform, tokenizer
 
 
+def load_image_tower(source: ClipSource) -> tuple[ClipImageTower, dict[str, Any]]:
+    """Our image tower in float32, not packed, and how open_clip prepares its images (mean, std, interpolation).
+
+    Raises UsageError where the image encoder is no plain ViT, and as `load_clip` does.
+    """
+    from open_clip.model import get_model_preprocess_cfg
+
+    from capfilt.models import convert_clip as convert
+
+    empty = _build_empty(source)
+    if empty is None or not convert.has_plain_image_tower(empty[0]):
+        raise UsageError(
+            f"The image encoder of {source.name} is no plain ViT, which is what BLIP-2 takes. Give another: ViT-L-14."
+        )
+    model = _with_weights(source, empty[0])
+    return convert.image_tower_from_open_clip(model), get_model_preprocess_cfg(model)
+
+
 def _load_our_towers(
     source: ClipSource, device: torch.device, dtype: torch.dtype
 ) -> tuple[ClipImageTower | None, UnpaddedTexts | None, Any]:

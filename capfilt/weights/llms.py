@@ -1,15 +1,22 @@
-"""Language models for stage 2, read from disk or the hub in transformers' layout. Frozen."""
+"""Language models for stage 2, read from disk or the hub in transformers' layout. Frozen.
+
+In: a folder, or the part of a BLIP-2's weights that is its language model. Out: our class around transformers' model;
+and back to the part of a BLIP-2.
+"""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from capfilt.errors import UsageError
+from capfilt.models.convert_blip2 import State
 from capfilt.models.llms import LLMS, LanguageModel, wrap_llm
 
 
@@ -45,3 +52,50 @@ def _refuse_projection(path: str | Path, config: Any) -> None:
             f"{path} embeds tokens in {narrow} of {config.hidden_size} dimensions; BLIP-2's layout "
             f"wants them equal. Take another size of OPT, such as facebook/opt-125m or facebook/opt-1.3b."
         )
+
+
+def build_llm(
+    config: Any, state: State, tokenizer: Any, device: torch.device, dtype: torch.dtype | None
+) -> LanguageModel:
+    """A frozen OPT or T5 of a BLIP-2's `language_model.…` weights, their prefix taken off; None keeps their precision.
+
+    Raises UsageError for another family, and for weights that are missing or unknown.
+    """
+    if config.model_type not in LLMS:
+        raise UsageError(f"The BLIP-2 holds a {config.model_type!r}; expected one of {', '.join(LLMS)}.")
+    _, theirs = LLMS[config.model_type]
+    model = theirs(config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = set(model.state_dict()) - set(_without_tied(model.state_dict()))
+    odd = sorted((set(missing) - tied) | set(unexpected))
+    if odd:
+        raise UsageError(f"The language model lacks or does not know {len(odd)} weights, such as {odd[0]!r}.")
+    return wrap_llm(model.to(device=device, dtype=dtype or next(iter(state.values())).dtype), tokenizer)
+
+
+def llm_for_blip2(llm: LanguageModel, image_token_id: int) -> tuple[Any, State]:
+    """Config and weights (tied ones once) of the language model, with a row for <image> and its end token."""
+    config = deepcopy(llm.model.config)
+    state = _without_tied(llm.model.state_dict())
+    rows = llm.model.get_input_embeddings().weight.shape[0]
+    if image_token_id >= rows:
+        config.vocab_size = image_token_id + 1
+        state = {k: _extended(v, image_token_id + 1) if v.shape[:1] == (rows,) else v for k, v in state.items()}
+    if getattr(config, "bos_token_id", None) is None:  # T5: transformers starts a prompt of its own with it
+        config.bos_token_id = llm.end_token_id
+    config.eos_token_id = llm.end_token_id
+    return config, state
+
+
+def _without_tied(state: State) -> State:
+    """Of tensors that share memory only the first, as safetensors and transformers expect."""
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(tensor.data_ptr(), name)
+    return {name: state[name] for name in first.values()}
+
+
+def _extended(matrix: Tensor, rows: int) -> Tensor:
+    """Further rows, each the mean of all: its logit is the mean logit, so never the highest."""
+    mean = matrix.float().mean(dim=0, keepdim=True).to(matrix.dtype)
+    return torch.cat([matrix, mean.expand(rows - len(matrix), *matrix.shape[1:])])

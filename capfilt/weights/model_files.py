@@ -48,11 +48,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The files of the weights: safetensors (sharded or not), else .bin."""
+    """The files of the weights: safetensors (sharded or not), else .bin. UsageError where a shard of an index lacks."""
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         if files := sorted(folder.glob(pattern)):
+            _refuse_missing_shards(folder, files)
             return files
     raise UsageError(f"{folder} has no model.safetensors. Give a model in transformers' layout.")
+
+
+def _refuse_missing_shards(folder: Path, files: list[Path]) -> None:
+    """An index names the shards of its kind; without one there is one file."""
+    for index in folder.glob(f"*{files[0].suffix}.index.json"):
+        named = set(_read_json(index).get("weight_map", {}).values())
+        if missing := sorted(named - {file.name for file in files}):
+            raise UsageError(f"{folder} lacks {', '.join(missing)}, which {index.name} names. Fetch them again.")
 
 
 def read_weights(folder: Path, dtype: torch.dtype | None = None) -> State:
@@ -114,8 +123,12 @@ def read_torch_file(path: Path) -> dict[str, Any]:
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 over config, tokenizer and weights of a folder: a training goes on only with the same."""
-    return _digest(folder, (*SIDE_FILES, "*.safetensors", "pytorch_model*.bin"))
+    """sha256 over config, tokenizer and weights of a folder, an image encoder's inside it included.
+
+    A training goes on only with the same.
+    """
+    inner = ("image_encoder/*.json", "image_encoder/*.safetensors")
+    return _digest(folder, (*SIDE_FILES, "*.safetensors", "pytorch_model*.bin", *inner))
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -125,7 +138,7 @@ def tokenizer_digest(folder: Path) -> str:
 
 def _digest(folder: Path, patterns: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    names = {path.name for pattern in patterns for path in folder.glob(pattern)}
+    names = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
     for name in sorted(names - {"training.json"}):
         digest.update(f"{name}\0".encode())
         digest.update(bytes.fromhex(file_sha256(folder / name)))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from capfilt.data.rundir import RunDir
-from capfilt.settings import Stage1Settings, TrainSettings
+from capfilt.settings import Stage1Settings, Stage2Settings, TrainSettings
 from capfilt.train.pairs import runs_digest
 from tests.cli.conftest import capfilt
 from tests.train import small_models
@@ -124,6 +124,31 @@ def test_settings_by_name_are_typed(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert isinstance(settings.random_crop, float)
     stages = call(monkeypatch, "clip", folder / "run", "--set", "vision_stages=1,2,1,1")[1]
     assert stages.vision_stages == (1, 2, 1, 1)  # type: ignore[attr-defined]
+
+
+def test_frozen_image_encoders_have_their_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = ("--image-encoder", "open_clip:ViT-L-14:openai", "--encoder-dtype", "bfloat16", "--feature-cache-dir", "f")
+    own = (
+        "--init",
+        "x",
+        "--image-encoder-layer",
+        "last",
+        "--image-size-px",
+        336,
+        "--set",
+        "feature_cache_dtype=float16",
+    )
+    settings = call(monkeypatch, "stage1", folder / "run", *shared, *own)[1]
+    assert settings == Stage1Settings(
+        init="x", image_encoder="open_clip:ViT-L-14:openai", image_encoder_layer="last", image_size_px=336,
+        encoder_dtype="bfloat16", feature_cache_dir="f", feature_cache_dtype="float16",
+    )  # fmt: skip
+    settings = call(monkeypatch, "stage2", folder / "run", *shared)[1]
+    assert settings == Stage2Settings(
+        image_encoder="open_clip:ViT-L-14:openai", encoder_dtype="bfloat16", feature_cache_dir="f"
+    )
+    done = capfilt("train", "stage1", folder / "run", "--output", "x", "--image-encoder-layer", "first")
+    assert "image_encoder_layer is 'first'; expected one of auto, second-last, last" in done.err
 
 
 def test_a_training_goes_by_settings_given_by_name(folder: Path, tmp_path: Path) -> None:

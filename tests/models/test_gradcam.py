@@ -27,9 +27,9 @@ from capfilt.models.med import Attention, Captioner, Filter, MEDConfig
 from capfilt.models.qformer import QFormerConfig
 from capfilt.models.text_layout import TextLayout
 from capfilt.models.vit import VisionTransformer, ViTConfig, change_image_size
-from capfilt.train.pretrained import ImageEncoder
 from capfilt.train.saved import load_stage1, save_stage1
 from capfilt.weights.blip import load_blip
+from capfilt.weights.image_encoders import ImageEncoder
 from capfilt.weights.model_files import ImagePreparation
 from tests import factories
 
