@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capfilt.cli.console import clean, count, note, say, say_json
-from capfilt.cli.generate import read_picture
 from capfilt.cli.options import AsJson, Device
 from capfilt.errors import UsageError
 
@@ -57,7 +56,7 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Draw where a model sees each word of a text in a picture (Grad-CAM)."""
-    picture = read_picture(image)
+    picture = _read_picture(image)
     files = _output_files(output or Path(f"explain-{image.stem}.png"), len(texts), image)
     from capfilt.explain import load_explainable
 
@@ -80,6 +79,16 @@ def explain(
         say(f"strongest words: {_strongest(explanation)}")
         words = count(len(explanation.words), "word")
         say(f"{clean(file)}: the average and {words}, layer {layer}")
+
+
+def _read_picture(path: Path) -> Image.Image:
+    """An image file that a user named. Raises UsageError where it is no picture that capfilt reads."""
+    from capfilt.data.images import ImageRefused, decode_image
+
+    try:
+        return decode_image(path.read_bytes())
+    except (ImageRefused, OSError) as error:
+        raise UsageError(f"{path} cannot be used: {error}. Give another picture.") from None
 
 
 def _output_files(output: Path, num_texts: int, image: Path) -> list[Path]:

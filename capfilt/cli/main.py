@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from capfilt import __version__
-from capfilt.cli import annotate, explain, generate, ingest, inspection, recipe, rehearsal, train
+from capfilt.cli import annotate, evaluate, explain, generate, ingest, inspection, recipe, rehearsal, train
 from capfilt.cli.console import clean, note
 from capfilt.errors import CapfiltError
 
@@ -55,6 +55,7 @@ app.command("select")(annotate.select)
 app.command("stats")(inspection.stats)
 app.command("verify")(inspection.verify)
 app.add_typer(train.app, name="train")
+app.add_typer(evaluate.app, name="evaluate")
 app.command("generate")(generate.generate)
 app.command("explain")(explain.explain)
 

@@ -37,6 +37,45 @@ Keep = Annotated[int, typer.Option("--keep", min=1, help="Ranked captions kept f
 Output = Annotated[
     Path, typer.Option("--output", metavar="DIR", help="Directory of the trained model.", show_default=False)
 ]
+NumBeams = Annotated[
+    int | None,
+    typer.Option(
+        "--num-beams",
+        min=1,
+        help="Beams; 1 is greedy. Unset: captions 5 (BLIP: 3), answers 5, `generate` 1.",
+        show_default=False,
+    ),
+]
+MinNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--min-new-tokens", min=0,
+        help="Shortest text in tokens, prompt not counted. Unset: captions 8 (BLIP: 5 with its prompt).",
+        show_default=False,
+    ),
+]  # fmt: skip
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens", min=1,
+        help="Longest text in tokens, prompt not counted. Unset: 30 (BLIP: 20 with its prompt), answers 10.",
+        show_default=False,
+    ),
+]  # fmt: skip
+LengthPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--length-penalty", help="Beam search of stage 2: below 0 favours short texts. Unset: 1, answers -1.",
+        show_default=False,
+    ),
+]  # fmt: skip
+WriterBatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size", min=1, help="Images or questions at a time. Unset: 16; a captioner: 32, with CUDA what fits.",
+        show_default=False,
+    ),
+]  # fmt: skip
 
 Settings = TypeVar("Settings")
 

@@ -7,6 +7,7 @@ settings give the same captions, whatever else is in the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,15 +48,8 @@ class BlipCaptioner:
         self.preparation = loaded.preparation
         self.prompt = loaded.prompt if settings.prompt is None else settings.prompt
         config = loaded.model.decoder.config
-        # As BLIP's code does: the first token becomes [DEC], the closing [SEP] is dropped.
-        self._prompt_ids = [config.dec_token_id, *self._tokenizer(self.prompt).input_ids[1:-1]]
-        longest = min(settings.max_length, config.max_positions)
-        if len(self._prompt_ids) >= longest or settings.max_length > config.max_positions:
-            raise UsageError(
-                f"max_length is {settings.max_length}; expected more than {len(self._prompt_ids)}, the "
-                f"tokens of the prompt {self.prompt!r}, and at most {config.max_positions}, the model's. "
-                "Give --max-length."
-            )
+        self._prompt_ids = self._encode_prompt(self.prompt)
+        self._check_lengths(self._prompt_ids, self.prompt, settings.max_length)
         image_bytes = count_image_bytes(self.vision.config, config, dtype.itemsize)
         num_rows = settings.num_beams if settings.decoding == "beam" else settings.num_captions
         row_bytes = count_row_bytes(config, settings.max_length, dtype.itemsize) * num_rows
@@ -86,10 +80,45 @@ class BlipCaptioner:
         """Image features (B, P + 1, D) of pictures from `prepare`."""
         return self.vision(normalise(images, self.preparation, self.vision.class_embedding))
 
-    def caption_features(self, features_BPD: Tensor, keys: Sequence[str]) -> list[list[str]]:
-        """Captions of pictures that `encode` has seen."""
-        written = write_captions(self._model, features_BPD, keys, self._prompt_ids, self.settings, self._steps)
+    def caption_features(
+        self,
+        features_BPD: Tensor,
+        keys: Sequence[str],
+        *,
+        prompt: str | None = None,
+        lengths: tuple[int, int] | None = None,
+    ) -> list[list[str]]:
+        """Captions of pictures that `encode` has seen, by the settings unless another prompt or lengths are given.
+
+        `lengths` are the shortest and longest text in tokens without the prompt, which the settings' count in.
+        Raises UsageError where prompt and text are longer than the model takes.
+        """
+        prompt_ids, settings = self._prompt_ids, self.settings
+        if prompt is not None or lengths is not None:
+            prompt_ids = prompt_ids if prompt is None else self._encode_prompt(prompt)
+            if lengths is not None:
+                shortest, longest = (len(prompt_ids) + num for num in lengths)
+                settings = replace(settings, min_length=shortest, max_length=longest)
+            self._check_lengths(prompt_ids, self.prompt if prompt is None else prompt, settings.max_length)
+        written = write_captions(self._model, features_BPD, keys, prompt_ids, settings, self._steps)
         return [[self._decode(tokens) for tokens in texts] for texts in written]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of the settings' prompt, [DEC] included."""
+        return len(self._prompt_ids)
+
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        """As BLIP's code does: the first token becomes [DEC], the closing [SEP] is dropped."""
+        return [self._model.decoder.config.dec_token_id, *self._tokenizer(prompt).input_ids[1:-1]]
+
+    def _check_lengths(self, prompt_ids: Sequence[int], prompt: str, max_length: int) -> None:
+        most = self._model.decoder.config.max_positions
+        if not len(prompt_ids) < max_length <= most:
+            raise UsageError(
+                f"max_length is {max_length}; expected more than {len(prompt_ids)}, the tokens of the prompt "
+                f"{prompt!r}, and at most {most}, the model's. Give --max-length (or --max-new-tokens)."
+            )
 
     def _decode(self, tokens: list[int]) -> str:
         known = [token for token in tokens if token < len(self._tokenizer)]

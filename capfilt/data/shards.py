@@ -21,7 +21,7 @@ from capfilt.data.schemas import SUCCESS
 from capfilt.data.tars import TarMember, damaged_tar, is_valid_key, read_member, write_tar
 from capfilt.errors import UsageError
 
-__all__ = ["TarMember", "is_valid_key", "read_sample", "read_samples", "write_tar"]
+__all__ = ["TarMember", "is_valid_key", "read_located", "read_sample", "read_samples", "sample_rows", "write_tar"]
 
 _COLUMNS = ["key", "url", "caption", "width", "height", "sha256", "image_offset", "image_length", "image_ext"]
 _PIECE = 1 << 20
@@ -67,8 +67,18 @@ def read_sample(run: RunDir, shard: str, key: str) -> Sample:
     rows = rows.filter(pc.field("key") == key).to_pylist()
     if not rows:
         raise UsageError(f"Shard {shard} of {run.path} has no sample with the key {key!r}.")
+    return read_located(run, shard, rows[0])
+
+
+def sample_rows(run: RunDir, shard: str) -> list[dict[str, Any]]:
+    """The rows of a shard's samples in order, for `read_located`."""
+    return _successful_rows(run, shard).to_pylist()
+
+
+def read_located(run: RunDir, shard: str, row: dict[str, Any]) -> Sample:
+    """Give the sample of a row of `sample_rows`, read and checked now. Raises CorruptionError for damage."""
     with open(run.tar_path(shard), "rb") as file:
-        return _checked_sample(file, run, shard, rows[0])
+        return _checked_sample(file, run, shard, row)
 
 
 def _successful_rows(run: RunDir, shard: str) -> pa.Table:

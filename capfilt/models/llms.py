@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, OPTForCausalLM, T5ForConditionalGeneration
 
+from capfilt.errors import UsageError
 from capfilt.models.losses import lm_loss
 from capfilt.models.ranks import ALONE, Ranks
 
 MAX_TOKENS = 32
-"""Longest caption in tokens (released code: 32)."""
+"""Longest caption that is trained on, in tokens (released code: 32). Prompts are never cut."""
 
 
 class LanguageModel(Protocol):
@@ -87,11 +88,22 @@ class OPT(nn.Module):
     def generate(self, visual_BQW: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
         """What follows each prompt, up to the newline."""
         rows = [[self.bos_token_id, *self._encode(p)] for p in prompts]
+        self._refuse_long(rows, prompts, visual_BQW.shape[1] + options.get("max_new_tokens", 0))
         tokens, mask = _pad(rows, pad=self.end_token_id, device=visual_BQW.device, left=True)
         inputs, mask = self._inputs(visual_BQW, tokens, mask)
         settings = _generation_config(self.end_token_id, self.end_token_id, options)
         found = self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=settings)
         return _decode(self.tokenizer, found, self.end_token_id)
+
+    def _refuse_long(self, rows: Sequence[Sequence[int]], prompts: Sequence[str], others: int) -> None:
+        """The model has so many positions and no more; `others` are those that prompts cannot have."""
+        num_positions = int(self.model.config.max_position_embeddings)
+        for row, prompt in zip(rows, prompts, strict=True):
+            if len(row) + others > num_positions:
+                raise UsageError(
+                    f"The prompt {prompt[:60]!r} has {len(row)} tokens; with {others} for image and text the language "
+                    f"model takes {num_positions}. Give a shorter prompt, or fewer new tokens."
+                )
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
@@ -127,9 +139,9 @@ class T5(nn.Module):
         """Prefix LM: the text is split between its first word and its middle, see `split_caption`."""
         draws = torch.rand(len(texts)).tolist() if draws is None else draws
         parts = [split_caption(t, d, self.whole_caption_share) for t, d in zip(texts, draws, strict=True)]
-        prefix, mask = self._encode_batch([p for p, _ in parts], visual_BQW.device)
+        prefix, mask = self._encode_batch([p for p, _ in parts], visual_BQW.device, MAX_TOKENS)
         inputs, mask = _prepend(visual_BQW, self.model.get_input_embeddings()(prefix), mask)
-        target, target_mask = self._encode_batch([s for _, s in parts], visual_BQW.device)
+        target, target_mask = self._encode_batch([s for _, s in parts], visual_BQW.device, MAX_TOKENS)
         labels = target.masked_fill(~target_mask, -100)
         output = self.model(inputs_embeds=inputs, attention_mask=mask, labels=labels, use_cache=False)
         return lm_loss(output.logits[target_mask], target[target_mask], label_smoothing=0.0, ranks=ranks)
@@ -144,8 +156,10 @@ class T5(nn.Module):
         found = self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=settings)
         return _decode(self.tokenizer, found[:, 1:], self.end_token_id)
 
-    def _encode_batch(self, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        rows = [[*self.tokenizer(t, add_special_tokens=False).input_ids[:MAX_TOKENS], self.end_token_id] for t in texts]
+    def _encode_batch(
+        self, texts: Sequence[str], device: torch.device, max_tokens: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        rows = [[*self.tokenizer(t, add_special_tokens=False).input_ids[:max_tokens], self.end_token_id] for t in texts]
         return _pad(rows, pad=self.pad_token_id, device=device)
 
 

@@ -6,6 +6,7 @@ these classes.
 
 from capfilt.settings.checks import DECODINGS, DEVICES, DTYPES, EMBEDDED
 from capfilt.settings.curation import CaptionSettings, DownloadSettings, FilterSettings, RankSettings
+from capfilt.settings.generation import GenerationSettings
 from capfilt.settings.training import (
     BlipTrainSettings,
     ClipTrainSettings,
@@ -25,6 +26,7 @@ __all__ = [
     "ClipTrainSettings",
     "DownloadSettings",
     "FilterSettings",
+    "GenerationSettings",
     "LlmTrainSettings",
     "RankSettings",
     "Stage1Settings",

@@ -124,6 +124,11 @@ def find_stage(name: str | Path) -> str:
     return str(_stage_of(_checked_config(_find_folder(name, None), None)))
 
 
+def is_blip2_file(path: Path) -> bool:
+    """Whether a .pth is LAVIS's of a BLIP-2, and not one of another model."""
+    return _is_lavis(path) and "query_tokens" in read_state(path)
+
+
 def blip2_digest(name: str | Path) -> str:
     """sha256 of what `name` contains; where it lies may change."""
     path = Path(name).expanduser()

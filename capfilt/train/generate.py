@@ -1,6 +1,6 @@
 """Captions and answers from a trained BLIP-2 (stage 2).
 
-In: a model folder, images, prompts. Out: texts.
+In: a model folder, images, prompts. Out: texts. capfilt/evaluate/writers.py streams any number of images through it.
 """
 
 from __future__ import annotations
@@ -67,8 +67,12 @@ class Generator:
         texts: list[str] = []
         for first in range(0, len(images), BATCH_SIZE):
             part = slice(first, first + BATCH_SIZE)
-            pixels = prepare_images(images[part], self.encoder.preparation).to(self.device)
+            # An image that several prompts are about is encoded once.
+            different = list({id(image): image for image in images[part]}.values())
+            number_of = {id(image): number for number, image in enumerate(different)}
+            pixels = prepare_images(different, self.encoder.preparation).to(self.device)
             visual = self.stage.visual_prompts(self.encoder.vision(pixels))
+            visual = visual[[number_of[id(image)] for image in images[part]]]
             texts += self.stage.llm.generate(
                 visual, prompts[part], max_new_tokens=max_new_tokens, num_beams=num_beams, **options
             )
