@@ -25,6 +25,7 @@ from capfilt.models.losses import draw_hard_negatives, itc_loss, itm_loss, lm_lo
 from capfilt.models.med import LanguageModelHead, MEDConfig
 from capfilt.models.qformer import ImageKeyValues, KeyValue, QFormer, QFormerConfig, join_images, select_images
 from capfilt.models.ranks import ALONE, Ranks
+from capfilt.models.text_layout import TextLayout
 
 LABEL_SMOOTHING = 0.1
 """Of ITC and ITG (released code; the paper does not say)."""
@@ -77,9 +78,9 @@ class Stage1(nn.Module):
         """ITC embeddings (B, E) of unit length, from [CLS]."""
         return F.normalize(self.text_projection(self.qformer.encode_text(texts.tokens, texts.mask)[:, 0]), dim=-1)
 
-    def itm_logits(self, image: ImageKeyValues, texts: Texts) -> Tensor:
-        """ITM logits (B, 2), averaged over the queries; index 1 is "match"."""
-        return self.itm_head(self.qformer.encode_pairs(image, texts.tokens, texts.mask)).mean(dim=1)
+    def itm_logits(self, image: ImageKeyValues, texts: Texts, *, layout: TextLayout | None = None) -> Tensor:
+        """ITM logits (B, 2), averaged over the queries; index 1 is "match". `layout` as in `QFormer.encode_pairs`."""
+        return self.itm_head(self.qformer.encode_pairs(image, texts.tokens, texts.mask, layout=layout)).mean(dim=1)
 
     def forward(
         self,

@@ -1,6 +1,6 @@
-"""ITM probabilities of many texts for each of several images (BLIP §3.1, image-grounded text encoder).
+"""ITM of many texts for each of several images (BLIP §3.1, image-grounded text encoder).
 
-In: image features and token ids. Out: a probability of a match for each text.
+In: image features and token ids. Out: logits or a probability of a match for each text.
 
 - an image's cross-attention keys and values are computed once, layer by layer, and shared by its texts; equal texts
   of an image are scored once
@@ -38,19 +38,36 @@ def match_probabilities(
     Returns:
         Probabilities in [0, 1] by image and text.
     """
-    pairs = dict.fromkeys((image, tuple(text)) for image, own in enumerate(texts) for text in own)
+    pairs = list(dict.fromkeys((image, tuple(text)) for image, own in enumerate(texts) for text in own))
     if not pairs:
         return [[] for _ in texts]
-    by_length: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
-    for image, text in pairs:
-        padded = -(-len(text) // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
-        by_length.setdefault(padded, []).append((image, text))
-    groups = [_group(model, own, padded, features_BPD) for padded, own in by_length.items()]
-    scores: dict[tuple[int, tuple[int, ...]], float] = {}
-    for own, hidden_RTD in zip(by_length.values(), model.encoder.forward_groups(features_BPD, groups), strict=True):
-        logits_R2 = model.itm_head(filled(hidden_RTD[:, 0]))[: len(own)]
-        scores |= zip(own, logits_R2.float().softmax(dim=1)[:, 1].tolist(), strict=True)
+    probabilities = pair_logits(model, features_BPD, pairs).softmax(dim=1)[:, 1].tolist()
+    scores = dict(zip(pairs, probabilities, strict=True))
     return [[scores[image, tuple(text)] for text in own] for image, own in enumerate(texts)]
+
+
+@torch.inference_mode()
+def pair_logits(model: Filter, features_BPD: Tensor, pairs: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+    """ITM logits (R, 2), float32, of R pairs; index 1 is "match".
+
+    Args:
+        model: in eval mode.
+        features_BPD: (B, P + 1, D) from `model.vision`.
+        pairs: an image's number, 0 to B - 1, and the token ids of a text, as `match_probabilities` takes them. Texts
+            of an image share its keys and values wherever they stand.
+    """
+    rows_by_length: dict[int, list[int]] = {}
+    for row, (_, text) in enumerate(pairs):
+        rows_by_length.setdefault(-(-len(text) // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE, []).append(row)
+    groups = [
+        _group(model, [pairs[row] for row in rows], padded, features_BPD) for padded, rows in rows_by_length.items()
+    ]
+    logits_R2 = features_BPD.new_empty(len(pairs), 2, dtype=torch.float32)
+    for rows, hidden_RTD in zip(
+        rows_by_length.values(), model.encoder.forward_groups(features_BPD, groups), strict=True
+    ):
+        logits_R2[rows] = model.itm_head(filled(hidden_RTD[:, 0]))[: len(rows)].float()
+    return logits_R2
 
 
 def _group(model: Filter, own: Sequence[tuple[int, Sequence[int]]], padded: int, features_BPD: Tensor) -> TextGroup:

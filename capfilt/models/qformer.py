@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from capfilt.models.med import Attention, FeedForward, KeyValue
+from capfilt.models.text_layout import TextLayout
 
 ImageKeyValues = list[KeyValue | None]
 """Cross-attention keys and values of images, one entry per layer; None where a layer has none."""
@@ -90,11 +91,13 @@ class QFormerLayer(nn.Module):
         """Self-attention with its residual and norm; mask is True where attended."""
         return self.self_norm(hidden_BSD + self.dropout(self.self_attention(hidden_BSD, key_value, mask)))
 
-    def finish_queries(self, queries_BQD: Tensor, image: KeyValue | None) -> Tensor:
+    def finish_queries(
+        self, queries_BQD: Tensor, image: KeyValue | None, layout: TextLayout | None = None
+    ) -> Tensor:
         """Cross-attention, if this layer has it, and the queries' feed-forward."""
         if self.cross_attention is not None:
             assert image is not None, "the layer attends to the image"
-            attended = self.cross_attention(queries_BQD, image)
+            attended = self.cross_attention(queries_BQD, image, layout=layout)
             queries_BQD = self.cross_norm(queries_BQD + self.dropout(attended))
         return self.query_norm(queries_BQD + self.dropout(self.query_feed_forward(queries_BQD)))
 
@@ -143,10 +146,13 @@ class QFormer(nn.Module):
             hidden = layer.finish_text(layer.attend(hidden, layer.self_attention.key_value(hidden), mask))
         return hidden
 
-    def encode_pairs(self, image: ImageKeyValues, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def encode_pairs(
+        self, image: ImageKeyValues, tokens_BT: Tensor, mask_BT: Tensor, *, layout: TextLayout | None = None
+    ) -> Tensor:
         """Bidirectional mask: queries and text see each other → query outputs (B, Q, D).
 
-        The text's features after the last layer serve nothing and are not computed.
+        The text's features after the last layer serve nothing and are not computed. `layout`, of rows of Q tokens,
+        says whose each text is where several share an image; without one there is an image for each text.
         """
         num_queries = self.config.num_queries
         hidden = torch.cat([self._embed_queries(len(tokens_BT)), self._embed_text(tokens_BT)], dim=1)
@@ -155,11 +161,11 @@ class QFormer(nn.Module):
         layers = self._layers()
         for layer, image_layer in zip(layers[:-1], image[:-1], strict=True):
             hidden = layer.attend(hidden, layer.self_attention.key_value(hidden), mask)
-            queries = layer.finish_queries(hidden[:, :num_queries], image_layer)
+            queries = layer.finish_queries(hidden[:, :num_queries], image_layer, layout)
             hidden = torch.cat([queries, layer.finish_text(hidden[:, num_queries:])], dim=1)
         key_value = layers[-1].self_attention.key_value(hidden)
         queries = layers[-1].attend(hidden[:, :num_queries], key_value, mask)
-        return layers[-1].finish_queries(queries, image[-1])
+        return layers[-1].finish_queries(queries, image[-1], layout)
 
     def decode_text(self, tokens_BT: Tensor, query_key_values: Sequence[KeyValue]) -> Tensor:
         """Multimodal causal mask: a token sees all queries and the text up to itself → (B, T, D).

@@ -50,11 +50,9 @@ def audit_manifest(manifest: pa.Table, truth_file: Path) -> dict[str, SourceAudi
 
     `manifest` needs the columns url, source, text, itm_score, kept; `truth_file` is what `write_truth` wrote.
     """
-    scenes = read_scenes(truth_file)
     audits: dict[str, SourceAudit] = {}
-    columns = ["url", "source", "text", "itm_score", "kept"]
-    for url, source, text, score, kept in zip(*(manifest[name].to_pylist() for name in columns), strict=True):
-        is_true = judge(strip_markup(text) if source == "web" else text, scenes[url]).is_true
+    columns = [manifest[name].to_pylist() for name in ("source", "itm_score", "kept")]
+    for source, score, kept, is_true in zip(*columns, judge_pairs(manifest, truth_file), strict=True):
         audit = audits.setdefault(source, SourceAudit())
         audit.num_pairs += 1
         audit.num_true += is_true
@@ -63,6 +61,16 @@ def audit_manifest(manifest: pa.Table, truth_file: Path) -> dict[str, SourceAudi
         audit.num_judged += score is not None
         audit.num_judged_true += score is not None and is_true
     return audits
+
+
+def judge_pairs(manifest: pa.Table, truth_file: Path) -> list[bool]:
+    """Whether each pair is true of its scene; `manifest` needs the columns url, source, text."""
+    scenes = read_scenes(truth_file)
+    columns = [manifest[name].to_pylist() for name in ("url", "source", "text")]
+    return [
+        judge(strip_markup(text) if source == "web" else text, scenes[url]).is_true
+        for url, source, text in zip(*columns, strict=True)
+    ]
 
 
 def sum_audits(audits: Mapping[str, SourceAudit]) -> SourceAudit:

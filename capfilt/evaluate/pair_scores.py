@@ -1,0 +1,48 @@
+"""Scores that a model gives to pairs of images and texts, as `capfilt rank` and `capfilt filter` give them.
+
+In: a scorer, images, and the texts of each. Out: a score for each text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from capfilt.curate.scorers import Scorer
+from capfilt.data.texts import clean_for_terminal
+from capfilt.errors import CapfiltError
+from capfilt.evaluate.pictures import Pictures, prepare_ahead
+from capfilt.progress import NullProgress, Progress
+
+
+def score_pairs(
+    scorer: Scorer,
+    pictures: Pictures,
+    texts: Sequence[Sequence[str]],
+    progress: Progress | None = None,
+) -> list[list[float]]:
+    """Scores by picture and text; an image is decoded and encoded once for all its texts.
+
+    Raises CapfiltError for a score that is no number, and what `pictures` raises.
+    """
+    progress = progress or NullProgress()
+    progress.start("scores", sum(map(len, texts)), "pair")
+    scores: list[list[float]] = []
+    for start, prepared in prepare_ahead(pictures, scorer.prepare, scorer.batch_size):
+        own = texts[start : start + len(prepared)]
+        found = scorer.score(prepared, own)
+        for some_texts, some_scores in zip(own, found, strict=True):
+            _require_numbers(some_texts, some_scores)
+        scores += found
+        progress.advance(sum(map(len, found)))
+    progress.finish()
+    return scores
+
+
+def _require_numbers(texts: Sequence[str], scores: Sequence[float]) -> None:
+    for text, score in zip(texts, scores, strict=True):
+        if not math.isfinite(score):
+            raise CapfiltError(
+                f"The model gives {clean_for_terminal(text)!r} the score {score}, which is no number. Try --dtype "
+                "float32; where that does not help, its weights are damaged."
+            )
