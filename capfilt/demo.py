@@ -160,15 +160,17 @@ def _train_stage1(run_path: Path, memory: _Memory, progress: Progress) -> Iterat
 def _measure_retrieval(stage1_dir: Path) -> Figures:
     import numpy as np
 
+    from capfilt.evaluate.retrieval import evaluate_retrieval
+    from capfilt.evaluate.retrieval_models import RetrievalOptions, Stage1Retrieval
     from capfilt.figures import picture
-    from capfilt.train.retrieval import retrieval_recall
     from capfilt.world.language import full_caption
 
     scenes = _unseen()
     rng = np.random.default_rng(WORLD_SEED)
     texts = [full_caption(scene, rng) for scene in scenes]
-    found = retrieval_recall(stage1_dir, [picture(scene) for scene in scenes], texts, ks=(1,))
-    return {"image_to_text": found.image_to_text[1] / 100, "text_to_image": found.text_to_image[1] / 100}
+    model = Stage1Retrieval(stage1_dir, RetrievalOptions(device=STAGE1.device))
+    report, _ = evaluate_retrieval(model, [picture(scene) for scene in scenes], texts)
+    return {way: getattr(report.itc, way)[1] / 100 for way in ("image_to_text", "text_to_image")}
 
 
 def _train_stage2(run_path: Path, memory: _Memory, progress: Progress) -> Iterator[str]:

@@ -11,23 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from capfilt.curate.captioner import BlipCaptioner
 from capfilt.curate.scorers import ClipScorer, ItmScorer, Scorer
+from capfilt.evaluate.labelled_scores import area_under_curve
+from capfilt.evaluate.ranking import match_ranks, recall_at
 from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
 from capfilt.train.generate import Generator
 from capfilt.train.llm import continue_texts
 from capfilt.world.language import caption as true_caption
 from capfilt.world.language import change_one_fact, full_caption, judge
-from capfilt.world.measure import (
-    area_under_curve,
-    has_held_out,
-    recall_at,
-    share_true,
-    unseen_scenes,
-    wrong_facts,
-)
+from capfilt.world.measure import has_held_out, share_true, unseen_scenes, wrong_facts
 from capfilt.world.scenes import Scene
 from capfilt.world.texts_for_llms import draw_probes, share_of_right_answers
 from capfilt.world.training_run import encode_picture
@@ -89,13 +85,10 @@ def measure_clip(folder: Path, num_scenes: int) -> Figures:
     rng = np.random.default_rng(23)
     texts = [full_caption(scene, rng) for scene in scenes]
     scorer = ClipScorer(RankSettings(clip_model=str(folder)))
-    image_text = np.array(_score(scorer, scenes, [texts] * len(scenes)))
-    return {
-        "image to text R@1": recall_at(image_text, 1),
-        "text to image R@1": recall_at(image_text.T, 1),
-        "image to text R@5": recall_at(image_text, 5),
-        "text to image R@5": recall_at(image_text.T, 5),
-    }
+    image_text = torch.tensor(_score(scorer, scenes, [texts] * len(scenes)))
+    matches = torch.eye(len(scenes), dtype=torch.bool)
+    ways = {"image to text": match_ranks(image_text, matches), "text to image": match_ranks(image_text.T, matches)}
+    return {f"{way} R@{k}": recall_at(ranks, k) / 100 for k in (1, 5) for way, ranks in ways.items()}
 
 
 def measure_llm(folder: Path, num_scenes: int) -> Figures:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from capfilt.cli import evaluate_scores
 from capfilt.cli.console import clean, note, open_progress, say, say_json
 from capfilt.cli.options import (
     AsJson,
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 MAX_SHOWN = 10
 
 app = typer.Typer(
-    name="evaluate", help="How good models are: captions, answers.", no_args_is_help=True, rich_markup_mode=None
+    name="evaluate",
+    help="How good models are: captions, answers, retrieval, scores.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 Images = Annotated[Path | None, typer.Option("--images", metavar="DIR", help="Folder of the images.")]
@@ -178,3 +182,7 @@ def _say(
             note(f"{name.replace('_', ' ')}  {len(ids):,}: {first}{', …' if len(ids) > MAX_SHOWN else ''}")
     say(clean(evaluation.line(), 1000))
     raise typer.Exit(evaluation.exit_code)
+
+
+app.command("retrieval")(evaluate_scores.retrieval)
+app.command("filter")(evaluate_scores.filter_)

@@ -15,7 +15,8 @@ from capfilt.settings import DTYPES, FilterSettings, RankSettings
 
 if TYPE_CHECKING:
     from capfilt.curate.scorers import Scorer
-    from capfilt.evaluate.filter_report import FilterOptions, LabelledImageText
+    from capfilt.evaluate.filter_labels import LabelledPairs
+    from capfilt.evaluate.labelled_images import LabelledImageText
     from capfilt.evaluate.retrieval import ScoredPairs
 
 ImagesDir = Annotated[
@@ -44,7 +45,7 @@ def retrieval(
     first_token: FirstToken = "enc",
     resizer: Annotated[
         str | None,
-        typer.Option(help="torchvision or pillow; unset: torchvision for BLIP, pillow for stage 1.", show_default=False),
+        typer.Option(help="torchvision or pillow. Unset: torchvision for BLIP, else pillow.", show_default=False),
     ] = None,
     save_scores: Annotated[
         Path | None,
@@ -57,13 +58,14 @@ def retrieval(
     ] = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """R@1, R@5 and R@10 both ways: ITC alone, and the best candidates ranked again by ITM."""
+    """Recall of images and texts: R@1, R@5, R@10 both ways, by ITC alone and after ITM."""
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     FilterSettings(first_token=first_token, device=device, resizer=resizer or FilterSettings.resizer)  # checks them
     if save_scores is not None and not k_test:
         raise UsageError("--save-scores writes the candidates of ITM, and --k-test 0 has none. Give --k-test 256.")
     from capfilt.data.annotations import read_captioned_images
+    from capfilt.data.image_sources import ShardImage
     from capfilt.evaluate.pictures import SourcePictures
     from capfilt.evaluate.retrieval import evaluate_retrieval
     from capfilt.evaluate.retrieval_models import RetrievalOptions, load_retrieval_model
@@ -84,7 +86,8 @@ def retrieval(
         image_of_text=owners, k_test=k_test, progress=open_progress(),
     )  # fmt: skip
     if save_scores is not None and scored is not None:
-        _write_scores(save_scores, scored, [str(item.id) for item in found], texts)
+        ids = [item.image.key if isinstance(item.image, ShardImage) else str(item.id) for item in found]
+        _write_scores(save_scores, scored, ids, texts)
         note(f"Scores of {len(scored.logits):,} candidates: {save_scores}")
     if as_json:
         say_json(report)
@@ -146,7 +149,9 @@ def filter_(
     threshold: Annotated[
         float | None, typer.Option(help="Lowest score kept. Unset: 0.5 for itm, none for clip.", show_default=False)
     ] = None,
-    target_precision: Annotated[float, typer.Option(help="Also the threshold that keeps most at this precision.")] = 0.95,
+    target_precision: Annotated[
+        float, typer.Option(help="Also the threshold that keeps most at this precision.")
+    ] = 0.95,
     bins: Annotated[int, typer.Option(min=1, help="Bins of the calibration.")] = 10,
     allow_unjoined: Annotated[
         bool, typer.Option("--allow-unjoined", help="Leave out labels of pairs that the run does not have.")
@@ -167,8 +172,8 @@ def filter_(
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) != 1:
         raise UsageError(
-            f"Given: {', '.join(chosen) or 'nothing to measure against'}; expected one of --labels FILE or --world (of a "
-            "RUN), --pairs FILE or --judgments FILE (for a MODEL)."
+            f"Given: {', '.join(chosen) or 'nothing to measure against'}; expected one of --labels FILE or --world "
+            "(of a RUN), --pairs FILE or --judgments FILE (for a MODEL)."
         )
     _refuse_idle(
         chosen[0],
@@ -191,7 +196,7 @@ def filter_(
 
     found_judgments = None
     if pairs is not None:
-        labelled_texts = _read_pairs(pairs, images, run, generation)
+        labelled_texts = _read_pairs(pairs, images, run)
         found = score_labelled(load_scorer(), labelled_texts, open_progress())
     elif judgments is not None:
         from capfilt.data.annotations import read_judgments
@@ -201,7 +206,7 @@ def filter_(
         judged = read_judgments(judgments, captions, images)
         found, found_judgments = score_judged(load_scorer(), judged, open_progress())
     else:
-        found = _join(Path(source), labels, generation, options, allow_unjoined=allow_unjoined)
+        found = _join(Path(source), labels, generation, score, allow_unjoined=allow_unjoined)
     report = report_filter(found, options, found_judgments)
     if as_json:
         say_json(report)
@@ -215,7 +220,7 @@ def filter_(
 _USED_WITH = {
     "--labels": ("--generation", "--allow-unjoined"),
     "--world": ("--generation",),
-    "--pairs": ("--run", "--images", "--generation", "--clip-weights"),
+    "--pairs": ("--run", "--images", "--clip-weights"),
     "--judgments": ("--captions", "--images", "--clip-weights"),
 }
 
@@ -227,12 +232,23 @@ def _refuse_idle(chosen: str, options: dict[str, object]) -> None:
         raise UsageError(f"{', '.join(idle)} does nothing with {chosen}. Leave it out.")
 
 
-def _join(run: Path, labels: Path | None, generation: str | None, options: FilterOptions, *, allow_unjoined: bool):  # noqa: ANN202
+def _read_pairs(pairs: Path, images: Path | None, run: Path | None) -> list[LabelledImageText]:
+    """Labelled pairs of a file; its images lie below --images, or beside it."""
+    from capfilt.data.labels import read_labelled_texts
+    from capfilt.data.rundir import RunDir
+    from capfilt.evaluate.labelled_images import locate_images
+
+    opened = None if run is None else RunDir.open(run)
+    return locate_images(read_labelled_texts(pairs), images or pairs.parent, opened)
+
+
+def _join(run: Path, labels: Path | None, generation: str | None, score: str, *, allow_unjoined: bool) -> LabelledPairs:
+    """A run's scores beside the labels of a file, or beside the world's truth."""
     from capfilt.data.labels import read_pair_labels
     from capfilt.data.rundir import RunDir
     from capfilt.evaluate.filter_labels import join_labels, label_by_world
 
     opened = RunDir.open(run, generation)
     if labels is None:
-        return label_by_world(opened, options.score)
-    return join_labels(opened, read_pair_labels(labels), options.score, allow_unjoined=allow_unjoined)
+        return label_by_world(opened, score)
+    return join_labels(opened, read_pair_labels(labels), score, allow_unjoined=allow_unjoined)

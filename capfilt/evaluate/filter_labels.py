@@ -1,12 +1,12 @@
 """A run's scores beside what is true of its pairs: labels of the user's, or the miniature world's truth.
 
 In: a run with a manifest, and labels. Out: `LabelledPairs` to be measured. Nothing is left out in silence: what could
-not be joined is an error that counts and names it, or counted where the user allows it.
+not be joined is an error that counts and names it, or counted where the user allows it. (That a committed score is a
+finite number is seen to when it is committed.)
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from capfilt.data.labels import PairLabel
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.data.texts import clean_for_terminal
-from capfilt.errors import CapfiltError, UsageError
+from capfilt.errors import UsageError
 from capfilt.evaluate.labelled_scores import Labels, Scores
 from capfilt.world.audit import judge_pairs
 
@@ -61,7 +61,7 @@ def join_labels(run: RunDir, labels: Sequence[PairLabel], score: str, *, allow_u
         if value is None:
             num_unscored += 1
         else:
-            rows.append((_finite(value, row), labels[number].is_true, row["source"]))
+            rows.append((value, labels[number].is_true, row["source"]))
     known = {*by_index.values(), *by_text.values()}
     unjoined = sorted(known - joined)
     if unjoined and not allow_unjoined:
@@ -84,7 +84,7 @@ def label_by_world(run: RunDir, score: str) -> LabelledPairs:
         if row[f"{score}_score"] is None:
             num_unscored += 1
         else:
-            rows.append((_finite(row[f"{score}_score"], row), is_true, row["source"]))
+            rows.append((row[f"{score}_score"], is_true, row["source"]))
     return _collected(rows, num_unscored=num_unscored)
 
 
@@ -109,15 +109,6 @@ def _index_labels(
         if earlier.is_true != label.is_true or earlier.text != label.text:
             raise UsageError(f"{earlier.where} and {label.where} say different things of one pair. Keep one of them.")
     return by_index, by_text
-
-
-def _finite(value: float, row: dict) -> float:
-    if not math.isfinite(value):
-        raise CapfiltError(
-            f"The pair {clean_for_terminal(row['key'])}, caption {row['caption_index']}, has the score {value}, which "
-            "is no number to measure. Find its cause: `capfilt verify RUN`."
-        )
-    return value
 
 
 def _unjoined_message(run: RunDir, unjoined: Sequence[PairLabel], num_labels: int) -> str:

@@ -16,6 +16,7 @@ from capfilt.data.image_sources import ImageSource
 from capfilt.errors import UsageError
 from capfilt.evaluate.correlation import KendallTau, kendall_tau
 from capfilt.evaluate.filter_labels import LabelledPairs
+from capfilt.evaluate.labelled_images import LabelledImageText
 from capfilt.evaluate.labelled_scores import NUM_BINS, ScoreFigures, measure_scores
 from capfilt.evaluate.pair_scores import score_pairs
 from capfilt.evaluate.pictures import SourcePictures
@@ -106,16 +107,6 @@ def report_filter(pairs: LabelledPairs, options: FilterOptions, judgments: Judgm
         options.score, options.target_precision, figures, pairs.num_unscored, pairs.num_unjoined,
         pairs.num_unlabelled, judgments,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LabelledImageText:
-    """A text of an image, labelled, with what the image is read from."""
-
-    image: ImageSource
-    text: str
-    is_true: bool
-    source: str | None = None
 
 
 def score_labelled(

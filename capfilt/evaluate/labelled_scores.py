@@ -192,8 +192,9 @@ class _Curve:
         return float((gains * self.true_kept / self.kept).sum())
 
     def best_f1(self) -> AtThreshold:
-        return self.at(self.thresholds[int(np.argmax(self.true_kept / (self.kept + self.num_true)))])
+        best = int(np.argmax(self.true_kept / (self.kept + self.num_true)))
+        return self.at(float(self.thresholds[best]))
 
     def at_precision(self, target: float) -> AtThreshold | None:
         reaching = np.flatnonzero(self.true_kept >= target * self.kept)
-        return self.at(self.thresholds[reaching[-1]]) if len(reaching) else None
+        return self.at(float(self.thresholds[reaching[-1]])) if len(reaching) else None

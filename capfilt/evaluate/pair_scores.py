@@ -8,11 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from capfilt.curate.scorers import Scorer
 from capfilt.data.texts import clean_for_terminal
 from capfilt.errors import CapfiltError
 from capfilt.evaluate.pictures import Pictures, prepare_ahead
 from capfilt.progress import NullProgress, Progress
+from capfilt.weights.devices import in_parts
+
+Scores = list[list[float]]
+"""By picture and text."""
 
 
 def score_pairs(
@@ -20,23 +26,27 @@ def score_pairs(
     pictures: Pictures,
     texts: Sequence[Sequence[str]],
     progress: Progress | None = None,
-) -> list[list[float]]:
+) -> Scores:
     """Scores by picture and text; an image is decoded and encoded once for all its texts.
 
     Raises CapfiltError for a score that is no number, and what `pictures` raises.
     """
     progress = progress or NullProgress()
     progress.start("scores", sum(map(len, texts)), "pair")
-    scores: list[list[float]] = []
+    all_scores: Scores = []
     for start, prepared in prepare_ahead(pictures, scorer.prepare, scorer.batch_size):
         own = texts[start : start + len(prepared)]
-        found = scorer.score(prepared, own)
+
+        def score(part: slice, prepared: list[Tensor] = prepared, own: Sequence[Sequence[str]] = own) -> Scores:
+            return scorer.score(prepared[part], own[part])
+
+        found = [scores for part in in_parts(score, 0, len(prepared)) for scores in part]
         for some_texts, some_scores in zip(own, found, strict=True):
             _require_numbers(some_texts, some_scores)
-        scores += found
+        all_scores += found
         progress.advance(sum(map(len, found)))
     progress.finish()
-    return scores
+    return all_scores
 
 
 def _require_numbers(texts: Sequence[str], scores: Sequence[float]) -> None:

@@ -29,6 +29,7 @@ from capfilt.evaluate.pictures import Pictures, prepare_ahead
 from capfilt.evaluate.ranking import KS, Recalls, match_ranks, recalls_of
 from capfilt.evaluate.retrieval_models import RetrievalModel
 from capfilt.progress import NullProgress, Progress
+from capfilt.weights.devices import in_parts
 
 TEXTS_AT_ONCE = 256
 """Texts embedded at a time."""
@@ -110,7 +111,7 @@ def evaluate_retrieval(
                 (by_text, pairs.of_text, text_labels, image_labels),
             )
         ]
-        itm = recalls_of(*ranks, ks)
+        itm = recalls_of(ranks[0], ranks[1], ks)
         scored = pairs.scored(by_image.cosines, by_text.cosines, logits)
     report = RetrievalReport(
         num_images=len(pictures), num_texts=len(texts),
@@ -171,7 +172,8 @@ def _embed_images(model: RetrievalModel, pictures: Pictures, progress: Progress)
 def _encoded(model: RetrievalModel, pictures: Pictures) -> Iterator[tuple[int, Tensor]]:
     """The first image's number and the features of each batch."""
     for start, prepared in prepare_ahead(pictures, model.prepare, model.image_batch_size):
-        yield start, model.encode_images(prepared)
+        parts = in_parts(lambda part, prepared=prepared: model.encode_images(prepared[part]), 0, len(prepared))
+        yield start, torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _cosines_of_images(images_BQE: Tensor, texts_ME: Tensor) -> Tensor:
@@ -253,14 +255,15 @@ def _match(
     progress.start("matching", len(logits), "pair")
     for first, features_BPD in _encoded(model, pictures):
         start, end = np.searchsorted(pairs.images, [first, first + len(features_BPD)])
-        for begin in range(start, end, pairs_at_once):
-            part = slice(begin, min(begin + pairs_at_once, end))
+
+        def score(part: slice, first: int = first, features_BPD: Tensor = features_BPD) -> Tensor:
             involved, images = np.unique(pairs.images[part] - first, return_inverse=True)
-            found = model.itm_logits(
-                features_BPD[torch.from_numpy(involved).to(features_BPD.device)],
-                images.tolist(),
-                [tokens[number] for number in pairs.texts[part]],
-            )
+            own_features = features_BPD[torch.from_numpy(involved).to(features_BPD.device)]
+            return model.itm_logits(own_features, images.tolist(), [tokens[n] for n in pairs.texts[part]])
+
+        for begin in range(int(start), int(end), pairs_at_once):
+            part = slice(begin, min(begin + pairs_at_once, int(end)))
+            found = torch.cat(in_parts(score, part.start, part.stop))
             _require_finite(found)
             logits[part] = found.cpu().numpy()
             progress.advance(part.stop - part.start)

@@ -24,15 +24,16 @@ def retrieval_lines(report: RetrievalReport, model: str, *, plain: bool = False)
     """Recalls both ways, by ITC and after ITM; `plain` keeps to ASCII."""
     yield rule(f"Retrieval with {clean_for_terminal(model, 60)}", plain=plain)
     yield (
-        f"  {report.num_images:,} images, {report.num_texts:,} texts; {report.computing}, "
+        f"  {_count(report.num_images, 'image')}, {_count(report.num_texts, 'text')}; {report.computing}, "
         f"{format_seconds(report.seconds)}"
     )
     if report.num_images_without_text:
-        yield f"  {report.num_images_without_text:,} images without a text: among the candidates, not looked for"
+        without = _count(report.num_images_without_text, "image")
+        yield f"  {without} without a text: among the candidates, not looked for"
     yield ""
     ks = list(report.itc.image_to_text)
     width = 8 * len(ks)
-    yield f"  {'':<9} {'image to text':^{width}}   {'text to image':^{width}}"
+    yield f"  {'':<9} {'image to text':^{width}}   {'text to image':^{width}}".rstrip()
     heads = "".join(f"{f'R@{k}':>8}" for k in ks)
     yield f"  {'':<9} {heads}   {heads}   {'mean':>6}"
     rows = [("ITC", report.itc), ("ITC + ITM", report.itm)]
@@ -49,7 +50,9 @@ def retrieval_lines(report: RetrievalReport, model: str, *, plain: bool = False)
 
 
 def _recall_line(name: str, recalls: Recalls) -> str:
-    ways = ["".join(f"{value:>8.1f}" for value in way.values()) for way in (recalls.image_to_text, recalls.text_to_image)]
+    ways = [
+        "".join(f"{value:>8.1f}" for value in way.values()) for way in (recalls.image_to_text, recalls.text_to_image)
+    ]
     return f"  {name:<9} {ways[0]}   {ways[1]}   {recalls.mean:>6.1f}"
 
 
@@ -95,11 +98,11 @@ def _group_lines(report: FilterReport) -> Iterator[str]:
 def _count_lines(report: FilterReport) -> Iterator[str]:
     name = _NAMES[report.score]
     if report.num_unscored:
-        yield f"  {report.num_unscored:,} labelled pairs have no {name} and are left out"
+        yield f"  left out: {_count(report.num_unscored, 'labelled pair')} without {name}"
     if report.num_unjoined:
-        yield f"  {report.num_unjoined:,} labels belong to no pair and are left out"
+        yield f"  left out: {_count(report.num_unjoined, 'label')} of pairs that are not there"
     if report.num_unlabelled:
-        yield f"  {report.num_unlabelled:,} pairs with a {name} have no label"
+        yield f"  not measured: {_count(report.num_unlabelled, 'pair')} with {name}, without a label"
 
 
 def _threshold_lines(found: ScoreFigures, target_precision: float) -> Iterator[str]:
@@ -129,10 +132,8 @@ def _calibration_lines(found: Calibration, plain: bool) -> Iterator[str]:
     for one in found.bins:
         if one.mean_score is not None and one.share_true is not None:
             drawn = bar(one.share_true, _BAR_WIDTH, plain=plain).rstrip(" ·.")
-            yield (
-                f"  {one.low:.2f} to {one.high:.2f}   {one.num_pairs:>9,} {one.mean_score:>7.3f} {one.share_true:>7.1%}  "
-                f"{drawn}"
-            ).rstrip()
+            span = f"{one.low:.2f} to {one.high:.2f}"
+            yield f"  {span:<14} {one.num_pairs:>9,} {one.mean_score:>7.3f} {one.share_true:>7.1%}  {drawn}".rstrip()
 
 
 def _judgment_lines(found: Judgments) -> Iterator[str]:
@@ -144,6 +145,10 @@ def _judgment_lines(found: Judgments) -> Iterator[str]:
 
 def _tau_line(name: str, tau: KendallTau) -> str:
     return f"  {name:<34} {tau.num_rows:>8,} {_figure(tau.tau_c):>7} {_figure(tau.tau_b):>7}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _share(share: float | None) -> str:

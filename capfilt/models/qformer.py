@@ -91,9 +91,7 @@ class QFormerLayer(nn.Module):
         """Self-attention with its residual and norm; mask is True where attended."""
         return self.self_norm(hidden_BSD + self.dropout(self.self_attention(hidden_BSD, key_value, mask)))
 
-    def finish_queries(
-        self, queries_BQD: Tensor, image: KeyValue | None, layout: TextLayout | None = None
-    ) -> Tensor:
+    def finish_queries(self, queries_BQD: Tensor, image: KeyValue | None, layout: TextLayout | None = None) -> Tensor:
         """Cross-attention, if this layer has it, and the queries' feed-forward."""
         if self.cross_attention is not None:
             assert image is not None, "the layer attends to the image"

@@ -5,6 +5,9 @@ In: settings' words. Out: torch's device and dtype, and a number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from capfilt.errors import UsageError
@@ -15,6 +18,8 @@ DEFAULT_BATCH_SIZE = 32
 LARGEST_BATCH_SIZE = 256
 _SHARE_OF_FREE_MEMORY = 0.25  # three models may work side by side
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+Part = TypeVar("Part")
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,6 +85,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def in_parts(compute: Callable[[slice], Part], start: int, end: int) -> list[Part]:
+    """What `compute` gives for start to end, in halves of halves where the device has not the memory for the whole."""
+    try:
+        return [compute(slice(start, end))]
+    except RuntimeError as error:
+        if end - start <= 1 or not is_out_of_memory(error):
+            raise
+    middle = (start + end) // 2  # outside the except clause, which would keep the failed tensors alive
+    return in_parts(compute, start, middle) + in_parts(compute, middle, end)
 
 
 def describe_computing(dtype: torch.dtype, device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """Figures of models on scenes they never saw, against the world's own truth.
 
-In: what models wrote or scored for scenes. Out: shares, areas under curves, recalls, by plain counting.
+In: what models wrote of scenes. Out: shares, by plain counting.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from capfilt.world.language import judge
 from capfilt.world.scenes import HELD_OUT, Scene, draw_scene
@@ -40,22 +39,3 @@ def wrong_facts(texts: Sequence[str], scenes: Sequence[Scene]) -> dict[str, floa
         judgement = judge(text, scene)
         counts.update(judgement.wrong_facts or (() if judgement.is_true else ("unrelated",)))
     return {fact: count / len(texts) for fact, count in sorted(counts.items())}
-
-
-def area_under_curve(positive: NDArray[np.floating], negative: NDArray[np.floating]) -> float:
-    """Probability that a positive scores higher than a negative, ties counted half (ROC AUC)."""
-    scores = np.concatenate([positive, negative])
-    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    ranks = (ends - (counts - 1) / 2)[places]
-    wins = ranks[: len(positive)].sum() - len(positive) * (len(positive) + 1) / 2
-    return float(wins / (len(positive) * len(negative)))
-
-
-def recall_at(similarity_QC: NDArray[np.floating], k: int) -> float:
-    """Share of queries whose own candidate (the one of the same number) is among the k most similar.
-
-    A candidate that is as similar as the own one counts against it, so equal scores gain nothing.
-    """
-    own = np.diagonal(similarity_QC)[:, None]
-    return float(((similarity_QC >= own).sum(axis=1) <= k).mean())

@@ -1,41 +1,12 @@
-"""Figures against brute force."""
+"""Shares of true texts."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from capfilt.world.language import full_caption
-from capfilt.world.measure import (
-    area_under_curve,
-    has_held_out,
-    recall_at,
-    share_true,
-    unseen_scenes,
-    wrong_facts,
-)
+from capfilt.world.measure import has_held_out, share_true, unseen_scenes, wrong_facts
 from capfilt.world.scenes import HELD_OUT
-
-SCORES = st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.7, 1.0]), min_size=1, max_size=20)
-
-
-@given(SCORES, SCORES)
-def test_area_under_curve_counts_pairs(positive: list[float], negative: list[float]) -> None:
-    wins = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positive for n in negative]
-    assert area_under_curve(np.array(positive), np.array(negative)) == pytest.approx(np.mean(wins))
-
-
-@given(arrays(np.float32, (6, 6), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0])), st.integers(1, 6))
-def test_recall_counts_ties_against(similarity: np.ndarray, k: int) -> None:
-    hits = [sum(row[c] >= row[number] for c in range(6)) <= k for number, row in enumerate(similarity)]
-    assert recall_at(similarity, k) == pytest.approx(np.mean(hits))
-
-
-def test_equal_scores_gain_nothing() -> None:
-    assert recall_at(np.ones((10, 10)), 1) == 0.0
 
 
 def test_shares_of_texts() -> None:
