@@ -27,6 +27,8 @@ ALL = "all"
 TRUE_FROM = 3.0
 """Mean of the experts' judgments (1 to 4) from which a caption counts as true of an image."""
 ITM_THRESHOLD = 0.5
+MAX_TEXTS = 64
+"""Texts scored at a time with one image; for more it is encoded again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +148,18 @@ def correlate_judgments(scores: np.ndarray, judged: Sequence[JudgedPair]) -> Jud
 def score_in_order(
     scorer: Scorer, pairs: Sequence[tuple[ImageSource, str]], progress: Progress | None = None
 ) -> np.ndarray:
-    """A score for each pair, float64, in their order; the texts of one image are scored together."""
+    """A score for each pair, float64, in their order; texts of one image are scored together, MAX_TEXTS at most."""
     rows_of: dict[ImageSource, list[int]] = {}
     for row, (image, _) in enumerate(pairs):
         rows_of.setdefault(image, []).append(row)
-    texts = [[pairs[row][1] for row in rows] for rows in rows_of.values()]
-    found = score_pairs(scorer, SourcePictures(list(rows_of)), texts, progress)
+    pieces = [
+        (image, rows[start : start + MAX_TEXTS])
+        for image, rows in rows_of.items()
+        for start in range(0, len(rows), MAX_TEXTS)
+    ]
+    texts = [[pairs[row][1] for row in rows] for _, rows in pieces]
+    found = score_pairs(scorer, SourcePictures([image for image, _ in pieces]), texts, progress)
     scores = np.empty(len(pairs), np.float64)
-    for rows, own in zip(rows_of.values(), found, strict=True):
+    for (_, rows), own in zip(pieces, found, strict=True):
         scores[rows] = own
     return scores

@@ -17,7 +17,7 @@ from capfilt.evaluate.pictures import Pictures, prepare_ahead
 from capfilt.progress import NullProgress, Progress
 from capfilt.weights.devices import in_parts
 
-Scores = list[list[float]]
+PairScores = list[list[float]]
 """By picture and text."""
 
 
@@ -26,18 +26,18 @@ def score_pairs(
     pictures: Pictures,
     texts: Sequence[Sequence[str]],
     progress: Progress | None = None,
-) -> Scores:
+) -> PairScores:
     """Scores by picture and text; an image is decoded and encoded once for all its texts.
 
     Raises CapfiltError for a score that is no number, and what `pictures` raises.
     """
     progress = progress or NullProgress()
     progress.start("scores", sum(map(len, texts)), "pair")
-    all_scores: Scores = []
+    all_scores: PairScores = []
     for start, prepared in prepare_ahead(pictures, scorer.prepare, scorer.batch_size):
         own = texts[start : start + len(prepared)]
 
-        def score(part: slice, prepared: list[Tensor] = prepared, own: Sequence[Sequence[str]] = own) -> Scores:
+        def score(part: slice, prepared: list[Tensor] = prepared, own: Sequence[Sequence[str]] = own) -> PairScores:
             return scorer.score(prepared[part], own[part])
 
         found = [scores for part in in_parts(score, 0, len(prepared)) for scores in part]

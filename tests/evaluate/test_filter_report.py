@@ -18,7 +18,13 @@ from capfilt.data.image_sources import ImageFile
 from capfilt.data.labels import LabelledText
 from capfilt.data.rundir import RunDir
 from capfilt.errors import CapfiltError, UsageError
-from capfilt.evaluate.filter_report import correlate_judgments, score_judged, score_labelled
+from capfilt.evaluate.filter_report import (
+    MAX_TEXTS,
+    correlate_judgments,
+    score_in_order,
+    score_judged,
+    score_labelled,
+)
 from capfilt.evaluate.labelled_images import LabelledImageText, locate_images
 from capfilt.settings import FilterSettings
 from tests import factories
@@ -73,6 +79,13 @@ def test_pairs_keep_their_order_whatever_image_they_share(scorer: ItmScorer, ima
     assert found.sources == ["web", "unknown", "web", "web", "web", "web", "unknown"]
     assert score_labelled(scorer, [LabelledImageText(pairs[0].image, "x", True)]).sources is None
     assert found.scores.std() > 0.005
+
+
+def test_more_texts_than_are_scored_at_a_time(scorer: ItmScorer, images_dir: Path) -> None:
+    texts = [f"a {number} dog" for number in range(2 * MAX_TEXTS + 3)]
+    found = score_in_order(scorer, [(ImageFile(images_dir / "1.png"), text) for text in texts])
+    expected = scorer.score([scorer.prepare(factories.draw_picture(1))], [texts])[0]
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_experts_judgments(scorer: ItmScorer, images_dir: Path) -> None:

@@ -129,6 +129,30 @@ def test_against_plain_loops(data: st.DataObject) -> None:
         np.testing.assert_array_equal(scored.logits, [logits[pair] for pair in pairs])
 
 
+def test_what_does_not_fit_is_halved() -> None:
+    class Small(Table):
+        def encode_images(self, prepared: Sequence[Tensor]) -> Tensor:
+            if len(prepared) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().encode_images(prepared)
+
+        def itm_logits(self, features_BPD: Tensor, images: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+            if len(images) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().itm_logits(features_BPD, images, tokens)
+
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(9, 2, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    logits = torch.randn(9, 9, generator=generator)
+    pictures, numbers = numbered_pictures(9), [str(n) for n in range(9)]
+    reports = [
+        evaluate_retrieval(kind(images, texts, logits, batch_size=7), pictures, numbers, k_test=4)[0]
+        for kind in (Table, Small)
+    ]
+    assert reports[0].itm == reports[1].itm
+    assert reports[0].itc == reports[1].itc
+
+
 def test_a_model_that_gives_one_score_has_no_recall() -> None:
     ones = torch.ones(20, 1, 4) / 2
     model = Table(ones, ones[:, 0], torch.zeros(20, 20), batch_size=8)

@@ -14,6 +14,7 @@ from capfilt.weights.devices import (
     choose_dtype,
     choose_inference_dtype,
     fit_batch,
+    in_parts,
     is_out_of_memory,
 )  # fmt: skip
 
@@ -77,3 +78,16 @@ def test_batch_of_a_gpu_is_what_a_part_of_its_free_memory_holds(monkeypatch: pyt
 )
 def test_lack_of_memory_is_known_by_any_of_its_names(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+def test_what_a_device_has_no_memory_for_is_computed_in_parts() -> None:
+    def compute(part: slice) -> list[int]:
+        if part.stop - part.start > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return list(range(part.start, part.stop))
+
+    assert [number for part in in_parts(compute, 3, 10) for number in part] == list(range(3, 10))
+    with pytest.raises(torch.OutOfMemoryError):
+        in_parts(lambda part: compute(slice(0, 9)), 0, 4)
+    with pytest.raises(RuntimeError, match="another"):
+        in_parts(lambda part: (_ for _ in ()).throw(RuntimeError("another")), 0, 4)
