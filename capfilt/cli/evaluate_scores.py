@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from capfilt.cli.console import note, open_progress, say, say_json
+from capfilt.cli.console import following, note, open_progress, say, say_json
 from capfilt.cli.options import AsJson, BatchSize, Device, Dtype, Generation, Resizer
 from capfilt.errors import UsageError
 from capfilt.settings import DTYPES, FilterSettings, RankSettings
@@ -29,14 +29,18 @@ def retrieval(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="BLIP filter or stage-1 model: folder, hub id, original .pth.")
     ],
-    data: Annotated[
+    references: Annotated[
         Path,
-        typer.Argument(metavar="FILE|RUN", help="COCO's captions, a Karpathy file, a Flickr8k token file, or a run."),
+        typer.Option(
+            metavar="FILE|RUN",
+            help="COCO captions JSON, Karpathy JSON, Flickr8k token file, or a run.",
+            show_default=False,
+        ),
     ],
     images: ImagesDir = None,
     split: Annotated[
         list[str] | None,
-        typer.Option("--split", help="Of a Karpathy file; may be repeated. Unset: test.", show_default=False),
+        typer.Option(metavar="NAME", help="Split of a Karpathy file, also several. Unset: test."),
     ] = None,
     generation: Generation = None,
     k_test: Annotated[
@@ -64,6 +68,8 @@ def retrieval(
     FilterSettings(first_token=first_token, device=device, resizer=resizer or FilterSettings.resizer)  # checks them
     if save_scores is not None and not k_test:
         raise UsageError("--save-scores writes the candidates of ITM, and --k-test 0 has none. Give --k-test 256.")
+    if save_scores is not None and not save_scores.absolute().parent.is_dir():
+        raise UsageError(f"{save_scores.parent} is no folder. Make it first: --save-scores writes a file there.")
     from capfilt.data.annotations import read_captioned_images
     from capfilt.data.image_sources import ShardImage
     from capfilt.evaluate.pictures import SourcePictures
@@ -72,10 +78,10 @@ def retrieval(
     from capfilt.evaluate.scores_view import retrieval_lines
     from capfilt.progress import speaks_unicode
 
-    found = read_captioned_images(data, images, splits=split, generation=generation)
+    found = read_captioned_images(references, images, splits=split, generation=generation)
     sources = [item.image for item in found if item.image is not None]
     if len(sources) < len(found):
-        raise UsageError(f"{data} names images and does not hold them. Give their folder: --images DIR.")
+        raise UsageError(f"{references} names images and does not hold them. Give their folder: --images DIR.")
     owners = [number for number, item in enumerate(found) for _ in item.captions]
     texts = [caption for item in found for caption in item.captions]
     options = RetrievalOptions(
@@ -214,7 +220,8 @@ def filter_(
     for line in filter_lines(report, plain=not speaks_unicode(sys.stdout)):
         say(line)
     if found_judgments is None and pairs is None:
-        note(f"Next: capfilt select {source} --threshold T --keep K   (another choice, from the stored scores)")
+        next_command = following(f"capfilt select {source} --threshold T --keep K", generation)
+        note(f"Next: {next_command}   (another choice, from the stored scores)")
 
 
 _USED_WITH = {

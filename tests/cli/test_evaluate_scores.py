@@ -46,7 +46,8 @@ def coco(tmp_path: Path) -> Path:
 
 def test_retrieval_of_a_coco_file(coco: Path, images_dir: Path, models: Models, tmp_path: Path) -> None:
     scores = tmp_path / "scores.parquet"
-    arguments = ("evaluate", "retrieval", models.filter, coco, "--images", images_dir, "--k-test", 3, "--device", "cpu")
+    command = ("evaluate", "retrieval", models.filter, "--references", coco, "--images", images_dir, "--device", "cpu")
+    arguments = (*command, "--k-test", 3)
     done = capfilt(*arguments, "--save-scores", scores, "--json")
     assert done.code == 0, done.err
     found = done.json()
@@ -67,7 +68,7 @@ def test_retrieval_of_a_coco_file(coco: Path, images_dir: Path, models: Models, 
     assert float(lines[0][-1]) == pytest.approx(found["itc"]["mean"], abs=0.05)
     assert "matching" in done.err
 
-    done = capfilt(*arguments[:6], "--k-test", 0, "--json")
+    done = capfilt(*command, "--k-test", 0, "--json")
     assert done.code == 0, done.err
     assert done.json()["itm"] is None
     assert done.json()["itc"] == found["itc"]
@@ -75,17 +76,18 @@ def test_retrieval_of_a_coco_file(coco: Path, images_dir: Path, models: Models, 
 
 def test_retrieval_of_a_run(tmp_path: Path, models: Models) -> None:
     small_models.save_run(tmp_path / "run", [4, 3], drop_every=4)
-    done = capfilt("evaluate", "retrieval", models.filter, tmp_path / "run", "--k-test", 4, "--json")
+    done = capfilt("evaluate", "retrieval", models.filter, "--references", tmp_path / "run", "--k-test", 4, "--json")
     assert done.code == 0, done.err
     found = done.json()
     assert (found["num_images"], found["num_texts"], found["num_images_without_text"]) == (7, 12, 1)
 
 
 def test_retrieval_that_cannot_be(coco: Path, images_dir: Path, models: Models, tmp_path: Path) -> None:
-    command = ("evaluate", "retrieval", models.filter, coco)
+    command = ("evaluate", "retrieval", models.filter, "--references", coco)
     for arguments, message in (
         ((), "Give their folder: --images DIR"),
         (("--images", images_dir, "--k-test", 0, "--save-scores", tmp_path / "s"), "--k-test 0 has none"),
+        (("--images", images_dir, "--save-scores", tmp_path / "no" / "s"), "no is no folder"),
         (("--images", images_dir, "--dtype", "float64"), "dtype is 'float64'"),
         (("--images", images_dir, "--first-token", "dec"), "first_token is 'dec'"),
     ):
