@@ -7,13 +7,14 @@ finite number is seen to when it is committed.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from capfilt.data.labels import PairLabel
-from capfilt.data.manifest import read_manifest
+from capfilt.data.manifest import iterate_manifest, read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.data.texts import clean_for_terminal
 from capfilt.errors import UsageError
@@ -49,7 +50,8 @@ def join_labels(run: RunDir, labels: Sequence[PairLabel], score: str, *, allow_u
     joined: set[int] = set()
     rows: list[tuple[float, bool, str]] = []
     num_unscored = num_unlabelled = 0
-    for row in read_manifest([run], ["key", "caption_index", "source", "text", f"{score}_score"]).to_pylist():
+    columns = ["key", "caption_index", "source", "text", f"{score}_score"]
+    for row in _manifest_rows(run, columns):
         number = by_index.get((row["key"], row["caption_index"]))
         if number is None or labels[number].text not in (None, row["text"]):
             number = by_text.get((row["key"], row["text"]))
@@ -91,6 +93,12 @@ def label_by_world(run: RunDir, score: str) -> LabelledPairs:
 def _collected(rows: list[tuple[float, bool, str]], **counts: int) -> LabelledPairs:
     scores, labels, sources = zip(*rows, strict=True) if rows else ((), (), ())
     return LabelledPairs(np.array(scores, np.float64), np.array(labels, np.bool_), list(sources), **counts)
+
+
+def _manifest_rows(run: RunDir, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Row after row; a shard at a time is in memory."""
+    for _, _, table in iterate_manifest([run], columns):
+        yield from table.to_pylist()
 
 
 def _index_labels(
