@@ -43,14 +43,16 @@ from capfilt.models.gradcam import (
 )
 from capfilt.models.med import Captioner, Filter
 from capfilt.models.vit import VisionTransformer, change_image_size
-from capfilt.settings import EMBEDDED
+from capfilt.settings import EMBEDDED, Stage1Settings
 from capfilt.train.generate import prepare_images
-from capfilt.train.retrieval import MAX_TEXT_TOKENS as STAGE1_MAX_TOKENS
 from capfilt.train.saved import load_stage1
 from capfilt.weights.blip import LoadedBlip, load_blip
 from capfilt.weights.devices import choose_device
 from capfilt.weights.find import find_model_dir
 from capfilt.weights.model_files import ImagePreparation, read_config, read_torch_file
+
+STAGE1_MAX_TOKENS = Stage1Settings.max_text_tokens
+"""Longest text of a stage-1 model, as in its training."""
 
 ModelKind = Literal["filter", "captioner", "stage1"]
 
