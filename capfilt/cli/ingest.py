@@ -70,6 +70,10 @@ def import_(
         typer.Argument(metavar="TARS...", help="Tars; braces ({00000..00099}) and globs allowed.", show_default=False),
     ],
     run: Run,
+    human: Annotated[
+        bool,
+        typer.Option("--human", help="People wrote the captions: all of an image are kept, ready to train on."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Take WebDataset tars that you have, as img2dataset or webdataset wrote them, into a run."""
@@ -78,7 +82,15 @@ def import_(
 
     with RunDir.new(run) as opened:
         summary = import_shards(tars, opened, DownloadSettings(), open_progress())
-    _end(summary, opened, as_json)
+    if not human:
+        _end(summary, opened, as_json)
+        return
+    from capfilt.curate.human_captions import write_human_manifest
+
+    captions = write_human_manifest(opened, open_progress())
+    found = {"import": summary, "captions": captions}
+    train = f"capfilt train captioner {run} --init MODEL --output DIR"
+    say_result(found, f"{summary.line()} {captions.line()}", train, as_json=as_json)
 
 
 def _end(summary: DownloadSummary | ImportSummary, run: RunDir, as_json: bool) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.data.reasons import DROP_REASON_SENTENCES, REASON_SENTENCES
-from capfilt.data.schemas import IMAGE_EXTENSIONS, STATUSES, SUCCESS, WEB_CAPTION_INDEX
+from capfilt.data.schemas import HUMAN, IMAGE_EXTENSIONS, STATUSES, SUCCESS, WEB_CAPTION_INDEX
 
 Tables = Mapping[str, pa.Table]
 """Stage → rows, of one shard; at least the stages up to the one that is checked."""
@@ -108,9 +108,29 @@ def check_manifest(tables: Tables, shard: str) -> Iterator[str]:
     scores = dict(zip(_pairs(itm), itm["itm_score"].to_pylist(), strict=True))
     if [scores.get(pair) for pair in _pairs(manifest)] != manifest["itm_score"].to_pylist():
         yield "its ITM scores are not those of the ITM stage"
+    yield from _check_verdicts(manifest, tables["shards"], shard)
+    for row in manifest.filter(pc.field("kept") & pc.field("itm_score").is_null()).select(["key"]).to_pylist():
+        yield f"{row['key']} has a caption that is kept without an ITM score"
+
+
+def check_human_manifest(manifest: pa.Table, shard_rows: pa.Table, shard: str) -> Iterator[str]:
+    """Human captions of every sample, numbered from 0, without scores; kept or dropped for a reason."""
+    yield from _check_key_order(manifest, shard_rows)
+    for key, group in groupby(manifest.to_pylist(), key=lambda row: row["key"]):
+        rows = list(group)
+        indices = [row["caption_index"] for row in rows]
+        if indices != list(range(len(rows))) or {row["source"] for row in rows} != {HUMAN}:
+            yield f"the captions of {key} are numbered {indices[:12]}, or not all of them are human"
+        if any(row[name] is not None for row in rows for name in ("clip_score", "rank", "itm_score")):
+            yield f"a human caption of {key} has a score"
+    yield from _check_verdicts(manifest, shard_rows, shard)
+
+
+def _check_verdicts(manifest: pa.Table, shard_rows: pa.Table, shard: str) -> Iterator[str]:
+    """What is repeated of the shard's rows is theirs; a pair is kept, or dropped for a known reason."""
     facts = ["url", "width", "height", "sha256"]
-    samples = {row.pop("key"): row for row in tables["shards"].select(["key", *facts]).to_pylist()}
-    for row in manifest.select(["shard", "key", *facts, "kept", "drop_reason", "itm_score"]).to_pylist():
+    samples = {row.pop("key"): row for row in shard_rows.select(["key", *facts]).to_pylist()}
+    for row in manifest.select(["shard", "key", *facts, "kept", "drop_reason"]).to_pylist():
         key = row["key"]
         if row["shard"] != shard or {name: row[name] for name in facts} != samples.get(key):
             yield f"shard, url, size or digest of {key} are not those of the shard"
@@ -118,8 +138,6 @@ def check_manifest(tables: Tables, shard: str) -> Iterator[str]:
             yield f"{key} has a caption with kept = {row['kept']} and drop reason {row['drop_reason']!r}"
         elif not row["kept"] and row["drop_reason"] not in DROP_REASON_SENTENCES:
             yield f"{key} has a caption dropped for the unknown reason {row['drop_reason']!r}"
-        elif row["kept"] and row["itm_score"] is None:
-            yield f"{key} has a caption that is kept without an ITM score"
 
 
 CHECKS: dict[str, Callable[[Tables], Iterator[str]]] = {

@@ -105,9 +105,12 @@ def read_quarantine(run: RunDir, stage: str, shard: str) -> pa.Table:
 
 
 def input_digest(run: RunDir, stage: str, shard: str) -> str:
-    """Give the digest of what `stage` is made from: the tar's sha256 for the captions, else the seal (sha256)
-    of the previous stage's file, both as committed. The shards have no stage before them."""
+    """Give the digest of what `stage` is made from: the tar's sha256 for the captions, and for a manifest of human
+    captions, which has no stage between; else the seal (sha256) of the previous stage's file, both as committed. The
+    shards have no stage before them."""
     previous = STAGES[STAGES.index(stage) - 1]
+    if stage == "manifest" and not any(run.read_file(between, shard).exists() for between in STAGES[1:-1]):
+        previous = "shards"
     if stage == "shards":
         raise ValueError("the shards are made from a table or a tar, whose digest their maker knows")
     path = run.read_file(previous, shard)

@@ -7,6 +7,9 @@ import pyarrow as pa
 WEB_CAPTION_INDEX = -1
 """`caption_index` of the web caption; synthetic captions count from 0."""
 
+HUMAN = "human"
+"""`source` of captions that people wrote and that are kept without being judged; they count from 0."""
+
 SUCCESS = "success"
 STATUSES = (SUCCESS, "failed_to_download", "failed_to_resize")
 """Values of the shards' column `status`, as img2dataset names them."""
@@ -52,7 +55,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         key=pa.string(),
         url=pa.string(),
         caption_index=pa.int32(),
-        source=pa.string(),
+        source=pa.string(),  # web | synthetic | human
         text=pa.string(),
         clip_score=pa.float32(),
         rank=pa.int32(),

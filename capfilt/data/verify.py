@@ -18,7 +18,7 @@ from hashlib import blake2b
 import numpy as np
 import pyarrow as pa
 
-from capfilt.data.checks import CHECKS, check_manifest, check_shards
+from capfilt.data.checks import CHECKS, check_human_manifest, check_manifest, check_shards
 from capfilt.data.commit import (
     CommitRecord,
     file_sha256,
@@ -29,6 +29,7 @@ from capfilt.data.commit import (
 )
 from capfilt.data.reconcile import check_counts, check_rows, check_tar, count_kept
 from capfilt.data.rundir import STAGES, RunDir
+from capfilt.data.schemas import HUMAN
 from capfilt.errors import CapfiltError, CorruptionError
 from capfilt.progress import NullProgress, Progress
 
@@ -221,6 +222,11 @@ def _check_chain(view: RunDir, record: CommitRecord, kept_before: int | None, fo
 
 
 def _check_content(stage: str, shard: str, tables: dict[str, pa.Table], folder: str, report: Report) -> None:
+    if stage == "manifest" and tables.keys() == {"shards", "manifest"}:
+        sources = set(tables["manifest"]["source"].to_pylist())
+        if sources == {HUMAN}:  # made from the shards alone
+            _add(report.findings, folder, shard, list(check_human_manifest(tables[stage], tables["shards"], shard)))
+        return
     if set(STAGES[: STAGES.index(stage)]) - set(tables):
         return  # a stage before is missing or damaged, and reported
     problems = check_manifest(tables, shard) if stage == "manifest" else CHECKS[stage](tables)

@@ -147,7 +147,11 @@ def test_a_training_goes_by_settings_given_by_name(folder: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("training", "given", "said"),
     [
-        ("stage1", ("--set", "droput=0"), "no setting droput. Did you mean dropout? Known: autocast, batch_size"),
+        (
+            "stage1",
+            ("--set", "droput=0"),
+            "no setting droput. Did you mean dropout? Known: accumulation_steps",
+        ),
         ("captioner", ("--set", "losses=itc"), "no setting losses"),
         ("filter", ("--set", "label_smoothing=0"), "no setting label_smoothing"),
         ("stage1", ("--set", "dropout=much"), "dropout is 'much'; expected a number"),

@@ -8,8 +8,8 @@ import torch
 
 from capfilt.models.blip2 import Stage2
 from capfilt.models.qformer import QFormerConfig
-from capfilt.train.pretrained import load_image_encoder
 from capfilt.train.saved import save_stage2
+from capfilt.weights.image_encoders import load_image_encoder
 from capfilt.weights.llms import load_llm
 from tests.train import small_models
 

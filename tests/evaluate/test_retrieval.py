@@ -20,8 +20,8 @@ from capfilt.evaluate.retrieval import evaluate_retrieval
 from capfilt.evaluate.retrieval_models import RetrievalOptions, load_retrieval_model
 from capfilt.models.blip2 import Stage1
 from capfilt.models.qformer import QFormerConfig
-from capfilt.train.pretrained import load_image_encoder
 from capfilt.train.saved import save_stage1
+from capfilt.weights.image_encoders import load_image_encoder
 from capfilt.weights.model_files import load_tokenizer
 from tests import factories
 from tests.train import small_models
@@ -245,7 +245,8 @@ def stage1_dir(filter_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         num_queries=5, width=32, depth=4, num_heads=4, mlp_width=64, vision_width=48, max_positions=40,
         vocab_size=len(factories.VOCABULARY) + 1, dropout=0.0,
     )  # fmt: skip
-    stage = Stage1(config, embed_dim=16, vision_norm_eps=encoder.vision.config.layer_norm_eps)
+    eps, dec_token_id = encoder.vision.config.layer_norm_eps, len(factories.VOCABULARY)
+    stage = Stage1(config, embed_dim=16, dec_token_id=dec_token_id, vision_norm_eps=eps)
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter.mul_(6.0) if parameter.ndim > 1 else parameter.add_(0.05 * torch.randn_like(parameter))
