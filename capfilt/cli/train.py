@@ -37,8 +37,12 @@ KnownFalse = Annotated[
 ]
 Size = Annotated[int, typer.Option(min=1, help="Size, when training starts from nothing.")]
 
+ImageSize = Annotated[
+    int | None, typer.Option(min=1, help="Side of the square input (pixels); unset: that of the start, else 224.")
+]
+
 _FROM_NOTHING = (
-    "tokenizer", "image_size_px", "patch_size_px", "vision_width", "vision_depth", "text_width", "text_depth",
+    "text_init", "tokenizer", "patch_size_px", "vision_width", "vision_depth", "text_width", "text_depth",
     "max_positions", "embed_dim", "head_width",
 )  # fmt: skip
 UNUSED_BY_BLIP = ("prompt",)
@@ -56,12 +60,15 @@ def blip(
     generation: TrainedGeneration = None,
     init: Annotated[
         str,
-        typer.Option(metavar="DIR", help="What `train blip` saved; unset: from nothing, with --tokenizer."),
+        typer.Option(metavar="DIR", help="What `train blip` saved; unset: --text-init or --tokenizer."),
     ] = BlipTrainSettings.init,
     tokenizer: Annotated[
         str, typer.Option(metavar="PATH|ID", help="BERT-style tokenizer; [DEC] and [ENC] are added if it lacks them.")
     ] = BlipTrainSettings.tokenizer,
-    image_size_px: Size = BlipTrainSettings.image_size_px,
+    text_init: Annotated[
+        str, typer.Option(metavar="PATH|ID", help="BERT that the text side starts from, with its tokenizer and sizes.")
+    ] = BlipTrainSettings.text_init,
+    image_size_px: ImageSize = BlipTrainSettings.image_size_px,
     patch_size_px: Size = BlipTrainSettings.patch_size_px,
     vision_width: Size = BlipTrainSettings.vision_width,
     vision_depth: Size = BlipTrainSettings.vision_depth,
@@ -99,6 +106,7 @@ def captioner(
     prompt: Annotated[
         str, typer.Option(metavar="TEXT", help="Text before every caption, without loss.")
     ] = BlipTrainSettings.prompt,
+    image_size_px: ImageSize = BlipTrainSettings.image_size_px,
     captions_per_image: CaptionsPerImage = BlipTrainSettings.captions_per_image,
     max_text_tokens: MaxTextTokens = BlipTrainSettings.max_text_tokens,
     **shared: Unpack[SharedOptions],
@@ -119,6 +127,7 @@ def filter_(
     init: FineTuningInit,
     output: Output,
     generation: TrainedGeneration = None,
+    image_size_px: ImageSize = BlipTrainSettings.image_size_px,
     known_false: KnownFalse = BlipTrainSettings.known_false,
     max_text_tokens: MaxTextTokens = BlipTrainSettings.max_text_tokens,
     **shared: Unpack[SharedOptions],

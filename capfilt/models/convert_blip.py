@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import BlipConfig
 
 from capfilt.errors import UsageError
-from capfilt.models.convert_blip2 import State, vision_names, vision_sizes
+from capfilt.models.convert_blip2 import State, find_text_encoder, vision_names, vision_sizes
 from capfilt.models.med import MEDConfig
 from capfilt.models.vit import ViTConfig
 
@@ -79,6 +79,27 @@ def to_transformers(state: Mapping[str, Tensor], kind: Kind, *, vision_depth: in
     if odd:
         raise ValueError(f"our {kind} and the table of names differ in {len(odd)} keys, such as {odd[0]!r}")
     return {theirs: state[ours] for ours, theirs in names.items()}
+
+
+def med_from_bert(state: Mapping[str, Tensor], depth: int) -> State:
+    """Weights of a `TextTransformer` that BERT gives: embeddings and layers; nothing of cross-attention.
+
+    MED knows no token types: that of the first kind is added to the positions, so that texts keep their features
+    (BLIP's released code drops it). UsageError where a weight lacks.
+    """
+    prefix = find_text_encoder(state)
+    names = {
+        ours.removeprefix("med."): theirs.replace("bert.", prefix, 1)
+        for ours, theirs in _text_names("med", "bert", depth).items()
+        if "cross" not in ours
+    }
+    if missing := sorted(set(names.values()) - state.keys()):
+        raise UsageError(f"The BERT to start from lacks {len(missing)} weights, such as {missing[0]}. Give another.")
+    start = {ours: state[theirs] for ours, theirs in names.items()}
+    types = state.get(f"{prefix}embeddings.token_type_embeddings.weight")
+    if types is not None:
+        start["position_embedding.weight"] = start["position_embedding.weight"] + types[:1]
+    return start
 
 
 def original_to_transformers(state: Mapping[str, Tensor], kind: Kind) -> State:

@@ -133,7 +133,7 @@ def text_encoder_start(
     if missing:
         raise UsageError(f"The text encoder lacks {len(missing)} weights, such as {prefix}{missing[0]}.")
     start = {ours: state[prefix + name] for name, targets in table.items() for ours in targets}
-    return start, _head_start(state)
+    return start, head_start(state)
 
 
 def find_text_encoder(state: Mapping[str, Tensor]) -> str:
@@ -205,7 +205,7 @@ def sizes_from_config(config: Blip2Config) -> tuple[ViTConfig, QFormerConfig]:
     )  # fmt: skip
 
 
-def _head_start(state: Mapping[str, Tensor]) -> State:
+def head_start(state: Mapping[str, Tensor]) -> State:
     """Weights of BERT's masked-language or BLIP's captioning head as those of `LanguageModelHead`."""
     names = {
         **_pair("transform", "predictions.transform.dense"),

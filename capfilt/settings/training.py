@@ -88,9 +88,12 @@ class BlipTrainSettings(TrainSettings):
     init: str = ""
     """What training starts from. Pre-training: the output of `train blip` only; empty for nothing. Fine-tuning: that, a
     BLIP folder or hub id, or `embedded`."""
+    text_init: str = ""
+    """Pre-training: folder or hub id of a BERT whose weights text encoder and decoder start from, with its sizes and
+    tokenizer (BLIP §4.1: google-bert/bert-base-uncased); cross-attention starts at random."""
     tokenizer: str = ""
     """Folder or hub id of a BERT-style tokenizer; [DEC] and [ENC] are added where it lacks them (BLIP's released
-    code: to bert-base-uncased). Needed when init is empty."""
+    code: to bert-base-uncased). Needed where init and text_init are empty."""
     prompt: str = ""
     """Captioner fine-tuning: text before every caption, without loss (BLIP: "a picture of ")."""
     label_smoothing: float = 0.1
@@ -113,8 +116,9 @@ class BlipTrainSettings(TrainSettings):
     (BLIP: always another image's)."""
     max_text_tokens: int = 30
     """Longest text in tokens, special tokens included (BLIP: 30 in pre-training, 40 in fine-tuning)."""
-    image_size_px: int = 224
-    """From nothing: side of the square input (BLIP §4.1: 224 in pre-training)."""
+    image_size_px: int | None = None
+    """Side of the square input; None: that of what training starts from, and 224 from nothing (BLIP §4.1: 224 in
+    pre-training, 384 in fine-tuning). Positions are interpolated where it differs from the start's."""
     patch_size_px: int = 16
     """From nothing: side of a patch."""
     vision_width: int = 768
@@ -144,7 +148,9 @@ class BlipTrainSettings(TrainSettings):
         require(self.alpha_epochs >= 0, "alpha_epochs", self.alpha_epochs, "0 or more")
         require(self.captions_per_image >= 1, "captions_per_image", self.captions_per_image, "at least 1")
         require(self.max_text_tokens >= 4, "max_text_tokens", self.max_text_tokens, "at least 4")
-        sizes = ("image_size_px", "patch_size_px", "vision_width", "vision_depth", "text_width", "text_depth")
+        side = self.image_size_px
+        require(side is None or side >= 1, "image_size_px", side, "at least 1")
+        sizes = ("patch_size_px", "vision_width", "vision_depth", "text_width", "text_depth")
         for name in (*sizes, "max_positions", "embed_dim", "head_width"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("vision_width", "text_width"):

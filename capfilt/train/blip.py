@@ -15,22 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from capfilt.data.rundir import RunDir
-from capfilt.errors import UsageError
-from capfilt.models.blip import Blip, CaptionerLosses, FilterLosses, FineTuning, MomentumConfig
-from capfilt.models.convert_blip import Kind
-from capfilt.models.med import Captioner, Filter, MEDConfig
-from capfilt.models.vit import VisionTransformer, ViTConfig
+from capfilt.models.blip import CaptionerLosses, FilterLosses, FineTuning, MomentumConfig
+from capfilt.models.med import Captioner, Filter
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.batches import Batch, Draws, draw, draw_captions, iterate_batches
+from capfilt.train.blip_start import load_part, origin_digest, start_blip
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import RunPairs, read_pairs, runs_digest
 from capfilt.train.processes import Processes, join_processes
-from capfilt.weights.blip import LoadedBlip, load_trainable_blip, save_blip
-from capfilt.weights.find import SIDE_FILES, find_model_dir
-from capfilt.weights.model_files import ImagePreparation, load_tokenizer, tokenizer_digest, weights_digest
-
-PARTS: tuple[Kind, ...] = ("captioner", "filter")
+from capfilt.weights.blip import LoadedBlip, save_blip
 
 RunDirs = Sequence[RunDir | str | Path]
 
@@ -40,12 +34,11 @@ def train_blip(
 ) -> TrainSummary:
     """Pre-train captioner and filter together (ITC + ITM + LM).
 
-    Errors are those of `read_pairs`, the model loaders and `train`; UsageError where neither `init` nor
-    `tokenizer` is given.
+    Errors are those of `read_pairs`, the model loaders and `train`; UsageError where nothing says what it starts from.
     """
     settings = replace(settings, prompt="")  # that of the captioner's fine-tuning
     torch.manual_seed(settings.seed)
-    model, start = _start_from_init(settings) if settings.init else _start_from_nothing(settings)
+    model, start = start_blip(settings)
     model.start_momentum(_momentum_of(settings))
 
     def save(folder: Path) -> None:
@@ -61,7 +54,7 @@ def train_captioner(
     """Fine-tune a captioner with LM; the tokens of the prompt carry no loss (BLIP §3.3)."""
     settings = replace(settings, known_false=False, losses=("lm",))  # ITM's, pre-training's
     torch.manual_seed(settings.seed)
-    start = load_trainable_blip(_part_of(settings.init, "captioner"), "captioner")
+    start = load_part(settings, "captioner")
     assert isinstance(start.model, Captioner)
     prompt_tokens = start.tokenizer(settings.prompt, add_special_tokens=False).input_ids
     losses = CaptionerLosses(
@@ -81,7 +74,7 @@ def train_filter(
     """Fine-tune a filter with ITC and ITM (BLIP §3.3)."""
     settings = replace(settings, captions_per_image=1, prompt="", losses=("itc", "itm"))  # LM's, pre-training's
     torch.manual_seed(settings.seed)
-    start = load_trainable_blip(_part_of(settings.init, "filter"), "filter")
+    start = load_part(settings, "filter")
     assert isinstance(start.model, Filter)
     losses = FilterLosses(start.model, _momentum_of(settings))
 
@@ -144,7 +137,7 @@ def _train(
         progress=progress,
         name=f"train {part.name}",
         extra_tensors=lambda: {f"momentum.{n}": t for n, t in momentum.state_dict().items()} if momentum else {},
-        fields={"input": runs_digest(run_dirs), "origin_sha256": _origin_digest(settings, part.name)},
+        fields={"input": runs_digest(run_dirs), "origin_sha256": origin_digest(settings, part.name)},
         after_step=follow,
         some_unused=part.name == "blip" and set(settings.losses) != {"itc", "itm", "lm"},
     )  # fmt: skip
@@ -217,102 +210,3 @@ def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, to_the_lo
     padding = "longest" if to_the_longest else "max_length"
     encoded = tokenizer(texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt")
     return encoded.input_ids
-
-
-def _origin_digest(settings: BlipTrainSettings, part: str) -> str:
-    """What training starts from: both parts, one, or the tokenizer alone."""
-    if not settings.init:
-        return tokenizer_digest(_tokenizer_dir(settings.tokenizer))
-    folders = _both_parts(settings.init).values() if part == "blip" else [_part_of(settings.init, part)]
-    return " ".join(weights_digest(folder) for folder in folders)
-
-
-def _tokenizer_dir(name: str) -> Path:
-    return find_model_dir(name, "tokenizer", patterns=SIDE_FILES)
-
-
-def _part_of(init: str, part: str) -> Path:
-    """The folder of a part in the output of `train blip`, or the model folder."""
-    folder = find_model_dir(init, f"BLIP {part} to start from", embedded=part)
-    return folder / part if (folder / part / "config.json").exists() else folder
-
-
-def _both_parts(init: str) -> dict[Kind, Path]:
-    """The folders of captioner and filter in the output of `train blip`; UsageError for any other folder."""
-    folders: dict[Kind, Path] = {part: Path(init).expanduser() / part for part in PARTS}
-    if not all((folder / "config.json").is_file() for folder in folders.values()):
-        raise UsageError(
-            f"{init} is no output of `capfilt train blip`, which has captioner/ and filter/ with shared weights; "
-            f"pre-training goes on from nothing else: give --init such a folder, or start with --tokenizer."
-        )
-    return folders
-
-
-def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
-    """Both parts of an earlier `train blip`; what they share must be equal."""
-    parts = {part: load_trainable_blip(folder, part) for part, folder in _both_parts(settings.init).items()}
-    captioner, filter_model = parts["captioner"].model, parts["filter"].model
-    assert isinstance(captioner, Captioner)
-    assert isinstance(filter_model, Filter)
-    config = filter_model.encoder.config
-    model = Blip(
-        VisionTransformer(filter_model.vision.config), config,
-        embed_dim=filter_model.text_projection.out_features, label_smoothing=settings.label_smoothing,
-    )  # fmt: skip
-    model.captioner.load_state_dict(captioner.state_dict())
-    shared = {name: tensor.clone() for name, tensor in model.captioner.vision.state_dict().items()}
-    model.filter.load_state_dict(filter_model.state_dict())
-    for name, tensor in model.captioner.vision.state_dict().items():
-        if not torch.equal(tensor, shared[name]):
-            raise UsageError(
-                f"The captioner and the filter in {settings.init} have different image encoders; pre-training "
-                f"goes on from the output of `capfilt train blip` only."
-            )
-    return model, parts["captioner"]
-
-
-def _blip_tokenizer(name: str) -> Any:
-    """BERT's tokenizer; [DEC] (as bos) and [ENC] follow its tokens where it lacks them, as in BLIP's code.
-
-    Raises UsageError for a tokenizer of another kind.
-    """
-    tokenizer = load_tokenizer(_tokenizer_dir(name))
-    needed = {"[CLS]": tokenizer.cls_token_id, "[SEP]": tokenizer.sep_token_id, "[PAD]": tokenizer.pad_token_id}
-    if missing := [token for token, token_id in needed.items() if token_id is None]:
-        raise UsageError(
-            f"The tokenizer {name} has no {', '.join(missing)}; expected one of BERT's kind. "
-            "Give such a one: --tokenizer google-bert/bert-base-uncased."
-        )
-    names = tokenizer.get_vocab()
-    if "[DEC]" not in names:
-        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    if "[ENC]" not in names:
-        tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]}, replace_extra_special_tokens=False)
-    return tokenizer
-
-
-def _start_from_nothing(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
-    if not settings.tokenizer:
-        raise UsageError("Neither --init nor --tokenizer is given; name a BLIP model, or a tokenizer to start with.")
-    tokenizer = _blip_tokenizer(settings.tokenizer)
-    names = tokenizer.get_vocab()
-    vision = ViTConfig(
-        image_size_px=settings.image_size_px, patch_size_px=settings.patch_size_px, width=settings.vision_width,
-        depth=settings.vision_depth, num_heads=settings.vision_width // settings.head_width,
-        mlp_width=4 * settings.vision_width,
-    )  # fmt: skip
-    text = MEDConfig(
-        vocab_size=len(tokenizer), width=settings.text_width, depth=settings.text_depth,
-        num_heads=settings.text_width // settings.head_width, mlp_width=4 * settings.text_width,
-        max_positions=settings.max_positions, vision_width=settings.vision_width,
-        pad_token_id=tokenizer.pad_token_id, sep_token_id=tokenizer.sep_token_id,
-        dec_token_id=names["[DEC]"], enc_token_id=names["[ENC]"],
-    )  # fmt: skip
-    model = Blip(
-        VisionTransformer(vision),
-        text,
-        embed_dim=settings.embed_dim,
-        label_smoothing=settings.label_smoothing,
-    )
-    preparation = ImagePreparation(settings.image_size_px)
-    return model, LoadedBlip(model.captioner, tokenizer, preparation)

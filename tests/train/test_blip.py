@@ -8,13 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor, AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+)
 
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.errors import FingerprintMismatchError, UsageError
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.blip import train_blip, train_captioner, train_filter
+from capfilt.train.blip_start import start_blip
 from capfilt.train.pairs import read_pairs
 from capfilt.weights.blip import load_blip, load_trainable_blip
 from capfilt.world.tokenizers import build_bert_tokenizer
@@ -217,3 +225,50 @@ def test_a_tokenizer_of_another_kind_is_refused(world_run: RunDir, tmp_path: Pat
     small_models.save_opt(tmp_path / "opt")
     with pytest.raises(UsageError, match=r"no \[CLS\], \[SEP\]; expected one of BERT's kind"):
         train_blip([world_run], replace(TINY, tokenizer=str(tmp_path / "opt")), tmp_path / "out")
+
+
+def test_bert_starts_the_text_side(world_run: RunDir, tmp_path: Path) -> None:
+    """Before a step is taken, encoder and decoder give BERT's own features of a text, and its predictions."""
+    bert_dir = small_models.save_bert(tmp_path / "bert")
+    bert = BertForMaskedLM.from_pretrained(bert_dir).eval()
+    with torch.no_grad():
+        bert.bert.embeddings.token_type_embeddings.weight.normal_()
+    bert.save_pretrained(bert_dir)
+    settings = replace(TINY, text_init=str(bert_dir))
+    model, start = start_blip(settings)
+    tokens = start.tokenizer(["a red square", "what color"], return_tensors="pt", padding=True).input_ids
+    mask = tokens != start.tokenizer.pad_token_id
+    with torch.no_grad():
+        expected = bert.bert(tokens, attention_mask=mask.long()).last_hidden_state
+        logits = bert(tokens, attention_mask=mask.long()).logits
+        found = model.filter.encoder(tokens, mask_BT=mask)
+        predicted = model.captioner.head(found)
+    torch.testing.assert_close(found[mask], expected[mask], atol=1e-5, rtol=0)
+    torch.testing.assert_close(predicted[mask][:, : logits.shape[2]], logits[mask], atol=1e-4, rtol=0)
+    encoder, decoder = model.filter.encoder.layers[1], model.captioner.decoder.layers[1]
+    assert torch.equal(encoder.self_attention.query.weight, decoder.self_attention.query.weight)
+    assert model.filter.encoder.config.vocab_size == bert.config.vocab_size + 2
+    assert train_blip([world_run.path], replace(settings, max_steps=2), tmp_path / "out").steps == 2
+
+
+def test_a_bert_that_lacks_a_weight_is_refused(world_run: RunDir, tmp_path: Path) -> None:
+    bert_dir = small_models.save_bert(tmp_path / "bert")
+    state = load_file(bert_dir / "model.safetensors")
+    del state["bert.encoder.layer.1.output.dense.bias"]
+    save_file(state, bert_dir / "model.safetensors")
+    with pytest.raises(UsageError, match=r"lacks 1 weights, such as bert.encoder.layer.1.output.dense.bias"):
+        train_blip([world_run.path], replace(TINY, text_init=str(bert_dir)), tmp_path / "out")
+
+
+def test_fine_tuning_at_another_size_interpolates_positions(
+    world_run: RunDir, pre_trained: Path, tmp_path: Path
+) -> None:
+    settings = replace(TINY, init=str(pre_trained), image_size_px=48, max_steps=1)
+    train_captioner([world_run.path], settings, tmp_path / "out")
+    theirs = BlipForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert theirs.config.vision_config.image_size == 48
+    assert theirs.vision_model.embeddings.position_embedding.shape[1] == 1 + 6 * 6
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert dict(processor.image_processor.size) == {"height": 48, "width": 48}
+    with pytest.raises(UsageError, match="--image-size-px 50"):
+        train_filter([world_run.path], replace(settings, image_size_px=50), tmp_path / "odd")

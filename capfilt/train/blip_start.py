@@ -1,0 +1,198 @@
+"""What BLIP's trainings start from: an earlier result, published weights of ViT and BERT, or nothing.
+
+In: settings. Out: the model with its tokenizer and image preparation, and a digest that identifies what was read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capfilt.errors import UsageError
+from capfilt.models.blip import Blip
+from capfilt.models.convert_blip import Kind, med_from_bert
+from capfilt.models.convert_blip2 import head_start
+from capfilt.models.med import Captioner, Filter, MEDConfig
+from capfilt.models.vit import VisionTransformer, ViTConfig, change_image_size
+from capfilt.settings import BlipTrainSettings
+from capfilt.train.pretrained import copy_start
+from capfilt.weights.blip import LoadedBlip, load_trainable_blip
+from capfilt.weights.find import SIDE_FILES, find_model_dir
+from capfilt.weights.model_files import (
+    ImagePreparation,
+    load_tokenizer,
+    read_config,
+    read_weights,
+    tokenizer_digest,
+    weights_digest,
+)
+
+DEFAULT_IMAGE_SIZE_PX = 224
+"""From nothing (BLIP §4.1: 224 in pre-training)."""
+
+PARTS: tuple[Kind, ...] = ("captioner", "filter")
+
+
+def start_blip(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
+    """The model of pre-training; UsageError where nothing says what it starts from."""
+    return _start_from_init(settings) if settings.init else _start_anew(settings)
+
+
+def origin_digest(settings: BlipTrainSettings, part: str) -> str:
+    """What training starts from: both parts, one, or the tokenizer alone."""
+    if not settings.init:
+        named = [weights_digest(_text_dir(settings.text_init))] if settings.text_init else []
+        return " ".join([*named, tokenizer_digest(_tokenizer_dir(settings.tokenizer or settings.text_init))])
+    folders = _both_parts(settings.init).values() if part == "blip" else [part_of(settings.init, part)]
+    return " ".join(weights_digest(folder) for folder in folders)
+
+
+def _tokenizer_dir(name: str) -> Path:
+    return find_model_dir(name, "tokenizer", patterns=SIDE_FILES)
+
+
+def _text_dir(name: str) -> Path:
+    return find_model_dir(name, "BERT to start from", embedded=None)
+
+
+def load_part(settings: BlipTrainSettings, part: Kind) -> LoadedBlip:
+    """The captioner or filter that fine-tuning starts from, for images of the size asked for."""
+    start = load_trainable_blip(part_of(settings.init, part), part)
+    return _at_image_size(start, settings.image_size_px)
+
+
+def _at_image_size(start: LoadedBlip, image_size_px: int | None) -> LoadedBlip:
+    """The same for images of another size: its positions are interpolated (BLIP §4.1: 224 px, then 384)."""
+    if image_size_px is None or image_size_px == start.preparation.image_size_px:
+        return start
+    try:
+        change_image_size(start.model.vision, image_size_px)
+    except ValueError as error:
+        raise UsageError(f"--image-size-px {image_size_px}: {error}.") from None
+    return replace(start, preparation=replace(start.preparation, image_size_px=image_size_px))
+
+
+def part_of(init: str, part: str) -> Path:
+    """The folder of a part in the output of `train blip`, or the model folder."""
+    folder = find_model_dir(init, f"BLIP {part} to start from", embedded=part)
+    return folder / part if (folder / part / "config.json").exists() else folder
+
+
+def _both_parts(init: str) -> dict[Kind, Path]:
+    """The folders of captioner and filter in the output of `train blip`; UsageError for any other folder."""
+    folders: dict[Kind, Path] = {part: Path(init).expanduser() / part for part in PARTS}
+    if not all((folder / "config.json").is_file() for folder in folders.values()):
+        raise UsageError(
+            f"{init} is no output of `capfilt train blip`, which has captioner/ and filter/ with shared weights; "
+            f"pre-training goes on from nothing else: give --init such a folder, or start with --tokenizer."
+        )
+    return folders
+
+
+def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
+    """Both parts of an earlier `train blip`; what they share must be equal."""
+    loaded = {part: load_trainable_blip(folder, part) for part, folder in _both_parts(settings.init).items()}
+    parts = {part: _at_image_size(start, settings.image_size_px) for part, start in loaded.items()}
+    captioner, filter_model = parts["captioner"].model, parts["filter"].model
+    assert isinstance(captioner, Captioner)
+    assert isinstance(filter_model, Filter)
+    config = filter_model.encoder.config
+    model = Blip(
+        VisionTransformer(filter_model.vision.config), config,
+        embed_dim=filter_model.text_projection.out_features, label_smoothing=settings.label_smoothing,
+    )  # fmt: skip
+    model.captioner.load_state_dict(captioner.state_dict())
+    shared = {name: tensor.clone() for name, tensor in model.captioner.vision.state_dict().items()}
+    model.filter.load_state_dict(filter_model.state_dict())
+    for name, tensor in model.captioner.vision.state_dict().items():
+        if not torch.equal(tensor, shared[name]):
+            raise UsageError(
+                f"The captioner and the filter in {settings.init} have different image encoders; pre-training "
+                f"goes on from the output of `capfilt train blip` only."
+            )
+    return model, parts["captioner"]
+
+
+def _blip_tokenizer(name: str) -> Any:
+    """BERT's tokenizer; [DEC] (as bos) and [ENC] follow its tokens where it lacks them, as in BLIP's code.
+
+    Raises UsageError for a tokenizer of another kind.
+    """
+    tokenizer = load_tokenizer(_tokenizer_dir(name))
+    needed = {"[CLS]": tokenizer.cls_token_id, "[SEP]": tokenizer.sep_token_id, "[PAD]": tokenizer.pad_token_id}
+    if missing := [token for token, token_id in needed.items() if token_id is None]:
+        raise UsageError(
+            f"The tokenizer {name} has no {', '.join(missing)}; expected one of BERT's kind. "
+            "Give such a one: --tokenizer google-bert/bert-base-uncased."
+        )
+    names = tokenizer.get_vocab()
+    if "[DEC]" not in names:
+        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    if "[ENC]" not in names:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
+def _start_anew(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
+    if not settings.tokenizer and not settings.text_init:
+        raise UsageError(
+            "None of --init, --text-init and --tokenizer is given; name the output of `capfilt train blip` to go on "
+            "from, a BERT to start from (google-bert/bert-base-uncased), or a tokenizer to start from nothing."
+        )
+    tokenizer = _blip_tokenizer(settings.tokenizer or settings.text_init)
+    side = settings.image_size_px or DEFAULT_IMAGE_SIZE_PX
+    vision = ViTConfig(
+        image_size_px=side, patch_size_px=settings.patch_size_px, width=settings.vision_width,
+        depth=settings.vision_depth, num_heads=settings.vision_width // settings.head_width,
+        mlp_width=4 * settings.vision_width,
+    )  # fmt: skip
+    text = _text_sizes(settings, tokenizer)
+    model = Blip(
+        VisionTransformer(vision),
+        text,
+        embed_dim=settings.embed_dim,
+        label_smoothing=settings.label_smoothing,
+    )
+    if settings.text_init:
+        _copy_bert(model, _text_dir(settings.text_init))
+    return model, LoadedBlip(model.captioner, tokenizer, ImagePreparation(side))
+
+
+def _text_sizes(settings: BlipTrainSettings, tokenizer: Any) -> MEDConfig:
+    """Those of the BERT to start from, else of the settings."""
+    names = tokenizer.get_vocab()
+    special: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "vision_width": settings.vision_width,
+        "pad_token_id": tokenizer.pad_token_id, "sep_token_id": tokenizer.sep_token_id,
+        "dec_token_id": names["[DEC]"], "enc_token_id": names["[ENC]"],
+    }  # fmt: skip
+    if not settings.text_init:
+        return MEDConfig(
+            width=settings.text_width, depth=settings.text_depth, max_positions=settings.max_positions,
+            num_heads=settings.text_width // settings.head_width, mlp_width=4 * settings.text_width, **special,
+        )  # fmt: skip
+    folder = _text_dir(settings.text_init)
+    sizes = read_config(folder)
+    sizes = sizes.get("text_config", sizes)
+    if sizes.get("hidden_act", "gelu") != "gelu":
+        raise UsageError(f"{folder} uses {sizes['hidden_act']!r}; expected 'gelu', as BERT has. Give a BERT.")
+    try:
+        return MEDConfig(
+            width=sizes["hidden_size"], depth=sizes["num_hidden_layers"], num_heads=sizes["num_attention_heads"],
+            mlp_width=sizes["intermediate_size"], max_positions=sizes["max_position_embeddings"],
+            layer_norm_eps=sizes.get("layer_norm_eps", 1e-12), **special,
+        )  # fmt: skip
+    except KeyError as error:
+        raise UsageError(f"{folder}/config.json has no {error}; expected that of a BERT.") from None
+
+
+def _copy_bert(model: Blip, folder: Path) -> None:
+    """BERT's layers into encoder and decoder, its head into the captioner's (BLIP §4.1); cross-attention stays new."""
+    state = read_weights(folder)
+    weights = med_from_bert(state, model.filter.encoder.config.depth)
+    copy_start(model.filter.encoder, weights)
+    copy_start(model.captioner.decoder, weights)
+    copy_start(model.captioner.head, head_start(state))
