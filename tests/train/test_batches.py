@@ -14,20 +14,24 @@ from hypothesis import strategies as st
 
 from capfilt.data.rundir import RunDir
 from capfilt.errors import CorruptionError, UsageError
+from capfilt.models.ranks import ALONE, Ranks
 from capfilt.settings import TrainSettings
 from capfilt.train import pairs
 from capfilt.train.batches import (
     CLIP_MEAN,
     CLIP_STD,
+    ArrayPairs,
     Batch,
     Cursor,
+    Draws,
+    PairDataset,
     View,
     draw_captions,
     draw_view,
     from_arrays,
     iterate_batches,
 )
-from capfilt.train.pairs import read_pairs, runs_digest
+from capfilt.train.pairs import RunPairs, read_pairs, runs_digest
 from tests.train import small_models
 
 SETTINGS = TrainSettings(batch_size=8, seed=3)
@@ -181,3 +185,79 @@ def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
     tar.write_bytes(data)
     with pytest.raises(CorruptionError, match="00000"):
         read_pairs([run], image_size_px=16)
+
+
+@pytest.fixture
+def streamed(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> RunPairs:
+    monkeypatch.setattr("capfilt.train.pairs.SHUFFLED_SAMPLES", 1)
+    return read_pairs([run.path], image_size_px=16, memory_limit_bytes=0)
+
+
+def first_keys(dataset: PairDataset, settings: TrainSettings, ranks: Ranks, num_batches: int) -> list[list[str]]:
+    stream = iterate_batches(dataset, settings, ranks=ranks)
+    return [next(stream).keys for _ in range(num_batches)]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_share_out_what_one_process_takes(arrays: ArrayPairs, num_ranks: int) -> None:
+    settings = TrainSettings(batch_size=4)
+    alone = first_keys(arrays, TrainSettings(batch_size=4 * num_ranks), ALONE, 5)
+    shared = [first_keys(arrays, settings, Ranks(rank, num_ranks), 5) for rank in range(num_ranks)]
+    assert [sum((own[step] for own in shared), []) for step in range(5)] == alone
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_streaming_ranks_take_equal_steps_from_shards_of_their_own(streamed: RunPairs, num_ranks: int) -> None:
+    """76 images in shards of 32, 24 and 20: whatever the shards, every rank has as many batches of an epoch."""
+    settings, epoch = TrainSettings(batch_size=4, seed=3), 1
+    num_steps = 76 // (4 * num_ranks)
+    start = Cursor(epoch, 0)
+    found: list[list[str]] = []
+    for rank in range(num_ranks):
+        stream = iterate_batches(streamed, settings, start, ranks=Ranks(rank, num_ranks))
+        batches = [next(stream) for _ in range(num_steps)]
+        assert batches[-1].cursor == Cursor(epoch, num_steps * 4 * num_ranks)
+        assert next(stream).cursor.epoch == epoch + 1
+        found.append([key for batch in batches for key in batch.keys])
+    together = [key for own in found for key in own]
+    assert len(set(together)) == len(together) == num_steps * 4 * num_ranks
+    shards = [{key[:5] for key in own} for own in found]
+    assert sum(len(own) for own in shards) <= 3 + num_ranks - 1, "a shard is read by one rank, but at a seam"
+
+
+def test_runs_are_shown_as_often_as_their_weights_say(run: RunDir, tmp_path: Path) -> None:
+    other = small_models.save_run(tmp_path / "other", [20], seed=9)
+    dataset = read_pairs([run.path, other.path], image_size_px=16, run_weights=(0.5, 2.25))
+    counts = [Counter(dataset.order(0, epoch).tolist()) for epoch in range(4)]
+    for epoch in counts:
+        assert sum(n for row, n in epoch.items() if row < 76) == 38
+        assert sum(n for row, n in epoch.items() if row >= 76) == 45
+        assert max(n for row, n in epoch.items() if row < 76) == 1
+        assert {n for row, n in epoch.items() if row >= 76} == {2, 3}
+    assert counts[0] != counts[1], "another half in another epoch"
+    with pytest.raises(UsageError, match="1 weights for 2 runs"):
+        read_pairs([run.path, other.path], image_size_px=16, run_weights=(1.0,))
+
+
+def test_an_image_shown_twice_in_an_epoch_gets_another_draw(tmp_path: Path) -> None:
+    run = small_models.save_run(tmp_path / "run", [40])
+    dataset = read_pairs([run.path], image_size_px=16, run_weights=(2.0,))
+    stream = iterate_batches(dataset, TrainSettings(batch_size=40))
+    batches = [next(stream), next(stream)]
+    seen = Counter((key, text) for batch in batches for key, text in zip(batch.keys, batch.texts, strict=True))
+    assert Counter(key for key, _ in seen.elements()) == Counter(dict.fromkeys(dataset.keys, 2))
+    both = sum(len({text for k, text in seen if k == key}) == 2 for key in dataset.keys)
+    assert 8 <= both <= 32, "two captions each: about half of the images show both"
+
+
+def test_draws_are_those_of_one_process_and_of_no_other_step() -> None:
+    whole = Draws(5, 7).uniform(2, 12)
+    parts = [Draws(5, 7, ranks=Ranks(rank, 3)).uniform(2, 4) for rank in range(3)]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    others = [Draws(6, 7), Draws(5, 8), Draws(5, 7, part=1)]
+    assert not any(torch.equal(other.uniform(2, 12), whole) for other in others)
+    dropout = []
+    for rank in range(2):
+        Draws(5, 7, ranks=Ranks(rank, 2)).reseed()
+        dropout.append(torch.rand(4))
+    assert not torch.equal(*dropout)

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Blip2ForImageTextRetrieval
 
+from capfilt.data.rundir import RunDir
+from capfilt.errors import UsageError
 from capfilt.settings import TrainSettings
 from capfilt.train.processes import join_processes
-from tests.train import ranks_worker
+from tests.train import ranks_worker, small_models
 
 ROOT = Path(__file__).parents[2]
 
 
 def start(num_processes: int, *command: str) -> subprocess.CompletedProcess[str]:
     """The command in so many gloo ranks, as torchrun starts them."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     return subprocess.run(
-        [*launch, *command], env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT, check=False
+        launch(num_processes, *command), env=environment(), capture_output=True, text=True, timeout=280, check=False
     )
+
+
+def launch(num_processes: int, *command: str) -> list[str]:
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    return [*started, *command]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +58,74 @@ def test_several_processes_are_one_with_the_joint_batch(
     assert found.keys() == alone.keys()
     for name, expected in alone.items():
         torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- whole trainings, as users start them --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def blip_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_models.save_blip(tmp_path_factory.mktemp("start") / "blip")
+
+
+def command(run: RunDir, start_dir: Path, output: Path, batch_size: int, **changes: object) -> list[str]:
+    """`capfilt train stage1`, 60 steps of 8 images in all, with a checkpoint every second step."""
+    chosen = {
+        "batch_size": batch_size, "num_queries": 4, "dropout": 0.1, "max_text_tokens": 16, "log_every_steps": 1,
+        "max_steps": 60, "warmup_steps": 2, "save_every_steps": 2, **changes,
+    }  # fmt: skip
+    assignments = [item for name, value in chosen.items() for item in ("--set", f"{name}={value}")]
+    named = ["--image-encoder", str(start_dir), "--output", str(output), "--device", "cpu"]
+    return ["-m", "capfilt", "train", "stage1", str(run.path), *named, *assignments]
+
+
+def losses_in(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_killed_processes_go_on_exactly(run: RunDir, blip_start: Path, tmp_path: Path, sharding: str) -> None:
+    """kill -9 of both ranks in the middle; the same command again ends as an undisturbed one does."""
+    done = start(2, *command(run, blip_start, tmp_path / "whole", 4, sharding=sharding))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("stage 1: 60 steps") == 1, "one process speaks"
+    output = tmp_path / "killed"
+    options = command(run, blip_start, output, 4, sharding=sharding)
+    launched = psutil.Popen(
+        launch(2, *options), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not list((output / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        everyone = [launched, *launched.children(recursive=True)]
+        for process in everyone:
+            process.kill()
+        psutil.wait_procs(everyone, timeout=30)
+    reached = int(max(path.name for path in (output / "checkpoints").glob("step-*")).removeprefix("step-"))
+    assert 0 < reached < 60, "it was killed in the middle"
+    again = start(2, *options)
+    assert again.returncode == 0, again.stderr[-3000:]
+    for found, expected in zip(losses_in(output), losses_in(tmp_path / "whole"), strict=True):
+        assert found == pytest.approx(expected, abs=1e-6)
+    whole, resumed = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", output))
+    torch.testing.assert_close(resumed, whole, atol=1e-6, rtol=0)
+    assert Blip2ForImageTextRetrieval.from_pretrained(output).num_parameters() > 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(run: RunDir, blip_start: Path, tmp_path: Path) -> None:
+    for num_processes, batch_size in ((1, 8), (2, 4)):
+        output = tmp_path / str(num_processes)
+        done = start(num_processes, *command(run, blip_start, output, batch_size, dropout=0, max_steps=6))
+        assert done.returncode == 0, done.stderr[-3000:]
+    for found, expected in zip(losses_in(tmp_path / "2"), losses_in(tmp_path / "1"), strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_cannot_be_shared_out_is_refused() -> None:
+    with pytest.raises(UsageError, match="sharding 'full' with optimizer 'muon'"):
+        join_processes(TrainSettings(device="cpu", sharding="full", optimizer="muon"))
