@@ -58,6 +58,7 @@ class Row:
 
 
 _PAIRS, _ONCE = "transformers, pair by pair", "transformers, image once"
+_PLAIN = "transformers, a pass a loss"
 _SCRIPT, _ONE_BY_ONE, _ALONE, _FLOOR = "script", "script, one by one", "models alone", "floor"
 ROWS = (
     Row(name="decode 10 x 20 tokens", work="decode", goals={"transformers": (6.0, 4.5)}, batch_size=8),
@@ -95,6 +96,7 @@ ROWS = (
         name="caption, pixels to texts", work="caption", goals={"transformers": (2.0, 1.7)}, batch_size=4,
         size="large", full=True,
     ),
+    Row(name="stage-1 step, ViT-L/14", work="stage1", goals={_PLAIN: (1.5, None)}, batch_size=8, size="vit-l"),
 )  # fmt: skip
 """A ratio beside the models alone, or the floor, is at most 1: what they take, over what we take."""
 
@@ -192,7 +194,7 @@ def main() -> None:
         rows = [row for row in rows if DATA_JUICER not in row.goals]
         print(DATA_JUICER_MISSING, flush=True)
     options.models.mkdir(parents=True, exist_ok=True)
-    for size in sorted({row.size for row in rows} - {"embedded"}):
+    for size in sorted({row.size for row in rows} & {"base", "large"}):
         make_models(options.models, size)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     found, measured_on = [], machine(options.data_juicer)

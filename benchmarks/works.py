@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks import curation, sides
+from benchmarks import curation, sides, training
 from benchmarks.sides import Case, Pass
 
 SIDES: dict[str, dict[str, Callable[[Case], Pass]]] = {
@@ -19,5 +19,6 @@ SIDES: dict[str, dict[str, Callable[[Case], Pass]]] = {
         "capfilt": curation.OurRun, "script": curation.plain_script, "models alone": curation.our_models_alone,
         "script, one by one": curation.plain_script_one_by_one,
     },
+    "stage1": {"capfilt": training.our_step, "transformers, a pass a loss": training.plain_step},
 }  # fmt: skip
 """Work → side → what builds it."""

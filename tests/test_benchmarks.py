@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import curation, floor
+from benchmarks import curation, floor, training
 from benchmarks.__main__ import ROWS, table
 from benchmarks.sides import Case
 from benchmarks.timing import time_sides
@@ -67,3 +68,34 @@ def test_table_has_a_line_for_each_ratio() -> None:
         "ratios": dict(zip("ab", itertools.repeat(ratio), strict=False)),
     }  # fmt: skip
     assert [line.count("|") for line in table([row, row]).splitlines()] == [11] * 6
+
+
+def test_the_plain_step_of_stage_1_has_the_losses_and_gradients_of_ours() -> None:
+    """With transformers' Q-Former, a pass for each loss: an implementation apart from ours, with the same weights."""
+    case = Case(models=Path("nowhere"), size="tiny", dtype="float32", batch_size=6)
+    sizes = training.SIZES["tiny"]
+    stage = training.build_stage1(case)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)  # lively
+    plain = training.PlainStage1(deepcopy(stage))
+    for module in (stage, plain):
+        module.eval()  # no dropout
+    _, texts = training.draw_batch(case)
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(6, 5, sizes.vision.width, generator=generator)
+    uniform = torch.rand(2, 6, generator=generator)
+    ours, theirs = stage(features, texts, uniform_2B=uniform), plain(features, texts, uniform)
+    for name, loss in theirs.items():
+        assert ours[name].item() == pytest.approx(loss.item(), rel=1e-4), name
+    ours["loss"].backward()
+    torch.stack(list(theirs.values())).sum().backward()
+    pairs = {
+        "query_tokens": (stage.qformer.query_tokens, plain.model.query_tokens),
+        "vision_norm": (stage.vision_norm.weight, plain.norm.weight),
+        "words": (stage.qformer.word_embedding.weight, plain.model.embeddings.word_embeddings.weight),
+        "itm_head": (stage.itm_head.weight, plain.model.itm_head.weight),
+    }
+    for name, (own, other) in pairs.items():
+        torch.testing.assert_close(own.grad, other.grad, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
