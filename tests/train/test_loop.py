@@ -34,12 +34,13 @@ def run_training(
     hook: Hook = lambda _, loss: loss,
     settings: TrainSettings = SETTINGS,
     while_saving: Callable[[], None] = lambda: None,
+    dropout: float = 0.1,
 ) -> TrainSummary:
-    """A small network with dropout on 50 random images; `hook` may change the loss of a step."""
+    """A small network on 50 random images; `hook` may change the loss of a step."""
     images = np.random.default_rng(0).integers(0, 255, (50, 8, 8, 3), dtype=np.uint8)
     dataset = from_arrays(images, [[f"a {i}", f"here is {i}", "c"] for i in range(50)])
     torch.manual_seed(settings.seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Dropout(0.1), nn.LayerNorm(16), nn.Linear(16, 1))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Dropout(dropout), nn.LayerNorm(16), nn.Linear(16, 1))
 
     class Objective(nn.Module):
         def __init__(self) -> None:
@@ -250,3 +251,57 @@ def test_bfloat16_products_give_about_the_same_training(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in weights(tmp_path / "half").values()} == {torch.float32}
     with pytest.raises(FingerprintMismatchError, match="autocast"):
         run_training(tmp_path / "full", settings=replace(SETTINGS, autocast="bfloat16"))
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path: Path) -> None:
+    large = replace(SETTINGS, batch_size=12, random_flip=False, log_every_steps=1, max_steps=6)
+    small = replace(large, batch_size=4, accumulation_steps=3)
+    expected = run_training(tmp_path / "large", settings=large, dropout=0.0)
+    found = run_training(tmp_path / "small", settings=small, dropout=0.0)
+    assert found.last_losses == pytest.approx(expected.last_losses, rel=1e-5)
+    for name, value in weights(tmp_path / "large").items():
+        torch.testing.assert_close(weights(tmp_path / "small")[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_accumulation_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, batch_size=4, accumulation_steps=2)
+    run_training(tmp_path / "whole", settings=settings)
+    with pytest.raises(StopError):
+        run_training(tmp_path / "cut", stop_at(13), settings)
+    run_training(tmp_path / "cut", settings=settings)
+    assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
+
+
+def overflow_at(step: int) -> Hook:
+    """A loss that is finite, but whose gradients are not, scaled or not."""
+
+    def hook(current: int, loss: Tensor) -> Tensor:
+        if current == step:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    return hook
+
+
+def test_float16_passes_over_an_overflow_and_goes_on_with_its_scale(tmp_path: Path) -> None:
+    half = replace(SETTINGS, autocast="float16")
+    full = run_training(tmp_path / "full")
+    found = run_training(tmp_path / "half", settings=half)  # its first steps overflow and are passed over
+    assert found.last_losses == pytest.approx(full.last_losses, rel=0.2)
+    with pytest.raises(StopError):
+        run_training(tmp_path / "cut", lambda step, loss: stop_at(8)(step, overflow_at(3)(step, loss)), half)
+    state = json.loads((tmp_path / "cut" / "checkpoints" / "step-00000005" / "state.json").read_text())
+    assert state["scaler"]["scale"] < 65536, "lowered after the overflow, and kept"
+    run_training(tmp_path / "cut", overflow_at(3), half)
+    run_training(tmp_path / "undisturbed", overflow_at(3), half)
+    assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "undisturbed")
+
+
+def test_float16_refuses_gradients_that_never_are_finite(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, autocast="float16", max_steps=60, save_every_steps=100)
+    with pytest.raises(CapfiltError, match=r"gradient norm .* is not finite"):
+        run_training(tmp_path, lambda _, loss: overflow_at(0)(0, loss), settings)
+
+
+def test_the_plot_is_there_when_the_training_is(undisturbed: tuple[Path, TrainSummary]) -> None:
+    assert (undisturbed[0] / "losses.png").stat().st_size > 5000
