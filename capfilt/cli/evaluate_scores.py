@@ -27,7 +27,7 @@ FirstToken = Annotated[str, typer.Option(help="ITM: enc ([ENC], as trained) or c
 
 def retrieval(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="BLIP filter or stage-1 model: folder, hub id, original .pth.")
+        str, typer.Argument(metavar="MODEL", help="BLIP filter, ALBEF or stage-1 model: folder, hub id, original .pth.")
     ],
     references: Annotated[
         Path,
@@ -49,7 +49,7 @@ def retrieval(
     first_token: FirstToken = "enc",
     resizer: Annotated[
         str | None,
-        typer.Option(help="torchvision or pillow. Unset: torchvision for BLIP, else pillow.", show_default=False),
+        typer.Option(help="torchvision or pillow. Unset: pillow for stage 1, else torchvision.", show_default=False),
     ] = None,
     save_scores: Annotated[
         Path | None,

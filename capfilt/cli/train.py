@@ -18,6 +18,7 @@ from capfilt.cli.training_options import (
 )
 from capfilt.progress import format_seconds
 from capfilt.settings import (
+    AlbefTrainSettings,
     BlipTrainSettings,
     ClipTrainSettings,
     LlmTrainSettings,
@@ -42,8 +43,8 @@ ImageSize = Annotated[
 ]
 
 _FROM_NOTHING = (
-    "text_init", "tokenizer", "patch_size_px", "vision_width", "vision_depth", "text_width", "text_depth",
-    "max_positions", "embed_dim", "head_width",
+    "text_init", "vision_init", "tokenizer", "patch_size_px", "vision_width", "vision_depth", "text_width",
+    "text_depth", "max_positions", "embed_dim", "head_width",
 )  # fmt: skip
 UNUSED_BY_BLIP = ("prompt",)
 UNUSED_BY_CAPTIONER = (*_FROM_NOTHING, "losses", "known_false")
@@ -68,6 +69,9 @@ def blip(
     text_init: Annotated[
         str, typer.Option(metavar="PATH|ID", help="BERT that the text side starts from, with its tokenizer and sizes.")
     ] = BlipTrainSettings.text_init,
+    vision_init: Annotated[
+        str, typer.Option(metavar="PATH|ID", help="ViT or DeiT that the image encoder starts from, with its sizes.")
+    ] = BlipTrainSettings.vision_init,
     image_size_px: ImageSize = BlipTrainSettings.image_size_px,
     patch_size_px: Size = BlipTrainSettings.patch_size_px,
     vision_width: Size = BlipTrainSettings.vision_width,
@@ -139,6 +143,48 @@ def filter_(
     summary = train_filter(open_runs(runs, generation), settings, output, open_progress())
     next_command = f"capfilt filter RUN --filter-model {output}"
     say_result(summary, training_line("filter", summary, output), next_command, as_json=shared["as_json"])
+
+
+@app.command("albef")
+@takes_shared_options(AlbefTrainSettings)
+def albef(
+    runs: Runs,
+    output: Output,
+    generation: TrainedGeneration = None,
+    init: Annotated[
+        str, typer.Option(metavar="PATH|ID", help="ALBEF to go on from: what this command saved, or ALBEF.pth.")
+    ] = AlbefTrainSettings.init,
+    text_init: Annotated[
+        str, typer.Option(metavar="PATH|ID", help="BERT that text and fusion encoder start from.")
+    ] = AlbefTrainSettings.text_init,
+    vision_init: Annotated[
+        str, typer.Option(metavar="PATH|ID", help="ViT that the image encoder starts from: DeiT's .pth, or a folder.")
+    ] = AlbefTrainSettings.vision_init,
+    tokenizer: Annotated[
+        str, typer.Option(metavar="PATH|ID", help="BERT-style tokenizer, where there is no --init and no --text-init.")
+    ] = AlbefTrainSettings.tokenizer,
+    image_size_px: ImageSize = AlbefTrainSettings.image_size_px,
+    patch_size_px: Size = AlbefTrainSettings.patch_size_px,
+    vision_width: Size = AlbefTrainSettings.vision_width,
+    vision_depth: Size = AlbefTrainSettings.vision_depth,
+    text_width: Size = AlbefTrainSettings.text_width,
+    text_depth: Size = AlbefTrainSettings.text_depth,
+    fusion_depth: Size = AlbefTrainSettings.fusion_depth,
+    embed_dim: Size = AlbefTrainSettings.embed_dim,
+    head_width: Size = AlbefTrainSettings.head_width,
+    max_text_tokens: MaxTextTokens = AlbefTrainSettings.max_text_tokens,
+    save_original: Annotated[
+        bool, typer.Option("--save-original", help="Write albef.pth too, in the original release's layout.")
+    ] = AlbefTrainSettings.save_original,
+    **shared: Unpack[SharedOptions],
+) -> None:
+    """ALBEF pre-training (ITC, ITM, MLM)."""
+    settings = training_settings(AlbefTrainSettings, locals())
+    from capfilt.train.albef import train_albef
+
+    summary = train_albef(open_runs(runs, generation), settings, output, open_progress())
+    next_command = f"capfilt evaluate retrieval {output} --references FILE"
+    say_result(summary, training_line("albef", summary, output), next_command, as_json=shared["as_json"])
 
 
 EncoderDtype = Annotated[str, typer.Option(help="Frozen image encoder: auto, float32, bfloat16 or float16.")]

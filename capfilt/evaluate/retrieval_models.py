@@ -28,6 +28,7 @@ from capfilt.models.packed import pack_linears
 from capfilt.models.text_layout import TextLayout
 from capfilt.models.vit import VisionTransformer, count_encoder_bytes
 from capfilt.train.saved import SavedStage1, load_stage1
+from capfilt.weights.albef import is_original_albef, load_albef
 from capfilt.weights.blip import load_blip
 from capfilt.weights.devices import (
     choose_batch_size,
@@ -41,6 +42,9 @@ from capfilt.weights.model_files import ImagePreparation, read_config
 STAGE1_MAX_TOKENS = 32
 """Longest text given to a stage-1 model, special tokens included (BLIP-2's released code: 32)."""
 
+ALBEF_MAX_TOKENS = 30
+"""Longest text given to an ALBEF, special tokens included (ALBEF's released code: 30)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions:
@@ -51,8 +55,8 @@ class RetrievalOptions:
     dtype: str = "float32"
     """float32, bfloat16, float16 or auto. Reduced precision rounds scores: close candidates change places."""
     resizer: str | None = None
-    """torchvision or pillow; None for what the kind of model is trained and curated with: torchvision for BLIP, pillow
-    for stage 1."""
+    """torchvision or pillow; None for what the kind of model is trained and curated with: torchvision for BLIP and
+    ALBEF, pillow for stage 1."""
     first_token: str = "enc"
     """BLIP's first token in ITM: enc ([ENC], as trained) or cls (as transformers feeds it)."""
     image_batch_size: int | None = None
@@ -191,9 +195,50 @@ class Stage1Retrieval:
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
 
 
+class AlbefRetrieval:
+    """An ALBEF: ITC from the text encoder's [CLS], ITM from the fusion encoder's (ALBEF §3.2)."""
+
+    def __init__(self, name: str, options: RetrievalOptions) -> None:
+        """Load it. Raises UsageError where it cannot be had."""
+        self.device = choose_device(options.device)
+        dtype = choose_inference_dtype(options.dtype, self.device)
+        loaded = load_albef(name, device=self.device, dtype=dtype, resizer=options.resizer or ImagePreparation.resizer)
+        self._model, self._tokenizer, self._preparation = loaded.model, loaded.tokenizer, loaded.preparation
+        self._max_tokens = min(ALBEF_MAX_TOKENS, self._model.config.max_positions)
+        self.image_batch_size = _image_batch_size(options, self.device, self._model.vision, dtype)
+        self.computing = describe_computing(dtype, self.device)
+
+    def prepare(self, picture: Image) -> Tensor:
+        return pinned(to_square(picture, self._preparation), self.device)
+
+    @torch.inference_mode()
+    def encode_images(self, prepared: Sequence[Tensor]) -> Tensor:
+        return self._model.vision(normalise(prepared, self._preparation, self._model.vision.class_embedding))
+
+    @torch.inference_mode()
+    def embed_images(self, features_BPD: Tensor) -> Tensor:
+        return self._model.embed_images(features_BPD)[:, None].float()
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return _tokenize(self._tokenizer, texts, self._max_tokens)
+
+    @torch.inference_mode()
+    def embed_texts(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        tokens_BT, mask_BT = _padded(tokens, self._model.config.pad_token_id, self.device)
+        return self._model.embed_texts(self._model.text.encode(tokens_BT, mask_BT)).float()
+
+    @torch.inference_mode()
+    def itm_logits(self, features_BPD: Tensor, images: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        tokens_RT, mask_RT = _padded(tokens, self._model.config.pad_token_id, self.device)
+        image_of_row = torch.tensor(images, device=self.device)
+        layout = TextLayout(image_of_row, num_images=len(features_BPD), num_tokens=tokens_RT.shape[1])
+        return self._model.itm_logits(features_BPD, tokens_RT, mask_RT, layout=layout)[:, 1].float()
+
+
 RETRIEVAL_MODELS: dict[str, Callable[[str, RetrievalOptions], RetrievalModel]] = {
     "blip": BlipRetrieval,
     "blip-2": Stage1Retrieval,
+    "albef": AlbefRetrieval,
 }
 """`model_type` in config.json → the class that runs such a model."""
 
@@ -206,8 +251,8 @@ def load_retrieval_model(name: str, options: RetrievalOptions) -> RetrievalModel
 def kind_of(name: str) -> str:
     """The entry of RETRIEVAL_MODELS that a model's files ask for. Raises UsageError for others."""
     path = Path(name).expanduser()
-    if path.is_file():
-        return "blip"  # an original .pth, which names no kind; its reader says what it expects
+    if path.is_file():  # an original .pth, which names no kind; its reader says what it expects
+        return "albef" if is_original_albef(path) else "blip"
     folder = find_model_dir(
         name, "retrieval model", embedded="filter", give="a folder, a hub id (owner/name), an original .pth"
     )
@@ -215,8 +260,8 @@ def kind_of(name: str) -> str:
     if kind not in RETRIEVAL_MODELS:
         known = ", ".join(repr(known) for known in RETRIEVAL_MODELS)
         raise UsageError(
-            f"{folder} is a {kind!r} model; expected one of {known}. Give a BLIP filter (`capfilt train filter`) or a "
-            "stage-1 model (`capfilt train stage1`)."
+            f"{folder} is a {kind!r} model; expected one of {known}. Give a BLIP filter (`capfilt train filter`), a "
+            "stage-1 model (`capfilt train stage1`) or an ALBEF (`capfilt train albef`)."
         )
     return kind
 

@@ -12,48 +12,22 @@ In: images and token ids. Out: the losses ITC, ITM and LM (BLIP §3.2).
 Deviation from the released code: images and texts of all ranks are negatives, of ITM too.
 
 Legend: B images of this rank, A of all ranks, R texts of them (a multiple of B), T tokens, P patches, D width,
-E embedding, K places in the queue, V vocabulary.
+E embedding, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from capfilt.models.losses import draw_hard_negatives, itc_loss, itm_loss, lm_loss, soft_itc_loss, soft_targets
+from capfilt.models.contrast import Contrast, ImageTextContrast
+from capfilt.models.losses import itm_loss, lm_loss
 from capfilt.models.med import Captioner, Filter, KeyValue, MEDConfig, tie_decoder
-from capfilt.models.momentum import FeatureQueue, follow, similarities_to_queue, slow_copy
+from capfilt.models.momentum import FeatureQueue, MomentumConfig, follow, slow_copy
 from capfilt.models.ranks import ALONE, Ranks
 from capfilt.models.vit import VisionTransformer
-
-
-@dataclass(frozen=True)
-class MomentumConfig:
-    """Momentum encoders of ITC."""
-
-    rate: float = 0.995
-    """Share of its old weights that a momentum encoder keeps in a step (ALBEF §3.5, BLIP: 0.995)."""
-    queue_size: int = 57600
-    """Pairs of features that are contrasted with, beside the batch (BLIP's released code: 57,600)."""
-
-
-class ImageTextContrast(nn.Module):
-    """The learned temperature of ITC (0.07 at first, kept in 0.001 to 0.5, as BLIP's released code does)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.temperature = nn.Parameter(torch.tensor([0.07]))  # one entry: FSDP shards no scalars
-
-    def clamped(self) -> Tensor:
-        """The temperature within its bounds."""
-        return self.temperature.clamp(0.001, 0.5)
-
-    def forward(self, own_BE: Tensor, others_AE: Tensor) -> Tensor:
-        """Similarities over temperature (B, A)."""
-        return own_BE @ others_AE.T / self.clamped()
 
 
 class MomentumEncoders(nn.Module):
@@ -82,15 +56,6 @@ class MomentumEncoders(nn.Module):
     def train(self, mode: bool = True) -> MomentumEncoders:
         """The copies stay in eval mode, without dropout."""
         return super().train(False)
-
-
-@dataclass(frozen=True)
-class _Contrast:
-    """Similarities over temperature (B, K) of images to texts and back, and the targets of ITC; None for one-hot."""
-
-    i2t: Tensor
-    t2i: Tensor
-    targets: tuple[Tensor, Tensor] | None
 
 
 class FilterLosses(nn.Module):
@@ -132,14 +97,10 @@ class FilterLosses(nn.Module):
         contrast = self._contrast(images_BCHW, features_BPD, tokens_BT, alpha, ranks)
         found: dict[str, Tensor] = {}
         if "itc" in losses:
-            found["itc"] = self._itc(contrast, ranks)
+            found["itc"] = contrast.loss()
         if "itm" in losses:
-            by_text, by_image = uniform_2B if uniform_2B is not None else (None, None)
             all_tokens_AT = ranks.gather(tokens_BT)
-            same_text_BA = (tokens_BT[:, None] == all_tokens_AT[None]).all(dim=2)
-            num_all, offset = len(all_tokens_AT), ranks.offset(len(tokens_BT))
-            other_text = draw_hard_negatives(contrast.i2t[:, :num_all].detach(), same_text_BA, by_text, offset=offset)
-            other_image = draw_hard_negatives(contrast.t2i[:, :num_all].detach(), same_text_BA, by_image, offset=offset)
+            other_text, other_image = contrast.hard_negatives(tokens_BT, all_tokens_AT, uniform_2B)
             negative_BT = all_tokens_AT[other_text]
             if false_tokens_BT is not None:
                 is_known = (false_tokens_BT != self.model.encoder.config.pad_token_id).any(dim=1, keepdim=True)
@@ -149,39 +110,13 @@ class FilterLosses(nn.Module):
 
     def _contrast(
         self, images_BCHW: Tensor, features_BPD: Tensor, tokens_BT: Tensor, alpha: Tensor | float, ranks: Ranks
-    ) -> _Contrast:
+    ) -> Contrast:
         mask_BT = tokens_BT != self.model.encoder.config.pad_token_id
-        images_BE = self.model.embed_images(features_BPD)
-        texts_BE = self.model.embed_texts(tokens_BT, mask_BT)
+        embedded = self.model.embed_images(features_BPD), self.model.embed_texts(tokens_BT, mask_BT)
         if self.momentum is None:
-            i2t, t2i = (
-                self.contrast(images_BE, ranks.gather(texts_BE)),
-                self.contrast(texts_BE, ranks.gather(images_BE)),
-            )
-            return _Contrast(i2t, t2i, None)
-        offset = ranks.offset(len(tokens_BT))
-        slow_images_BE, slow_texts_BE = self.momentum.embed(images_BCHW, tokens_BT, mask_BT)
-        slow_images_AE, slow_texts_AE = ranks.gather(slow_images_BE), ranks.gather(slow_texts_BE)
-        queued_images, queued_texts = self.momentum.queue.features()
-
-        def similarities(own_BE: Tensor, others_AE: Tensor, queued_KE: Tensor) -> Tensor:
-            queued_BK = similarities_to_queue(own_BE, queued_KE, self.contrast.clamped())
-            return torch.cat([self.contrast(own_BE, others_AE).float(), queued_BK], dim=1)
-
-        with torch.no_grad():
-            slow_i2t = similarities(slow_images_BE, slow_texts_AE, queued_texts)
-            slow_t2i = similarities(slow_texts_BE, slow_images_AE, queued_images)
-        targets = soft_targets(slow_i2t, alpha, offset=offset), soft_targets(slow_t2i, alpha, offset=offset)
-        i2t = similarities(images_BE, slow_texts_AE, queued_texts)
-        t2i = similarities(texts_BE, slow_images_AE, queued_images)
-        self.momentum.queue.hold(slow_images_AE, slow_texts_AE)
-        return _Contrast(i2t, t2i, targets)
-
-    def _itc(self, contrast: _Contrast, ranks: Ranks) -> Tensor:
-        i2t, t2i = contrast.i2t, contrast.t2i
-        if contrast.targets is None:
-            return itc_loss(i2t.float(), t2i.float(), offset=ranks.offset(len(i2t)))
-        return soft_itc_loss(i2t, t2i, contrast.targets)
+            return self.contrast.within_batch(embedded, ranks)
+        slow = self.momentum.embed(images_BCHW, tokens_BT, mask_BT)
+        return self.contrast.with_queue(embedded, slow, self.momentum.queue, alpha, ranks)
 
     def _itm(
         self, features_BPD: Tensor, tokens_BT: Tensor, negative_BT: Tensor, other_image: Tensor, ranks: Ranks

@@ -45,8 +45,8 @@ def transformers_names(kind: Kind, *, vision_depth: int, text_depth: int) -> dic
     names = {f"vision.{ours}": theirs for ours, theirs in vision_names(vision_depth).items()}
     names |= _pair("vision.norm", "vision_model.post_layernorm")
     if kind == "captioner":
-        return names | _text_names("decoder", "text_decoder.bert", text_depth) | _head_names()
-    names |= _text_names("encoder", "text_encoder", text_depth)
+        return names | text_names("decoder", "text_decoder.bert", text_depth) | _head_names()
+    names |= text_names("encoder", "text_encoder", text_depth)
     for ours, theirs in (
         ("vision_projection", "vision_proj"),
         ("text_projection", "text_proj"),
@@ -90,7 +90,7 @@ def med_from_bert(state: Mapping[str, Tensor], depth: int) -> State:
     prefix = find_text_encoder(state)
     names = {
         ours.removeprefix("med."): theirs.replace("bert.", prefix, 1)
-        for ours, theirs in _text_names("med", "bert", depth).items()
+        for ours, theirs in text_names("med", "bert", depth).items()
         if "cross" not in ours
     }
     if missing := sorted(set(names.values()) - state.keys()):
@@ -201,8 +201,8 @@ def _pair(ours: str, theirs: str) -> dict[str, str]:
     return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
 
 
-def _text_names(ours: str, theirs: str, depth: int) -> dict[str, str]:
-    """Names of a `TextTransformer` → BERT's layout with cross-attention."""
+def text_names(ours: str, theirs: str, depth: int, *, first_cross_layer: int = 0) -> dict[str, str]:
+    """Names of a `TextTransformer` → BERT's layout, with cross-attention from a layer on."""
     names = {
         f"{ours}.word_embedding.weight": f"{theirs}.embeddings.word_embeddings.weight",
         f"{ours}.position_embedding.weight": f"{theirs}.embeddings.position_embeddings.weight",
@@ -211,6 +211,8 @@ def _text_names(ours: str, theirs: str, depth: int) -> dict[str, str]:
     for index in range(depth):
         our_layer, their_layer = f"{ours}.layers.{index}", f"{theirs}.encoder.layer.{index}"
         for our_part, their_part in (("self", "attention"), ("cross", "crossattention")):
+            if our_part == "cross" and index < first_cross_layer:
+                continue
             for matrix in ("query", "key", "value"):
                 names |= _pair(
                     f"{our_layer}.{our_part}_attention.{matrix}", f"{their_layer}.{their_part}.self.{matrix}"

@@ -98,5 +98,32 @@ def lm_loss(logits_NV: Tensor, target_N: Tensor, *, label_smoothing: float = 0.1
     With several ranks, averaged over them, it is the mean over the positions of all.
     """
     total = F.cross_entropy(logits_NV.float(), target_N, label_smoothing=label_smoothing, reduction="sum")
-    count = torch.tensor(float(len(target_N)), device=logits_NV.device)
-    return total / ranks.mean(count).clamp(min=1.0)
+    return _mean_over_all(total, len(target_N), ranks)
+
+
+def mlm_loss(
+    logits_NV: Tensor,
+    target_N: Tensor,
+    momentum_logits_NV: Tensor | None = None,
+    *,
+    alpha: Tensor | float = 0.0,
+    ranks: Ranks = ALONE,
+) -> Tensor:
+    """Masked language modelling loss with momentum pseudo-labels (ALBEF §3.2, §3.3).
+
+    (1 - alpha) · cross-entropy with the masked tokens + alpha · cross-entropy with the softmax of what the momentum
+    model says of them, the mean over the masked tokens. ALBEF's equation 7 has the KL divergence for the latter, whose
+    gradients are the same; its released code has the cross-entropy. Without momentum logits alpha counts as 0.
+
+    With several ranks, averaged over them, it is the mean over the masked tokens of all.
+    """
+    total = F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
+    if momentum_logits_NV is not None:
+        soft_NV = momentum_logits_NV.detach().float().softmax(dim=1)
+        total = (1 - alpha) * total + alpha * F.cross_entropy(logits_NV.float(), soft_NV, reduction="sum")
+    return _mean_over_all(total, len(target_N), ranks)
+
+
+def _mean_over_all(total: Tensor, count: int, ranks: Ranks) -> Tensor:
+    """A sum over this rank's tokens as a part of the mean over those of all ranks; 0 where there are none."""
+    return total / ranks.mean(torch.tensor(float(count), device=total.device)).clamp(min=1.0)

@@ -32,11 +32,11 @@ from capfilt.models.vit import VisionTransformer, ViTConfig, count_encoder_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class MEDConfig:
-    """Sizes of MED's text side; the defaults are BLIP-base (BERT-base with two added tokens)."""
+class TextConfig:
+    """Sizes of BERT-like layers of text; the defaults are BERT-base."""
 
-    vocab_size: int = 30524
-    """Tokens, [DEC] and [ENC] included."""
+    vocab_size: int = 30522
+    """Tokens."""
     width: int = 768
     """Width of a text feature."""
     depth: int = 12
@@ -57,6 +57,14 @@ class MEDConfig:
     """[PAD]."""
     sep_token_id: int = 102
     """[SEP], the end of a text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEDConfig(TextConfig):
+    """Sizes of MED's text side; the defaults are BLIP-base (BERT-base with two added tokens)."""
+
+    vocab_size: int = 30524
+    """Tokens, [DEC] and [ENC] included."""
     dec_token_id: int = 30522
     """[DEC], first token of a text to be decoded."""
     enc_token_id: int = 30523
@@ -150,15 +158,19 @@ class FeedForward(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """Post-norm layer: self-attention, cross-attention to the image if there is one, feed-forward."""
+    """Post-norm layer: self-attention, cross-attention to the image if there is one, feed-forward.
 
-    def __init__(self, config: MEDConfig) -> None:
+    A layer that is made not to attend to images has no weights for it, and must be given none.
+    """
+
+    def __init__(self, config: TextConfig, *, attends_to_image: bool = True) -> None:
         super().__init__()
         eps = config.layer_norm_eps
         self.self_attention = Attention(config.width, config.num_heads, config.width)
         self.self_norm = nn.LayerNorm(config.width, eps=eps)
-        self.cross_attention = Attention(config.width, config.num_heads, config.vision_width)
-        self.cross_norm = nn.LayerNorm(config.width, eps=eps)
+        if attends_to_image:
+            self.cross_attention = Attention(config.width, config.num_heads, config.vision_width)
+            self.cross_norm = nn.LayerNorm(config.width, eps=eps)
         self.feed_forward = FeedForward(config.width, config.mlp_width)
         self.norm = nn.LayerNorm(config.width, eps=eps)
         self.dropout = nn.Dropout(config.dropout)
@@ -286,7 +298,7 @@ class TextTransformer(nn.Module):
 class LanguageModelHead(nn.Module):
     """Text features to next-token logits; the last matrix is the word embedding (BERT's MLM head)."""
 
-    def __init__(self, config: MEDConfig, word_embedding: nn.Embedding) -> None:
+    def __init__(self, config: TextConfig, word_embedding: nn.Embedding) -> None:
         super().__init__()
         self.transform = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)

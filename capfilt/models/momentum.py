@@ -13,6 +13,7 @@ Legend: B pairs on this rank, A pairs on all ranks, K places in the queue, E emb
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
@@ -22,6 +23,16 @@ NEVER = -1e4
 """Similarity over temperature of what is not there: far below that of any two features (at least -1 / 0.001)."""
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class MomentumConfig:
+    """Momentum encoders and their queue."""
+
+    rate: float = 0.995
+    """Share of its old weights that a momentum encoder keeps in a step (ALBEF §3.5, BLIP: 0.995)."""
+    queue_size: int = 57600
+    """Pairs of features that are contrasted with, beside the batch (released codes: BLIP 57,600, ALBEF 65,536)."""
 
 
 def slow_copy(module: Module) -> Module:
@@ -74,3 +85,14 @@ class FeatureQueue(nn.Module):
                 queued.index_copy_(0, rows, features.to(queued.dtype))
             place.copy_((place + len(rows)) % self.size)
         self._held.clear()
+
+    @torch.no_grad()
+    def take_over(self, images_KE: Tensor, texts_KE: Tensor, place: int) -> None:
+        """Start with the features of an earlier queue, whose oldest lie at `place`: the newest that fit."""
+        for queued, features_KE in zip(self.features(), (images_KE, texts_KE), strict=True):
+            if len(features_KE) != self.size:
+                features_KE = features_KE.roll(-place, dims=0)[-self.size :]
+            queued.zero_()
+            queued[: len(features_KE)] = features_KE.to(queued)
+        fits_exactly = len(images_KE) == self.size
+        cast(Tensor, self.place).fill_(place if fits_exactly else min(len(images_KE), self.size) % self.size)

@@ -4,6 +4,7 @@ A setting has a sentence, its unit and where its default comes from. The command
 these classes.
 """
 
+from capfilt.settings.albef import AlbefTrainSettings
 from capfilt.settings.checks import DECODINGS, DEVICES, DTYPES, EMBEDDED
 from capfilt.settings.curation import CaptionSettings, DownloadSettings, FilterSettings, RankSettings
 from capfilt.settings.generation import GenerationSettings
@@ -21,6 +22,7 @@ __all__ = [
     "DEVICES",
     "DTYPES",
     "EMBEDDED",
+    "AlbefTrainSettings",
     "BlipTrainSettings",
     "CaptionSettings",
     "ClipTrainSettings",

@@ -91,6 +91,9 @@ class BlipTrainSettings(TrainSettings):
     text_init: str = ""
     """Pre-training: folder or hub id of a BERT whose weights text encoder and decoder start from, with its sizes and
     tokenizer (BLIP §4.1: google-bert/bert-base-uncased); cross-attention starts at random."""
+    vision_init: str = ""
+    """Pre-training: a published Vision Transformer that the image encoder starts from, with its sizes (BLIP §4.1): file
+    in timm's layout, folder or hub id of transformers' ViT or timm's."""
     tokenizer: str = ""
     """Folder or hub id of a BERT-style tokenizer; [DEC] and [ENC] are added where it lacks them (BLIP's released
     code: to bert-base-uncased). Needed where init and text_init are empty."""

@@ -40,6 +40,10 @@ class Cursor:
     epoch: int = 0
     position: int = 0
 
+    def num_epochs(self, num_images: int) -> float:
+        """Epochs of so many images that lie before it."""
+        return self.epoch + self.position / num_images
+
 
 @dataclass
 class Batch:

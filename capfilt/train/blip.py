@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from capfilt.data.rundir import RunDir
-from capfilt.models.blip import CaptionerLosses, FilterLosses, FineTuning, MomentumConfig
+from capfilt.models.blip import CaptionerLosses, FilterLosses, FineTuning
 from capfilt.models.med import Captioner, Filter
+from capfilt.models.momentum import MomentumConfig
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.batches import Batch, Draws, draw, draw_captions, iterate_batches
 from capfilt.train.blip_start import load_part, origin_digest, start_blip
 from capfilt.train.loop import TrainSummary, train
+from capfilt.train.optim import ramped_alpha
 from capfilt.train.pairs import RunPairs, read_pairs, runs_digest
 from capfilt.train.processes import Processes, join_processes
 from capfilt.weights.blip import LoadedBlip, save_blip
@@ -173,14 +175,9 @@ class _Inputs:
         if self.part.contrast is not None:
             inputs["false_tokens_BT"] = None if false_tokens_BT is None else false_tokens_BT.to(device)
             inputs["uniform_2B"] = draws.uniform(2, len(batch.keys)).to(device)
-            inputs["alpha"] = self._alpha(batch)
+            num_epochs = batch.cursor.num_epochs(len(self.dataset.keys))
+            inputs["alpha"] = ramped_alpha(settings.alpha, settings.alpha_epochs, num_epochs)
         return inputs
-
-    def _alpha(self, batch: Batch) -> float:
-        """The weight of the momentum encoders' similarities, which rises over the first epochs."""
-        settings = self.settings
-        epochs = batch.cursor.epoch + batch.cursor.position / len(self.dataset.keys)
-        return settings.alpha * min(1.0, epochs / settings.alpha_epochs if settings.alpha_epochs else 1.0)
 
 
 def _captions_of(dataset: RunPairs, batch: Batch, settings: BlipTrainSettings) -> list[str]:

@@ -29,6 +29,7 @@ from capfilt.weights.model_files import (
     tokenizer_digest,
     weights_digest,
 )
+from capfilt.weights.vit import build_vision, load_vit_start
 
 DEFAULT_IMAGE_SIZE_PX = 224
 """From nothing (BLIP §4.1: 224 in pre-training)."""
@@ -45,6 +46,7 @@ def origin_digest(settings: BlipTrainSettings, part: str) -> str:
     """What training starts from: both parts, one, or the tokenizer alone."""
     if not settings.init:
         named = [weights_digest(_text_dir(settings.text_init))] if settings.text_init else []
+        named += [load_vit_start(settings.vision_init).digest] if settings.vision_init else []
         return " ".join([*named, tokenizer_digest(_tokenizer_dir(settings.tokenizer or settings.text_init))])
     folders = _both_parts(settings.init).values() if part == "blip" else [part_of(settings.init, part)]
     return " ".join(weights_digest(folder) for folder in folders)
@@ -143,29 +145,36 @@ def _start_anew(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
             "from, a BERT to start from (google-bert/bert-base-uncased), or a tokenizer to start from nothing."
         )
     tokenizer = _blip_tokenizer(settings.tokenizer or settings.text_init)
-    side = settings.image_size_px or DEFAULT_IMAGE_SIZE_PX
-    vision = ViTConfig(
-        image_size_px=side, patch_size_px=settings.patch_size_px, width=settings.vision_width,
-        depth=settings.vision_depth, num_heads=settings.vision_width // settings.head_width,
-        mlp_width=4 * settings.vision_width,
-    )  # fmt: skip
-    text = _text_sizes(settings, tokenizer)
+    vision = _new_vision(settings)
     model = Blip(
-        VisionTransformer(vision),
-        text,
+        vision,
+        _text_sizes(settings, tokenizer, vision.config.width),
         embed_dim=settings.embed_dim,
         label_smoothing=settings.label_smoothing,
     )
     if settings.text_init:
         _copy_bert(model, _text_dir(settings.text_init))
-    return model, LoadedBlip(model.captioner, tokenizer, ImagePreparation(side))
+    return model, LoadedBlip(model.captioner, tokenizer, ImagePreparation(vision.config.image_size_px))
 
 
-def _text_sizes(settings: BlipTrainSettings, tokenizer: Any) -> MEDConfig:
+def _new_vision(settings: BlipTrainSettings) -> VisionTransformer:
+    """A published ViT (BLIP §4.1: DeiT's or ViT's, pre-trained on ImageNet), or one of the settings' sizes."""
+    side = settings.image_size_px or DEFAULT_IMAGE_SIZE_PX
+    if settings.vision_init:
+        return build_vision(load_vit_start(settings.vision_init, image_size_px=side))
+    sizes = ViTConfig(
+        image_size_px=side, patch_size_px=settings.patch_size_px, width=settings.vision_width,
+        depth=settings.vision_depth, num_heads=settings.vision_width // settings.head_width,
+        mlp_width=4 * settings.vision_width,
+    )  # fmt: skip
+    return VisionTransformer(sizes)
+
+
+def _text_sizes(settings: BlipTrainSettings, tokenizer: Any, vision_width: int) -> MEDConfig:
     """Those of the BERT to start from, else of the settings."""
     names = tokenizer.get_vocab()
     special: dict[str, Any] = {
-        "vocab_size": len(tokenizer), "vision_width": settings.vision_width,
+        "vocab_size": len(tokenizer), "vision_width": vision_width,
         "pad_token_id": tokenizer.pad_token_id, "sep_token_id": tokenizer.sep_token_id,
         "dec_token_id": names["[DEC]"], "enc_token_id": names["[ENC]"],
     }  # fmt: skip

@@ -119,6 +119,11 @@ def learning_rate_at(step: int, settings: TrainSettings) -> float:
     return settings.min_learning_rate + span * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
+def ramped_alpha(alpha: float, alpha_epochs: float, num_epochs: float) -> float:
+    """Weight of the momentum encoders' targets after so many epochs: it rises from 0 over the first `alpha_epochs`."""
+    return alpha * min(1.0, num_epochs / alpha_epochs if alpha_epochs else 1.0)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate

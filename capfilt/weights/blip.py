@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from capfilt.data.commit import file_sha256
 from capfilt.errors import UsageError
@@ -39,8 +38,9 @@ from capfilt.weights.model_files import (
     read_config,
     read_image_processor,
     read_preparation,
-    read_torch_file,
+    read_tensors,
     read_weights,
+    refuse_odd_shapes,
 )
 
 BLIP_PROMPT = "a picture of "
@@ -165,7 +165,7 @@ def save_blip(
     if prompt is not None:
         config["capfilt_prompt"] = prompt
     _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", _preprocessor(side.preparation))
+    _write_json(folder / "preprocessor_config.json", preprocessor_config(side.preparation))
     side.tokenizer.save_pretrained(folder)
     state = to_transformers(model.state_dict(), kind, vision_depth=vit.depth, text_depth=med.depth)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
@@ -184,10 +184,7 @@ def _find_blip(name: str, kind: Kind) -> Path:
 
 def _read_original(path: Path, kind: Kind) -> tuple[State, Sizes]:
     """The weights of an original .pth by transformers' names, and the sizes they tell."""
-    content = read_torch_file(path)
-    state = content.get("model", content)
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UsageError(f"{path} holds no weights under `model`. Give an original BLIP checkpoint.")
+    state = read_tensors(path)
     return original_to_transformers(state, kind), sizes_from_original(state, kind)
 
 
@@ -201,14 +198,7 @@ def _our_weights(state: State, kind: Kind, model: Captioner | Filter, sizes: Siz
     """A state dict of `model` from transformers'; refuses missing, unknown and odd weights."""
     vit, med, _ = sizes
     ours = from_transformers(state, kind, vision_depth=vit.depth, text_depth=med.depth)
-    expected = model.state_dict()
-    odd = [
-        f"{name} {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-        for name, tensor in ours.items()
-        if tensor.shape != expected[name].shape
-    ]
-    if odd:
-        raise UsageError(f"{len(odd)} weights do not have the sizes of the config: {'; '.join(odd[:5])}.")
+    refuse_odd_shapes(ours, model.state_dict())
     return ours
 
 
@@ -245,7 +235,8 @@ def _load_tokenizer(folder: Path, med: MEDConfig) -> Any:
     return tokenizer
 
 
-def _preprocessor(preparation: ImagePreparation) -> dict[str, Any]:
+def preprocessor_config(preparation: ImagePreparation) -> dict[str, Any]:
+    """preprocessor_config.json of how images are prepared."""
     side = preparation.image_size_px
     return {
         "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor",

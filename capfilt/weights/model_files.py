@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,28 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def refuse_odd_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """UsageError naming weights that do not have the shapes of their places in `expected`."""
+    odd = [
+        f"{name} {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+        for name, tensor in found.items()
+        if tensor.shape != expected[name].shape
+    ]
+    if odd:
+        raise UsageError(f"{len(odd)} weights do not have the sizes of the config: {'; '.join(odd[:5])}.")
+
+
+def read_tensors(path: Path) -> State:
+    """The weights in a file: safetensors, or a .pth that has them under `model` or by themselves."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    content = read_torch_file(path)
+    state = content.get("model", content)
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UsageError(f"{path} holds no weights under `model`. Give a checkpoint as it was released.")
+    return state
+
+
 def weights_digest(folder: Path) -> str:
     """sha256 over config, tokenizer and weights of a folder, an image encoder's inside it included.
 
@@ -146,14 +168,18 @@ def _digest(folder: Path, patterns: Iterable[str]) -> str:
 
 
 def load_tokenizer(folder: Path, *, is_bert: bool = False) -> Any:
-    """The tokenizer of a folder; `is_bert` says which class it has where tokenizer_config.json does not."""
-    from transformers import AutoTokenizer, BertTokenizer
+    """The tokenizer of a folder; `is_bert` says which class it has where tokenizer_config.json does not.
+
+    What kind of model lies beside it does not count then: transformers need not know it.
+    """
+    from transformers import AutoTokenizer, BertConfig, BertTokenizer
 
     try:
         if is_bert and not (folder / "tokenizer_config.json").is_file():
             tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            known = {"config": BertConfig()} if is_bert else {}
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **known)
     except Exception as error:  # the tokenizers' errors have no common base
         raise UsageError(f"{folder} has no readable tokenizer ({first_line(error)}). Add tokenizer.json.") from error
     tokenizer.init_kwargs["local_files_only"] = False  # saving keeps it; where it was read is no property of it

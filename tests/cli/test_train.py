@@ -64,7 +64,27 @@ def test_fine_tuning(folder: Path, part: str) -> None:
     assert (folder / f"tuned-{part}" / "config.json").exists()
 
 
-TRAININGS = ("blip", "captioner", "filter", "stage1", "stage2", "clip", "llm")
+def test_albef_from_the_command_line(folder: Path) -> None:
+    output, bert = folder / "albef", small_models.save_bert(folder / "bert")
+    sizes = ("--vision-width", 32, "--vision-depth", 1, "--head-width", 16, "--patch-size-px", 8, "--embed-dim", 8)
+    sizes += ("--text-depth", 1, "--fusion-depth", 1, "--image-size-px", 32, "--set", "queue_size=16")
+    command = ("train", "albef", folder / "run", "--text-init", bert, "--output", output, *STEPS, *sizes)
+    refused = capfilt(*command, "--save-original")
+    assert (refused.code, "Attention heads of width 16 (image) and 8 (text)" in refused.err) == (2, True), refused.err
+    done = capfilt(*command)
+    assert done.code == 0, done.err
+    assert "albef: 2 steps, loss" in done.out
+    assert f"Next: capfilt evaluate retrieval {output}" in done.err
+    init = ("--init", output, "--output", folder / "albef-2", "--set", "losses=itc,mlm", "--json")
+    done = capfilt("train", "albef", folder / "run", *init, *STEPS)
+    assert done.code == 0, done.err
+    assert set(done.json()["last_losses"]) == {"itc", "mlm", "loss"}
+    recalls = capfilt("evaluate", "retrieval", folder / "albef-2", "--references", folder / "run", "--k-test", 4)
+    assert recalls.code == 0, recalls.err
+    assert capfilt("train", "albef", folder / "run", "--output", folder / "none").code == 2
+
+
+TRAININGS = ("blip", "captioner", "filter", "albef", "stage1", "stage2", "clip", "llm")
 WHAT_IT_NEEDS = {
     "captioner": ("--init", "x"), "filter": ("--init", "x"), "stage2": ("--init", "x", "--llm", "x"),
     "clip": ("--tokenizer", "x"), "llm": ("--tokenizer", "x"),

@@ -21,9 +21,11 @@ from capfilt.evaluate.retrieval_models import RetrievalOptions, load_retrieval_m
 from capfilt.models.blip2 import Stage1
 from capfilt.models.qformer import QFormerConfig
 from capfilt.train.saved import save_stage1
+from capfilt.weights.albef import load_trainable_albef, save_albef
 from capfilt.weights.image_encoders import load_image_encoder
 from capfilt.weights.model_files import load_tokenizer
 from tests import factories
+from tests.models.small_vits import build_original_albef, build_their_encoders, build_timm
 from tests.train import small_models
 
 CPU = torch.device("cpu")
@@ -274,6 +276,44 @@ def test_stage1_is_that_of_transformers(stage1_dir: Path) -> None:
     assert (all_scores(stage1_dir)[0] - cosines).abs().max() > 0, "pillow resizes a little otherwise"
 
 
+@pytest.fixture(scope="module")
+def albef_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ALBEF.pth with BERT's tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("retrieval") / "albef"
+    folder.mkdir()
+    factories.save_tokenizer(folder)
+    torch.save({"model": build_original_albef(len(factories.VOCABULARY))}, folder / "ALBEF.pth")
+    save_albef(folder / "ours", load_trainable_albef(str(folder / "ALBEF.pth")))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ALBEF.pth", "ours"])
+@torch.inference_mode()
+def test_albef_is_that_of_timm_and_transformers(albef_dir: Path, name: str) -> None:
+    from transformers import BlipImageProcessor
+
+    state = torch.load(albef_dir / "ALBEF.pth", weights_only=True)["model"]
+    pixels = BlipImageProcessor.from_pretrained(albef_dir / "ours")(PICTURES, return_tensors="pt").pixel_values
+    features = build_timm().forward_features(pixels)
+    heads = {part: state[f"{part}.weight"] for part in ("vision_proj", "text_proj", "itm_head")}
+    biases = {part: state[f"{part}.bias"] for part in heads}
+    images = torch.nn.functional.normalize(features[:, 0] @ heads["vision_proj"].T + biases["vision_proj"], dim=-1)
+    text_encoder, fusion_encoder = build_their_encoders(state)
+    cosines, logits = torch.empty(len(PICTURES), len(TEXTS)), torch.empty(len(PICTURES), len(TEXTS))
+    for t, inputs in enumerate(texts_of(albef_dir / "ours")):
+        text = text_encoder(**inputs).last_hidden_state
+        own = torch.nn.functional.normalize(text[:, 0] @ heads["text_proj"].T + biases["text_proj"], dim=-1)
+        cosines[:, t] = images @ own[0]
+        no_mask = torch.zeros(1, 1, text.shape[1], text.shape[1])
+        for p in range(len(PICTURES)):
+            fused = fusion_encoder(text, attention_mask=no_mask, encoder_hidden_states=features[p : p + 1])
+            logits[p, t] = (fused.last_hidden_state[0, 0] @ heads["itm_head"].T + biases["itm_head"])[1]
+    found = all_scores(albef_dir / name)
+    torch.testing.assert_close(found[0], cosines, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found[1], logits, atol=5e-4, rtol=0)
+    assert logits.std(dim=0).min() > 0.01
+
+
 @pytest.mark.parametrize("kind", ["filter", "stage1"])
 def test_reduced_precision_is_near(filter_dir: Path, stage1_dir: Path, kind: str) -> None:
     folder = {"filter": filter_dir, "stage1": stage1_dir}[kind]
@@ -284,7 +324,7 @@ def test_reduced_precision_is_near(filter_dir: Path, stage1_dir: Path, kind: str
 
 def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
     opt = small_models.save_opt(tmp_path / "opt")
-    with pytest.raises(UsageError, match="is a 'opt' model; expected one of 'blip', 'blip-2'"):
+    with pytest.raises(UsageError, match="is a 'opt' model; expected one of 'blip', 'blip-2', 'albef'"):
         load_retrieval_model(str(opt), RetrievalOptions(device="cpu"))
     with pytest.raises(UsageError, match="There is no retrieval model"):
         load_retrieval_model(str(tmp_path / "nothing"), RetrievalOptions(device="cpu"))

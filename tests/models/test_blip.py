@@ -91,7 +91,7 @@ def test_itm_pairs_against_single_forwards(monkeypatch: pytest.MonkeyPatch) -> N
     """With the drawn negatives known, ITM equals the loss of one image and one text at a time."""
     model, (images, tokens) = build(), draw_pairs()
     other = torch.tensor([1, 2, 3, 0])
-    monkeypatch.setattr("capfilt.models.blip.draw_hard_negatives", lambda *_, **__: other)
+    monkeypatch.setattr("capfilt.models.contrast.draw_hard_negatives", lambda *_, **__: other)
     losses: FilterLosses = model.filter_losses
     features = model.filter.vision(images)
     found = losses(images, features, tokens)["itm"]
@@ -115,7 +115,7 @@ def test_known_false_texts_take_the_place_of_drawn_ones(monkeypatch: pytest.Monk
     features = model.filter.vision(images)
     by_hand = torch.stack([known[0], drawn[1], known[2], drawn[3]])
     draws = iter([by_hand, drawn, drawn, drawn])  # of a text and of an image, for each of the two calls
-    monkeypatch.setattr("capfilt.models.blip.draw_hard_negatives", lambda *_, **__: next(draws))
+    monkeypatch.setattr("capfilt.models.contrast.draw_hard_negatives", lambda *_, **__: next(draws))
     expected = model.filter_losses(images, features, tokens, ("itm",))["itm"]
     false_tokens = tokens[known].clone()
     false_tokens[1::2] = PAD

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from capfilt.models.blip import MomentumConfig
 from capfilt.models.losses import soft_itc_loss, soft_targets
-from capfilt.models.momentum import FeatureQueue, follow, similarities_to_queue, slow_copy
+from capfilt.models.momentum import FeatureQueue, MomentumConfig, follow, similarities_to_queue, slow_copy
 from tests.models.test_blip import PAD, build, draw_pairs
 
 
@@ -112,3 +111,32 @@ def test_itc_of_blip_with_a_queue_against_a_plain_loop() -> None:
     assert found.item() == pytest.approx(total, rel=1e-4)
     found.backward()
     assert all(p.grad is None for p in momentum.parameters())
+
+
+def numbered(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    features = torch.arange(1.0, number + 1)[:, None].expand(-1, 3)
+    return features, -features
+
+
+def filled(size: int, num_pushed: int) -> FeatureQueue:
+    queue = FeatureQueue(size, 3)
+    for images, texts in zip(*(part.split(2) for part in numbered(num_pushed)), strict=True):
+        queue.hold(images, texts)
+        queue.push()
+    return queue
+
+
+@pytest.mark.parametrize("num_pushed", [2, 6, 10])
+@pytest.mark.parametrize("size", [2, 4, 6, 9])
+def test_the_newest_that_fit_are_taken_over(size: int, num_pushed: int) -> None:
+    old = filled(6, num_pushed)
+    queue = FeatureQueue(size, 3)
+    queue.take_over(*old.features(), int(old.place))
+    expected = list(range(max(1, num_pushed - min(size, 6) + 1), num_pushed + 1))
+    for features, sign in zip(queue.features(), (1, -1), strict=True):
+        assert sorted(sign * value for value in features[:, 0].tolist() if value) == expected
+    queue.hold(*(torch.full((1, 3), 100.0 * sign) for sign in (1, -1)))
+    queue.push()
+    left = sorted(value for value in queue.features()[0][:, 0].tolist() if value)
+    is_full = len(expected) == size
+    assert left == [*(expected[1:] if is_full else expected), 100], "the oldest goes first"

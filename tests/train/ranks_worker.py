@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import BertTokenizer, OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
-from capfilt.models.blip import Blip, FilterLosses, FineTuning, MomentumConfig
+from capfilt.models.albef import Albef, AlbefConfig, AlbefLosses
+from capfilt.models.blip import Blip, FilterLosses, FineTuning
 from capfilt.models.blip2 import Stage1, Stage2, Texts
 from capfilt.models.llms import wrap_llm
 from capfilt.models.med import MEDConfig
+from capfilt.models.momentum import MomentumConfig
 from capfilt.models.qformer import QFormerConfig
 from capfilt.models.vit import VisionTransformer, ViTConfig
-from capfilt.settings import TrainSettings
-from capfilt.train.batches import Draws
+from capfilt.settings import AlbefTrainSettings, TrainSettings
+from capfilt.train.albef import AlbefInputs, follow_model
+from capfilt.train.batches import Batch, Cursor, Draws
 from capfilt.train.processes import Processes, full_tensor, join_processes
 
 NUM_ROWS = 8
@@ -33,6 +36,10 @@ VIT = ViTConfig(image_size_px=16, patch_size_px=8, width=32, depth=2, num_heads=
 MED = MEDConfig(
     vocab_size=30, width=32, depth=2, num_heads=2, mlp_width=64, max_positions=16, vision_width=32,
     sep_token_id=2, dec_token_id=28, enc_token_id=29,
+)  # fmt: skip
+ALBEF = AlbefConfig(
+    vocab_size=30, width=32, depth=2, text_depth=1, num_heads=2, mlp_width=64, max_positions=16, vision_width=32,
+    sep_token_id=2, cls_token_id=1, mask_token_id=3,
 )  # fmt: skip
 QFORMER = QFormerConfig(
     num_queries=4, width=32, depth=2, num_heads=2, mlp_width=64, vision_width=32, vocab_size=30, max_positions=16,
@@ -83,10 +90,27 @@ def build_blip(momentum: bool) -> Blip:
     return model
 
 
+def build_albef(momentum: bool) -> AlbefLosses:
+    model = Albef(VisionTransformer(VIT), ALBEF, embed_dim=16)
+    return AlbefLosses(model, MomentumConfig(0.9, 24) if momentum else None)
+
+
+def albef_inputs(images: Tensor, tokens: Tensor, processes: Processes, step: int) -> dict[str, Any]:
+    """Made by the training's own code: alone padded to the longest text, with others to the setting."""
+    words = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *(f"w{number}" for number in range(5, 30))]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    texts = [" ".join(words[token] for token in row if token > 2) for row in tokens.tolist()]
+    settings = AlbefTrainSettings(init="x", max_text_tokens=12, mlm_share=0.4)
+    batch = Batch(images, texts, [str(row) for row in range(len(texts))], Cursor(0, 3))
+    return AlbefInputs(settings, tokenizer, processes, num_images=4)(batch, Draws(0, step, ranks=processes.ranks))
+
+
 OBJECTIVES: dict[str, Callable[[], nn.Module]] = {
     "blip": lambda: build_blip(momentum=False),
     "blip-momentum": lambda: build_blip(momentum=True),
     "filter": lambda: FineTuning(FilterLosses(build_blip(momentum=False).filter)),
+    "albef": lambda: build_albef(momentum=False),
+    "albef-momentum": lambda: build_albef(momentum=True),
     "stage1": lambda: Stage1(QFORMER, embed_dim=16, dec_token_id=28),
     "stage2-opt": lambda: build_stage2("opt"),
     "stage2-t5": lambda: build_stage2("t5"),
@@ -112,6 +136,8 @@ def inputs_of(name: str, processes: Processes, step: int) -> dict[str, Any]:
             "features_BPD": features[own], "texts": Texts(tokens=tokens[own], mask=tokens[own] != 0),
             "ranks": processes.ranks, "uniform_2B": uniform,
         }  # fmt: skip
+    if name.startswith("albef"):
+        return albef_inputs(images[own], tokens[own], processes, step)
     losses = ("itc", "itm") if name == "filter" else ("itc", "itm", "lm")
     return {
         "images_BCHW": images[own], "tokens_RT": tokens[own], "losses": losses, "ranks": processes.ranks,
@@ -143,6 +169,9 @@ def take_steps(name: str, processes: Processes, num_steps: int = 3) -> dict[str,
             assert momentum is not None
             momentum.follow(objective.filter)
             found[f"{name}/{step}/queue"] = momentum.queue.features()[0].clone()
+        if isinstance(objective, AlbefLosses) and objective.momentum is not None:
+            follow_model(objective)
+            found[f"{name}/{step}/queue"] = objective.momentum.queue.features()[1].clone()
     for key, parameter in objective.named_parameters():
         if parameter.grad is not None:
             found[f"{name}/gradient/{key}"] = full_tensor(parameter.grad).clone()

@@ -28,6 +28,7 @@ from capfilt.weights.blip import load_blip, load_trainable_blip
 from capfilt.world.tokenizers import build_bert_tokenizer
 from capfilt.world.training_run import WorldRunSettings, write_world_run
 from tests import factories
+from tests.models import small_vits
 from tests.train import small_models
 
 TINY = BlipTrainSettings(
@@ -272,3 +273,17 @@ def test_fine_tuning_at_another_size_interpolates_positions(
     assert dict(processor.image_processor.size) == {"height": 48, "width": 48}
     with pytest.raises(UsageError, match="--image-size-px 50"):
         train_filter([world_run.path], replace(settings, image_size_px=50), tmp_path / "odd")
+
+
+def test_a_published_vit_starts_the_image_encoder(world_run: RunDir, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """timm's own features before a step is taken; its sizes are those of the model."""
+    theirs = small_vits.build_timm(image_size_px=32)
+    state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    save_file(state, tmp_path / "vit.safetensors")
+    settings = replace(TINY, tokenizer=str(tokenizer_dir), vision_init=str(tmp_path / "vit.safetensors"))
+    model, _ = start_blip(settings)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model.filter.vision(images), theirs.forward_features(images), atol=1e-4, rtol=0)
+    assert model.filter.encoder.config.vision_width == model.filter.vision.config.width == theirs.embed_dim
+    assert train_blip([world_run.path], replace(settings, max_steps=2), tmp_path / "out").steps == 2

@@ -1,0 +1,106 @@
+"""Image-text contrast: its temperature, its similarities within the batch or with momentum encoders and their queue.
+
+In: embeddings of this rank's pairs, of unit length. Out: `Contrast`, which gives ITC's loss and draws ITM's hard
+negatives (ALBEF §3.2, BLIP §3.2).
+
+Legend: B pairs on this rank, A pairs on all ranks, K columns contrasted with (A, and the queue's), E embedding width,
+T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from capfilt.models.losses import draw_hard_negatives, itc_loss, soft_itc_loss, soft_targets
+from capfilt.models.momentum import FeatureQueue, similarities_to_queue
+from capfilt.models.ranks import Ranks
+
+Embedded = tuple[Tensor, Tensor]
+"""Embeddings (B, E) of images and of their texts."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Similarities over temperature of a rank's pairs."""
+
+    i2t: Tensor
+    """(B, K), of images to texts; those of all ranks' pairs come first."""
+    t2i: Tensor
+    """(B, K), of texts to images."""
+    offset: int
+    """Column of this rank's first pair."""
+    targets: tuple[Tensor, Tensor] | None = None
+    """(B, K) each, of ITC; None for one-hot."""
+
+    def loss(self) -> Tensor:
+        """ITC's loss."""
+        if self.targets is None:
+            return itc_loss(self.i2t.float(), self.t2i.float(), offset=self.offset)
+        return soft_itc_loss(self.i2t, self.t2i, self.targets)
+
+    def hard_negatives(
+        self, tokens_BT: Tensor, all_tokens_AT: Tensor, uniform_2B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """For each pair another text and another image, (B,) places among all ranks' pairs.
+
+        Drawn by similarity, see `draw_hard_negatives`; images of an equal text are no negatives.
+        """
+        by_text, by_image = uniform_2B if uniform_2B is not None else (None, None)
+        same_text_BA = (tokens_BT[:, None] == all_tokens_AT[None]).all(dim=2)
+        num_all = len(all_tokens_AT)
+        other_text = draw_hard_negatives(self.i2t[:, :num_all].detach(), same_text_BA, by_text, offset=self.offset)
+        other_image = draw_hard_negatives(self.t2i[:, :num_all].detach(), same_text_BA, by_image, offset=self.offset)
+        return other_text, other_image
+
+
+class ImageTextContrast(nn.Module):
+    """The learned temperature of ITC (0.07 at first, kept in 0.001 to 0.5, as ALBEF's and BLIP's released codes do)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor([0.07]))  # one entry: FSDP shards no scalars
+
+    def clamped(self) -> Tensor:
+        """The temperature within its bounds."""
+        return self.temperature.clamp(0.001, 0.5)
+
+    def forward(self, own_BE: Tensor, others_AE: Tensor) -> Tensor:
+        """Similarities over temperature (B, A)."""
+        return own_BE @ others_AE.T / self.clamped()
+
+    def within_batch(self, embedded: Embedded, ranks: Ranks) -> Contrast:
+        """With the pairs of all ranks' batches, against one-hot targets."""
+        images_BE, texts_BE = embedded
+        return Contrast(
+            self(images_BE, ranks.gather(texts_BE)), self(texts_BE, ranks.gather(images_BE)),
+            ranks.offset(len(texts_BE)),
+        )  # fmt: skip
+
+    def with_queue(
+        self, embedded: Embedded, slow: Embedded, queue: FeatureQueue, alpha: Tensor | float, ranks: Ranks
+    ) -> Contrast:
+        """With what momentum encoders make of all ranks' batches (`slow`: of this rank's) and with their queue.
+
+        Targets are soft, `alpha` the weight of the momentum encoders' similarities. The queue holds what is to be
+        pushed after the step.
+        """
+        (images_BE, texts_BE), (slow_images_BE, slow_texts_BE) = embedded, slow
+        slow_images_AE, slow_texts_AE = ranks.gather(slow_images_BE), ranks.gather(slow_texts_BE)
+        queued_images, queued_texts = queue.features()
+
+        def similarities(own_BE: Tensor, others_AE: Tensor, queued_KE: Tensor) -> Tensor:
+            queued_BK = similarities_to_queue(own_BE, queued_KE, self.clamped())
+            return torch.cat([self(own_BE, others_AE).float(), queued_BK], dim=1)
+
+        offset = ranks.offset(len(texts_BE))
+        with torch.no_grad():
+            slow_i2t = similarities(slow_images_BE, slow_texts_AE, queued_texts)
+            slow_t2i = similarities(slow_texts_BE, slow_images_AE, queued_images)
+        targets = soft_targets(slow_i2t, alpha, offset=offset), soft_targets(slow_t2i, alpha, offset=offset)
+        i2t = similarities(images_BE, slow_texts_AE, queued_texts)
+        t2i = similarities(texts_BE, slow_images_AE, queued_images)
+        queue.hold(slow_images_AE, slow_texts_AE)
+        return Contrast(i2t, t2i, offset, targets)

@@ -1,0 +1,278 @@
+"""ALBEF: pre-training with ITC + ITM + MLM and momentum distillation (ALBEF §3).
+
+In: runs with a manifest, and an ALBEF to go on from, or BERT and a ViT to start with, or a tokenizer and sizes. Out: a
+folder as `capfilt.weights.albef` has it, with momentum encoders and queue, from which training goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capfilt.data.rundir import RunDir
+from capfilt.errors import UsageError
+from capfilt.models.albef import Albef, AlbefConfig, AlbefLosses
+from capfilt.models.convert_albef import from_bert
+from capfilt.models.convert_blip2 import State
+from capfilt.models.masking import NUM_DRAWS, MaskingConfig, mask_tokens
+from capfilt.models.momentum import MomentumConfig
+from capfilt.models.vit import VisionTransformer, ViTConfig, change_image_size, interpolate_positions
+from capfilt.progress import NullProgress, Progress
+from capfilt.settings import AlbefTrainSettings
+from capfilt.train.batches import Batch, Draws, iterate_batches
+from capfilt.train.blip import encode_texts
+from capfilt.train.loop import TrainSummary, train
+from capfilt.train.optim import ramped_alpha
+from capfilt.train.pairs import read_pairs, runs_digest
+from capfilt.train.processes import Processes, join_processes
+from capfilt.weights.albef import LoadedAlbef, load_trainable_albef, refuse_unlike_original, save_albef
+from capfilt.weights.find import SIDE_FILES, find_model_dir
+from capfilt.weights.model_files import (
+    ImagePreparation,
+    load_tokenizer,
+    read_config,
+    read_weights,
+    refuse_odd_shapes,
+    tokenizer_digest,
+    weights_digest,
+)
+from capfilt.weights.vit import build_vision, load_vit_start
+
+DEFAULT_IMAGE_SIZE_PX = 256
+"""Of a new one (ALBEF §3.5: 256 in pre-training)."""
+
+ALL_LOSSES = ("itc", "itm", "mlm")
+
+
+def train_albef(
+    run_dirs: Sequence[RunDir | str | Path],
+    settings: AlbefTrainSettings,
+    output_dir: Path,
+    progress: Progress | None = None,
+) -> TrainSummary:
+    """Pre-train an ALBEF.
+
+    Errors are those of `read_pairs`, the model loaders and `train`; UsageError where nothing is given to start from.
+    """
+    torch.manual_seed(settings.seed)
+    progress = progress or NullProgress()
+    start, digest = _start_from_init(settings) if settings.init else _start_anew(settings)
+    _refuse_longer_texts(settings, start.model.config)
+    if settings.save_original:
+        refuse_unlike_original(start.model)
+    objective = build_objective(start, settings)
+    processes = join_processes(settings)
+    objective.to(processes.device).train()
+    dataset = read_pairs(
+        run_dirs, image_size_px=start.preparation.image_size_px, run_weights=settings.run_weights, progress=progress
+    )
+    inputs = AlbefInputs(settings, start.tokenizer, processes, len(dataset.keys))
+
+    def save(folder: Path) -> None:
+        momentum = None if objective.momentum is None else objective.momentum.state_dict()
+        temperature = objective.contrast.clamped().detach()
+        saved = replace(start, model=objective.model, temperature=temperature, momentum=momentum)
+        save_albef(folder, saved, original=settings.save_original)
+
+    return train(
+        objective,
+        inputs,
+        open_batches=lambda cursor: iterate_batches(
+            dataset, settings, cursor,
+            ranks=processes.ranks, mean=start.preparation.mean, std=start.preparation.std,
+        ),
+        settings=settings,
+        output_dir=output_dir,
+        save=save,
+        processes=processes,
+        progress=progress,
+        name="train albef",
+        extra_tensors=lambda: momentum_tensors(objective),
+        fields={"input": runs_digest(run_dirs), "origin_sha256": digest},
+        after_step=lambda _step: follow_model(objective),
+        some_unused=set(settings.losses) != set(ALL_LOSSES),
+    )  # fmt: skip
+
+
+def build_objective(start: LoadedAlbef, settings: AlbefTrainSettings) -> AlbefLosses:
+    """The losses of a model, with its momentum encoders and queue where they are asked for.
+
+    What was saved of them is gone on from; of a queue of another size, what fits. Otherwise they start as the model
+    and empty.
+    """
+    config = MomentumConfig(settings.momentum, settings.queue_size) if settings.momentum else None
+    objective = AlbefLosses(start.model, config)
+    with torch.no_grad():
+        objective.contrast.temperature.copy_(start.temperature)
+    if objective.momentum is not None and start.momentum is not None:
+        copy = objective.momentum.model
+        weights = {n.removeprefix("model."): t for n, t in start.momentum.items() if n.startswith("model.")}
+        refuse_odd_shapes(weights, copy.state_dict())
+        copy.load_state_dict(weights)
+        images, texts, place = (start.momentum[f"queue.{name}"] for name in ("images", "texts", "place"))
+        objective.momentum.queue.take_over(images, texts, int(place))
+    return objective
+
+
+def follow_model(objective: AlbefLosses) -> None:
+    """After a step: the momentum encoders go the model's way, and the queue takes their features."""
+    if objective.momentum is not None:
+        objective.momentum.follow(objective.model)
+
+
+def momentum_tensors(objective: AlbefLosses) -> dict[str, Tensor]:
+    """What a checkpoint holds of momentum encoders and queue, each weight once."""
+    if objective.momentum is None:
+        return {}
+    named = [*objective.momentum.named_parameters(), *objective.momentum.named_buffers()]
+    return {f"momentum.{name}": tensor for name, tensor in named}
+
+
+@dataclass(frozen=True)
+class AlbefInputs:
+    """Makes the objective's inputs of a batch."""
+
+    settings: AlbefTrainSettings
+    tokenizer: Any
+    processes: Processes
+    num_images: int
+    """Of an epoch."""
+
+    def __call__(self, batch: Batch, draws: Draws) -> dict[str, Any]:
+        settings, device = self.settings, self.processes.device
+        tokens_BT = encode_texts(
+            self.tokenizer, batch.texts, settings.max_text_tokens, to_the_longest=self.processes.num == 1
+        )
+        num_texts, num_tokens = tokens_BT.shape
+        numbers = draws.uniform(2 + NUM_DRAWS * settings.max_text_tokens, num_texts)  # whatever the padding
+        by_token_3BT = numbers[2:].unflatten(0, (NUM_DRAWS, -1)).transpose(1, 2)[..., :num_tokens]
+        masked_BT, is_masked_BT = mask_tokens(tokens_BT, by_token_3BT, self._masking())
+        num_epochs = batch.cursor.num_epochs(self.num_images)
+        return {
+            "images_BCHW": batch.images.to(device), "tokens_BT": tokens_BT.to(device), "losses": settings.losses,
+            "masked_tokens_BT": masked_BT.to(device), "is_masked_BT": is_masked_BT.to(device),
+            "uniform_2B": numbers[:2].to(device), "ranks": self.processes.ranks,
+            "alpha": ramped_alpha(settings.alpha, settings.alpha_epochs, num_epochs),
+        }  # fmt: skip
+
+    def _masking(self) -> MaskingConfig:
+        tokenizer = self.tokenizer
+        return MaskingConfig(
+            mask_token_id=tokenizer.mask_token_id, special_token_ids=tuple(tokenizer.all_special_ids),
+            vocab_size=len(tokenizer), share=self.settings.mlm_share,
+        )  # fmt: skip
+
+
+def _refuse_longer_texts(settings: AlbefTrainSettings, config: AlbefConfig) -> None:
+    if settings.max_text_tokens > config.max_positions:
+        raise UsageError(
+            f"max_text_tokens is {settings.max_text_tokens}; expected at most {config.max_positions}, the positions of "
+            "the model. Lower --max-text-tokens."
+        )
+
+
+def _start_from_init(settings: AlbefTrainSettings) -> tuple[LoadedAlbef, str]:
+    """An earlier model, for images of the size asked for, and what identifies its files."""
+    loaded = load_trainable_albef(settings.init)
+    if settings.image_size_px is not None:
+        loaded = _at_image_size(loaded, settings.image_size_px)
+    named = "".join(f"{name} {digest}\n" for name, digest in sorted(loaded.digests.items()))
+    return loaded, hashlib.sha256(named.encode()).hexdigest()
+
+
+def _at_image_size(loaded: LoadedAlbef, image_size_px: int) -> LoadedAlbef:
+    """The same for images of another size: positions are interpolated, the momentum encoder's too."""
+    try:
+        change_image_size(loaded.model.vision, image_size_px)
+    except ValueError as error:
+        raise UsageError(f"--image-size-px {image_size_px}: {error}.") from None
+    momentum = loaded.momentum
+    if momentum is not None:
+        name, side = "model.vision.position_embedding", image_size_px // loaded.model.vision.config.patch_size_px
+        momentum = {**momentum, name: interpolate_positions(momentum[name], (side, side))}
+    preparation = replace(loaded.preparation, image_size_px=image_size_px)
+    return replace(loaded, momentum=momentum, preparation=preparation)
+
+
+def _start_anew(settings: AlbefTrainSettings) -> tuple[LoadedAlbef, str]:
+    """A new model: at random, or its parts from published weights; and what identifies those."""
+    image_size_px = settings.image_size_px or DEFAULT_IMAGE_SIZE_PX
+    vision, vision_digest = _new_vision(settings, image_size_px)
+    config, tokenizer, weights, text_digest = _new_text(settings, vision.config.width)
+    model = Albef(vision, config, embed_dim=settings.embed_dim)
+    if weights:
+        state = model.state_dict()
+        weights["head.vocabulary.weight"] = weights["text.word_embedding.weight"]
+        refuse_odd_shapes(weights, state)
+        model.load_state_dict(state | weights)
+    start = LoadedAlbef(model, tokenizer, ImagePreparation(image_size_px))
+    return start, " ".join(part for part in (text_digest, vision_digest) if part)
+
+
+def _new_vision(settings: AlbefTrainSettings, image_size_px: int) -> tuple[VisionTransformer, str]:
+    if settings.vision_init:
+        start = load_vit_start(settings.vision_init, image_size_px=image_size_px)
+        return build_vision(start), start.digest
+    if image_size_px % settings.patch_size_px:
+        raise UsageError(
+            f"image_size_px is {image_size_px}; expected a multiple of the patch, {settings.patch_size_px}."
+        )
+    sizes = ViTConfig(
+        image_size_px=image_size_px, patch_size_px=settings.patch_size_px, width=settings.vision_width,
+        depth=settings.vision_depth, num_heads=settings.vision_width // settings.head_width,
+        mlp_width=4 * settings.vision_width,
+    )  # fmt: skip
+    return VisionTransformer(sizes), ""
+
+
+def _new_text(settings: AlbefTrainSettings, vision_width: int) -> tuple[AlbefConfig, Any, State, str]:
+    """Sizes, tokenizer and first weights (none from nothing) of the text side, and what identifies their files."""
+    depth = settings.text_depth + settings.fusion_depth
+    shared: dict[str, Any] = {
+        "depth": depth, "text_depth": settings.text_depth, "vision_width": vision_width, "dropout": settings.dropout,
+    }  # fmt: skip
+    if settings.text_init:
+        folder = find_model_dir(settings.text_init, "BERT to start from", embedded=None)
+        tokenizer, sizes, state = _bert_tokenizer(folder), read_config(folder), read_weights(folder)
+        if sizes.get("hidden_act", "gelu") != "gelu":
+            raise UsageError(f"{folder} uses {sizes['hidden_act']!r}; expected 'gelu', as BERT has. Give a BERT.")
+        config = AlbefConfig(
+            vocab_size=sizes["vocab_size"], width=sizes["hidden_size"], num_heads=sizes["num_attention_heads"],
+            mlp_width=sizes["intermediate_size"], max_positions=sizes["max_position_embeddings"],
+            layer_norm_eps=sizes.get("layer_norm_eps", 1e-12), **_token_ids(tokenizer), **shared,
+        )  # fmt: skip
+        return config, tokenizer, from_bert(state, config), weights_digest(folder)
+    if not settings.tokenizer:
+        raise UsageError(
+            "None of --init, --text-init and --tokenizer is given; name an ALBEF to go on from, a BERT to start from "
+            "(google-bert/bert-base-uncased), or a tokenizer to start from nothing."
+        )
+    folder = find_model_dir(settings.tokenizer, "tokenizer", patterns=SIDE_FILES)
+    tokenizer = _bert_tokenizer(folder)
+    config = AlbefConfig(
+        vocab_size=len(tokenizer), width=settings.text_width, num_heads=settings.text_width // settings.head_width,
+        mlp_width=4 * settings.text_width, max_positions=settings.max_positions, **_token_ids(tokenizer), **shared,
+    )  # fmt: skip
+    return config, tokenizer, {}, tokenizer_digest(folder)
+
+
+def _bert_tokenizer(folder: Path) -> Any:
+    """A tokenizer with the tokens that BERT's has; UsageError for another kind."""
+    tokenizer = load_tokenizer(folder)
+    ids = _token_ids(tokenizer)
+    if missing := sorted(f"[{name.split('_')[0].upper()}]" for name, token_id in ids.items() if token_id is None):
+        raise UsageError(
+            f"The tokenizer in {folder} has no {', '.join(missing)}; expected one of BERT's kind. "
+            "Give such a one: --tokenizer google-bert/bert-base-uncased."
+        )
+    return tokenizer
+
+
+def _token_ids(tokenizer: Any) -> dict[str, Any]:
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep", "mask")}
