@@ -1,23 +1,28 @@
-"""Runs one recipe in order: source → shards → captions → clip → itm → manifest → stage 1 → stage 2.
+"""Runs one recipe in order: source → shards → captions → clip → itm → manifest → its trainings.
 
 In: a `Recipe` and a run directory. Out: the run, and the summary of each step as it ends. Every step knows
 what it has done already, so a recipe that was interrupted is run again, and one that is complete does
-nothing.
+nothing. Of several processes that torchrun started, none curates: they train on the manifest that is there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capfilt.errors import UsageError
 from capfilt.progress import NullProgress, Progress
-from capfilt.recipes import Recipe, SourceSettings
-from capfilt.settings import DownloadSettings
+from capfilt.recipes import Recipe, SourceSettings, TrainingSection
+from capfilt.settings import DownloadSettings, TrainSettings
+from capfilt.trainings import TRAININGS
+
+if TYPE_CHECKING:
+    from capfilt.data.rundir import RunDir
 
 WORLD_PORTS = range(20080, 22080)
 """The miniature world's site prefers one of these, by its seed: runs of one world have equal addresses."""
@@ -29,6 +34,8 @@ class StepResult:
 
     name: str
     summary: Any
+    output_dir: Path | None = None
+    """Where a training saved its model."""
 
 
 def run_dir_of(recipe: Recipe, given: Path | None) -> Path:
@@ -37,30 +44,65 @@ def run_dir_of(recipe: Recipe, given: Path | None) -> Path:
 
 
 def run_recipe(
-    recipe: Recipe, run_path: Path, *, generation: str | None = None, progress: Progress | None = None
+    recipe: Recipe,
+    run_path: Path,
+    *,
+    generation: str | None = None,
+    curate_only: bool = False,
+    progress: Progress | None = None,
 ) -> Iterator[StepResult]:
     """Do what the recipe says, step by step; a step is done when its result is yielded.
 
-    Raises UsageError when the recipe has no [source] and the run no shards, and what the steps raise.
+    With `curate_only` the trainings are left out.
+
+    Raises UsageError when the recipe has no [source] and the run no shards, when a further run that a training names
+    is none or has no manifest, and what the steps raise.
     """
     from capfilt.data.rundir import RunDir
 
     progress = progress or NullProgress()
-    opened = RunDir.new(run_path, generation) if recipe.source else nullcontext(RunDir.open(run_path, generation))
-    with opened as run, run.lock():
-        if recipe.source is not None:
-            yield _take_source(recipe.source, download_settings(recipe), run, progress)
-        if not run.shard_names():
-            raise UsageError(
-                f"No shards in {run.path}/shards, and {recipe.path} has no [source]. Run "
-                f"`capfilt download URLS {run.path}` or `capfilt import TARS {run.path}` first."
-            )
-        if recipe.caption is not None:
-            yield StepResult("annotate", _annotate(recipe, run, progress))
-    yield from _train(recipe, run, progress)
+    trainings = () if curate_only else recipe.trainings
+    further = {section.name: open_further_runs(section, run_path) for section in trainings}
+    if not _curates(recipe):
+        run = RunDir.open(run_path, generation)
+        _require_shards(recipe, run)
+    else:
+        opened = RunDir.new(run_path, generation) if recipe.source else nullcontext(RunDir.open(run_path, generation))
+        with opened as run, run.lock():
+            if recipe.source is not None:
+                yield _take_source(recipe.source, download_settings(recipe), run, progress)
+            _require_shards(recipe, run)
+            if recipe.caption is not None:
+                yield StepResult("annotate", _annotate(recipe, run, progress))
+    for section in trainings:
+        output_dir = training_dir(run.path, section.output, run.generation)
+        settings = resolved_settings(recipe, section, run)
+        runs = [*([run] if section.data.own_run else []), *further[section.name]]
+        yield StepResult(section.name, TRAININGS[section.name].train(runs, settings, output_dir, progress), output_dir)
 
 
-def _annotate(recipe: Recipe, run: Any, progress: Progress) -> Any:
+def _curates(recipe: Recipe) -> bool:
+    """Whether this process does what comes before the trainings."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return alone and (recipe.source is not None or recipe.caption is not None)
+
+
+def _require_shards(recipe: Recipe, run: RunDir) -> None:
+    if not run.shard_names():
+        raise UsageError(
+            f"No shards in {run.path}/shards, and {recipe.path} has no [source]. Run "
+            f"`capfilt download URLS {run.path}` or `capfilt import TARS {run.path}` first."
+        )
+
+
+def require_manifest(run: RunDir) -> None:
+    """UsageError where the run has no manifest, CapfiltError where shards lack in it."""
+    from capfilt.data.manifest import iterate_manifest
+
+    next(iterate_manifest([run], ["key"]), None)
+
+
+def _annotate(recipe: Recipe, run: RunDir, progress: Progress) -> Any:
     from capfilt.curate.annotate import annotate
 
     return annotate(run, stages_of(recipe), recipe.caption, recipe.rank, recipe.filter, progress)
@@ -78,21 +120,38 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def training_dir(run_path: Path, name: str, generation: str | None) -> Path:
-    """Where a recipe's training of that name saves its model: RUN/stage1, or RUN/stage1@NAME in a generation."""
+    """Where a training with that `output` saves its model: RUN/stage1, or RUN/stage1@NAME in a generation."""
     return run_path / (name if generation is None else f"{name}@{generation}")
 
 
-def _train(recipe: Recipe, run: Any, progress: Progress) -> Iterator[StepResult]:
-    stage1_dir, stage2_dir = (training_dir(run.path, name, run.generation) for name in ("stage1", "stage2"))
-    if recipe.stage1 is not None:
-        from capfilt.train.stage1 import train_stage1
+def resolved_settings(recipe: Recipe, section: TrainingSection, run: RunDir) -> TrainSettings:
+    """The settings of a training, each `@NAME` made the folder of that section's result."""
+    outputs = {other.name: other.output for other in recipe.trainings}
+    folders = {
+        setting: str(training_dir(run.path, outputs[name], run.generation)) for setting, name in section.results.items()
+    }
+    return replace(section.settings, **folders)
 
-        yield StepResult("stage1", train_stage1([run], recipe.stage1, stage1_dir, progress))
-    if recipe.stage2 is not None:
-        from capfilt.train.stage2 import train_stage2
 
-        llm, settings = recipe.stage2.llm, recipe.stage2.settings()
-        yield StepResult("stage2", train_stage2([run], stage1_dir, llm, settings, stage2_dir, progress))
+def open_further_runs(section: TrainingSection, run_path: Path) -> list[RunDir]:
+    """The runs that a training names beside the recipe's own, each in its default generation.
+
+    Raises UsageError, naming it, for one that is no run, has no manifest, or is the recipe's own.
+    """
+    from capfilt.data.rundir import RunDir
+
+    found = []
+    for name in section.data.runs:
+        path = Path(name).expanduser()
+        if path.resolve() == run_path.resolve():
+            raise UsageError(f"[train.{section.name}] names {name} in runs, which is the recipe's own. Leave it out.")
+        try:
+            run = RunDir.open(path)
+            require_manifest(run)
+        except UsageError as error:
+            raise UsageError(f"[train.{section.name}] is to be trained on {name} too. {error}") from None
+        found.append(run)
+    return found
 
 
 def download_settings(recipe: Recipe) -> DownloadSettings:

@@ -15,9 +15,17 @@ from capfilt.curate.download import download_fields
 from capfilt.data.commit import file_sha256, input_digest, read_commit_record
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
-from capfilt.pipeline import download_settings, read_site, training_dir
-from capfilt.recipes import Recipe, SourceSettings
+from capfilt.pipeline import (
+    download_settings,
+    open_further_runs,
+    read_site,
+    require_manifest,
+    resolved_settings,
+    training_dir,
+)
+from capfilt.recipes import Recipe, SourceSettings, TrainingSection
 from capfilt.settings import TrainSettings
+from capfilt.trainings import MODEL_SETTINGS, RESULT, TRAININGS
 from capfilt.weights.find import find_local_dir
 
 
@@ -47,12 +55,17 @@ class _Stage:
 def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -> list[StepPlan]:
     """What `run_recipe` would do, and what of it is there.
 
-    Raises UsageError when the recipe has no [source] and the run no shards, CorruptionError for a damaged record.
+    Raises UsageError when the recipe has no [source] and the run no shards, or a training names a run that is none,
+    CorruptionError for a damaged record.
     """
+    for section in recipe.trainings:
+        open_further_runs(section, run_path)
     run = RunDir.open(run_path, generation) if (run_path / "run.json").exists() else None
     shards = run.shard_names() if run else []
     if not shards and recipe.source is None:
         raise UsageError(f"No shards in {run_path}/shards, and {recipe.path} has no [source].")
+    if run is not None and shards and recipe.filter is None and recipe.trainings:
+        require_manifest(run)  # the recipe makes none
     plans = [_plan_shards(recipe, run, shards)]
     if run is None or not shards:
         return plans + [StepPlan(name, what, "to do") for name, what in _steps_after_the_shards(recipe)]
@@ -84,12 +97,7 @@ def _plan_shards(recipe: Recipe, run: RunDir | None, shards: list[str]) -> StepP
 
 def _steps_after_the_shards(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from ((stage.name, stage.what) for stage in _stages(recipe))
-    yield from ((name, _training_text(training)) for name, training in _trainings(recipe))
-
-
-def _trainings(recipe: Recipe) -> list[tuple[str, TrainSettings]]:
-    found = [("stage1", recipe.stage1), ("stage2", recipe.stage2.settings() if recipe.stage2 else None)]
-    return [(name, settings) for name, settings in found if settings is not None]
+    yield from ((section.name, _training_text(section)) for section in recipe.trainings)
 
 
 def _stages(recipe: Recipe) -> list[_Stage]:
@@ -160,58 +168,72 @@ def _has_files(folder: Path, digests: Mapping[str, str]) -> bool:
 
 
 def _plan_trainings(recipe: Recipe, run: RunDir, *, has_manifest: bool) -> list[StepPlan]:
-    """Trainings, compared by settings, pairs and those of their models that are folders here.
+    """Trainings, compared by settings, pairs and their models where those are here.
 
     A training is compared when what it reads is as it will be; until then it is to do.
     """
-    from capfilt.train.pairs import runs_digest
-    from capfilt.weights.model_files import weights_digest
-
-    plans: list[StepPlan] = []
-    for name, settings in _trainings(recipe):
-        output_dir = training_dir(run.path, name, run.generation)
-        is_ready = has_manifest if not plans else plans[-1].state == "done"
-        if not is_ready or not output_dir.is_dir():
-            plans.append(StepPlan(name, _training_text(settings), "to do"))
-            continue
-        folders = _folders_of(recipe, name, run)
-        digests = {field: weights_digest(folder) for field, folder in folders.items() if folder is not None}
-        plans.append(_compare_training(name, settings, output_dir, {"input": runs_digest([run])} | digests))
-    return plans
+    plans: dict[str, StepPlan] = {}
+    for section in recipe.trainings:
+        output_dir = training_dir(run.path, section.output, run.generation)
+        is_ready = (has_manifest or not section.data.own_run) and all(
+            plans[name].state == "done" for name in section.results.values()
+        )
+        if is_ready and output_dir.is_dir():
+            plans[section.name] = _compare_training(section, recipe, run, output_dir)
+        else:
+            plans[section.name] = StepPlan(section.name, _training_text(section), "to do")
+    return list(plans.values())
 
 
-def _folders_of(recipe: Recipe, name: str, run: RunDir) -> dict[str, Path | None]:
-    """Field of a training's record → the folder whose digest it is."""
-    if name == "stage2":
-        assert recipe.stage2 is not None
-        init = training_dir(run.path, "stage1", run.generation)
-        return {"init_sha256": init, "llm_sha256": find_local_dir(recipe.stage2.llm, None)}
-    assert recipe.stage1 is not None
-    image_encoder = find_local_dir(recipe.stage1.image_encoder, "captioner")
-    if recipe.stage1.init:
-        return {"init_sha256": find_local_dir(recipe.stage1.init, None), "image_encoder_sha256": image_encoder}
-    start = recipe.stage1.qformer_init or recipe.stage1.image_encoder
-    return {"image_encoder_sha256": image_encoder, "qformer_init_sha256": find_local_dir(start, "captioner")}
-
-
-def _compare_training(name: str, settings: TrainSettings, output_dir: Path, digests: Mapping[str, str]) -> StepPlan:
+def _compare_training(section: TrainingSection, recipe: Recipe, run: RunDir, output_dir: Path) -> StepPlan:
     from capfilt.train.checkpoint import find_checkpoint, setting_changes
     from capfilt.train.loop import binding_settings
+    from capfilt.train.pairs import runs_digest
 
-    what = _training_text(settings)
-    record, wanted = output_dir / "training.json", binding_settings(settings) | dict(digests)
+    name, what, training = section.name, _training_text(section), TRAININGS[section.name]
+    record = output_dir / "training.json"
     if record.exists():
         state, fields = "done", json.loads(record.read_text())["fields"]
     elif (found := find_checkpoint(output_dir)) is not None:
         state, fields = f"{found[1]['step']:,} steps", found[1]["fields"]
     else:
         return StepPlan(name, what, "to do")
+    settings = resolved_settings(recipe, section, run)
+    wanted = {key: value for key, value in binding_settings(settings).items() if key not in training.unused}
+    own = [run] if section.data.own_run else []
+    wanted["input"] = runs_digest([*own, *open_further_runs(section, run.path)])
+    if all(_is_here(model) for model in _models_of(settings).values()):
+        wanted |= training.identity(settings)
     changes = setting_changes({field: value for field, value in fields.items() if field in wanted}, wanted)
     return StepPlan(name, what, "other settings" if changes else state, changes)
 
 
-def _training_text(settings: TrainSettings) -> str:
-    return f"{settings.max_steps:,} steps of {settings.batch_size} images"
+def _models_of(settings: TrainSettings) -> dict[str, str]:
+    """The settings that name a model, where one is named."""
+    named = {setting: getattr(settings, setting, "") for setting in MODEL_SETTINGS}
+    return {setting: model for setting, model in named.items() if model}
+
+
+def _is_here(model: str) -> bool:
+    """Whether a model can be compared without a network: an embedded one, a folder, a file."""
+    return find_local_dir(model, "captioner") is not None or Path(model).expanduser().is_file()
+
+
+def _training_text(section: TrainingSection) -> str:
+    """Steps, what it starts from, what it reads, where it goes: `600 steps of 64 images from @stage1, llm …`."""
+    settings, models = section.settings, _models_of(section.settings)
+    shown = {
+        setting: model if model.startswith(RESULT) or _is_here(model) else f"{model} (not here: not compared)"
+        for setting, model in models.items()
+    }
+    start = f"from {shown.pop('init')}" if "init" in shown else "from no earlier training"
+    parts = [
+        f"{settings.max_steps:,} steps of {settings.batch_size * settings.accumulation_steps:,} images {start}",
+        *(f"{setting} {model}" for setting, model in shown.items()),
+    ]
+    if section.data.runs:
+        parts.append(f"on {' and '.join([*(['this run'] if section.data.own_run else []), *section.data.runs])}")
+    return ", ".join(parts) + (f", into {section.output}" if section.data.output else "")
 
 
 def _source_text(source: SourceSettings | None) -> str:

@@ -1,10 +1,11 @@
 """Recipes: one TOML file says what a run does. In: a path or the name of a bundled recipe. Out: a `Recipe`.
 
 A recipe has a `description`, an optional `run_dir` and sections. `[source]` says what is curated and may be
-left out (the run then goes on from the shards it has); `[download]`, `[caption]`, `[rank]`, `[filter]`,
-`[train.stage1]` and `[train.stage2]` fill the settings of that name; a stage without its section is not run
-(`[download]` may be left out: its defaults hold). Nothing is inherited or merged: a recipe is complete by
-itself.
+left out (the run then goes on from the shards it has); `[download]`, `[caption]`, `[rank]`, `[filter]` fill the
+settings of that name, `[train.NAME]` those of a training (`capfilt/trainings.py` has their names); a stage or a
+training without its section is not run (`[download]` may be left out: its defaults hold). Trainings come in the order
+of the file, and a later one may start from what an earlier one trained: `init = "@stage1"`. Nothing is inherited or
+merged: a recipe is complete by itself.
 Every unknown section or key is refused with its line and the nearest valid name.
 """
 
@@ -12,24 +13,24 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from capfilt.errors import UsageError
-from capfilt.settings import (
-    CaptionSettings,
-    DownloadSettings,
-    FilterSettings,
-    RankSettings,
-    Stage1Settings,
-    Stage2Settings,
-)
+from capfilt.settings import CaptionSettings, DownloadSettings, FilterSettings, RankSettings, TrainSettings
+from capfilt.settings.checks import require
 from capfilt.settings.values import did_you_mean, typed
+from capfilt.trainings import MODEL_SETTINGS, RESULT, TRAININGS
 
 Settings = TypeVar("Settings")
 MAX_RECIPE_BYTES = 1_000_000
+
+_TRAIN = "train."
+_OUTPUT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TAKEN = ("shards", "captions", "clip", "itm", "manifest", "curated", "quarantine", "world")
+"""Folders of a run that are no training's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +54,49 @@ class SourceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage2Section(Stage2Settings):
-    """Stage 2 and the language model that it connects to."""
+class TrainingData:
+    """What a section [train.NAME] says beside the settings of the training: what it reads, and where its model goes."""
 
-    llm: str = ""
-    """Folder or hub id of an OPT or T5, `embedded-opt` or `embedded-t5`."""
+    output: str = ""
+    """Folder of the run that the model is saved in; empty for the name of the training (RUN/stage1)."""
+    runs: tuple[str, ...] = ()
+    """Further runs whose kept pairs it is trained on, after those of the recipe's own; run_weights has a weight for
+    each."""
+    own_run: bool = True
+    """Train on the recipe's own run too; false for `runs` alone."""
 
-    def settings(self) -> Stage2Settings:
-        """The settings alone."""
-        return Stage2Settings(**{f.name: getattr(self, f.name) for f in fields(Stage2Settings)})
+    def __post_init__(self) -> None:
+        name = self.output
+        free = not name or (_OUTPUT.fullmatch(name) is not None and name not in _TAKEN)
+        require(free, "output", name, "letters, digits, '.', '_', '-', and none of the run's own folders")
+        require(self.own_run or bool(self.runs), "own_run", self.own_run, "true where no other runs are named")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSection:
+    """One training of a recipe."""
+
+    name: str
+    """Its entry of `TRAININGS`."""
+    settings: TrainSettings
+    """As read: `@NAME` stands for what an earlier section trains."""
+    data: TrainingData = field(default_factory=TrainingData)
+
+    @property
+    def output(self) -> str:
+        """Folder of the run that its model is saved in."""
+        return self.data.output or self.name
+
+    @property
+    def results(self) -> dict[str, str]:
+        """Setting → the earlier training whose result it names."""
+        named = {setting: getattr(self.settings, setting, "") for setting in MODEL_SETTINGS}
+        return {setting: name[len(RESULT) :] for setting, name in named.items() if name.startswith(RESULT)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One recipe, read and checked. A stage that is None is not run."""
+    """One recipe, read and checked. A stage that is None is not run; the trainings are, in their order."""
 
     name: str
     path: Path
@@ -77,8 +107,7 @@ class Recipe:
     caption: CaptionSettings | None = None
     rank: RankSettings | None = None
     filter: FilterSettings | None = None
-    stage1: Stage1Settings | None = None
-    stage2: Stage2Section | None = None
+    trainings: tuple[TrainingSection, ...] = ()
 
     sections: ClassVar[dict[str, type]] = {
         "source": SourceSettings,
@@ -86,14 +115,10 @@ class Recipe:
         "caption": CaptionSettings,
         "rank": RankSettings,
         "filter": FilterSettings,
-        "train.stage1": Stage1Settings,
-        "train.stage2": Stage2Section,
-    }
-    """Name of a section → what it fills; the part behind the dot is the field."""
+    } | {f"train.{name}": training.section for name, training in TRAININGS.items()}
+    """Name of a section → what it fills."""
 
     def __post_init__(self) -> None:
-        if self.stage2 is not None and self.stage1 is None:
-            raise UsageError(f"{self.path} has [train.stage2] without [train.stage1], which it starts from.")
         if self.caption is None and (self.rank is not None or self.filter is not None):
             raise UsageError(f"{self.path} has no [caption]; [rank] and [filter] work on its captions.")
 
@@ -142,12 +167,18 @@ def read_recipe(recipe: str) -> Recipe:
 def _recipe_of(path: Path, text: str, document: Mapping[str, Any]) -> Recipe:
     texts = ("description", "run_dir")
     values: dict[str, Any] = {"name": path.stem, "path": path}
+    trainings: list[TrainingSection] = []
     for key, value in _flat(document):
         where = f"{path}:{line_of(text, None, key)}"
         if key in Recipe.sections:
             if not isinstance(value, dict):
                 raise UsageError(f"{where}: {key} is {value!r}; expected a section [{key}].")
-            values[key.rpartition(".")[2]] = _section_of(Recipe.sections[key], key, value, path, text)
+            section = _Section(key, value, path, text)
+            if key.startswith(_TRAIN):
+                trainings.append(_training_of(section, trainings))
+            else:
+                section.refuse_unknown(_names_of(Recipe.sections[key]))
+                values[key] = section.fill(Recipe.sections[key], value)
         elif key not in texts:
             known = [*texts, *Recipe.sections]
             nearest = did_you_mean(key, known)
@@ -156,14 +187,14 @@ def _recipe_of(path: Path, text: str, document: Mapping[str, Any]) -> Recipe:
             raise UsageError(f"{where}: {key} is {value!r}; expected a text in quotes.")
         else:
             values[key] = value
-    return Recipe(**values)
+    return Recipe(**values, trainings=tuple(trainings))
 
 
 def _flat(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The entries of the document, those of [train] as train.NAME."""
     for key, value in document.items():
         if key == "train" and isinstance(value, dict):
-            yield from ((f"train.{name}", item) for name, item in value.items())
+            yield from ((f"{_TRAIN}{name}", item) for name, item in value.items())
         else:
             yield key, value
 
@@ -172,23 +203,85 @@ def _kind(value: object) -> str:
     return "section" if isinstance(value, dict) else "key"
 
 
-def _section_of(cls: type[Settings], section: str, values: Mapping[str, Any], path: Path, text: str) -> Settings:
-    hints = get_type_hints(cls)
-    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    given: dict[str, Any] = {}
-    for key, value in values.items():
-        where = f"{path}:{line_of(text, section, key)}: [{section}]"
-        if key not in names:
-            raise UsageError(f"{where} has no setting {key}.{did_you_mean(key, names)} Known: {', '.join(names)}.")
+@dataclass(frozen=True)
+class _Section:
+    """A section as it stands in the file."""
+
+    name: str
+    values: Mapping[str, Any]
+    path: Path
+    text: str
+
+    def where(self, key: str) -> str:
+        """File, line and section of a key."""
+        return f"{self.path}:{line_of(self.text, self.name, key)}: [{self.name}]"
+
+    def refuse_unknown(self, known: Sequence[str]) -> None:
+        """UsageError for the first key that is none of the `known` ones."""
+        for key in self.values:
+            if key not in known:
+                nearest = did_you_mean(key, known)
+                raise UsageError(f"{self.where(key)} has no setting {key}.{nearest} Known: {', '.join(known)}.")
+
+    def fill(self, cls: type[Settings], values: Mapping[str, Any]) -> Settings:
+        """The settings that `values` make, typed and checked; every mistake with its line."""
+        hints = get_type_hints(cls)
+        given: dict[str, Any] = {}
+        for key, value in values.items():
+            try:
+                given[key] = typed(value, hints[key])
+            except TypeError as error:
+                raise UsageError(f"{self.where(key)} {key} is {value!r}; expected {error}.") from None
         try:
-            given[key] = typed(value, hints[key])
-        except TypeError as error:
-            raise UsageError(f"{where} {key} is {value!r}; expected {error}.") from None
-    try:
-        return cls(**given)
-    except UsageError as error:
-        key = str(error).split(" ", 1)[0]
-        raise UsageError(f"{path}:{line_of(text, section, key)}: [{section}] {error}") from None
+            return cls(**given)
+        except UsageError as error:
+            raise UsageError(f"{self.where(str(error).split(' ', 1)[0])} {error}") from None
+
+
+def _names_of(cls: type) -> list[str]:
+    return [f.name for f in fields(cls)]
+
+
+# --- trainings ----------------------------------------------------------------------------------------------
+
+
+def _training_of(section: _Section, earlier: Sequence[TrainingSection]) -> TrainingSection:
+    """A section [train.NAME], after those before it."""
+    name = section.name.removeprefix(_TRAIN)
+    training = TRAININGS[name]
+    of_data = _names_of(TrainingData)
+    section.refuse_unknown([n for n in _names_of(training.section) if n not in training.unused] + of_data)
+    given = section.values
+    settings = section.fill(training.section, {key: given[key] for key in given if key not in of_data})
+    data = section.fill(TrainingData, {key: given[key] for key in given if key in of_data})
+    found = TrainingSection(name=name, settings=settings, data=data)
+    _check_results(found, earlier, section)
+    num_runs = len(data.runs) + data.own_run
+    if settings.run_weights and len(settings.run_weights) != num_runs:
+        raise UsageError(
+            f"{section.where('run_weights')} run_weights has {len(settings.run_weights)} weights; expected {num_runs}, "
+            f"for {'the own run and ' if data.own_run else ''}runs = {list(data.runs)}."
+        )
+    if found.output in [other.output for other in earlier]:
+        raise UsageError(f"{section.where('output')} output is {found.output!r}, which an earlier section writes to.")
+    return found
+
+
+def _check_results(found: TrainingSection, earlier: Sequence[TrainingSection], section: _Section) -> None:
+    """UsageError where a setting names a result that is none, is not there yet, or does not fit."""
+    training, before = TRAININGS[found.name], [other.name for other in earlier]
+    for setting, named in found.results.items():
+        fitting = training.results.get(setting, ())
+        where, said = section.where(setting), f"{setting} is {RESULT + named!r}"
+        if named not in fitting:
+            expected = " or ".join(RESULT + name for name in fitting)
+            hint = f", or {expected} of an earlier section" if expected else ""
+            raise UsageError(f"{where} {said}; expected a folder or a hub id{hint}.")
+        if named not in before:
+            raise UsageError(f"{where} {said}, but no section [{_TRAIN}{named}] stands before [{section.name}].")
+    if training.needs_init and not getattr(found.settings, "init", ""):
+        fitting = " or ".join(RESULT + name for name in training.results["init"])
+        raise UsageError(f"{section.where('init')} init is not given; expected a BLIP model, or {fitting}.")
 
 
 def line_of(text: str, section: str | None, key: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import open_clip
@@ -10,7 +10,8 @@ import pytest
 
 from capfilt.errors import UsageError
 from capfilt.recipes import Recipe, bundled_recipes, find_recipe, read_recipe
-from capfilt.settings import EMBEDDED, Stage2Settings
+from capfilt.settings import EMBEDDED, BlipTrainSettings, Stage1Settings, TrainSettings
+from capfilt.trainings import MODEL_SETTINGS, TRAININGS, Stage2Section
 from capfilt.weights import find
 
 FULL = """\
@@ -51,7 +52,7 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "capfilt", "blip", "blip2"])
+@pytest.mark.parametrize("name", sorted(bundled_recipes()))
 def test_bundled_recipes_read(name: str) -> None:
     recipe = read_recipe(name)
     assert recipe.name == name
@@ -68,15 +69,15 @@ def test_models_of_bundled_recipes_have_names_that_mean_something(
     """Hub ids, folders or embedded models for the folders; for CLIP a name and a tag of open_clip's."""
     monkeypatch.setattr(find, "download_snapshot", lambda _name, _patterns: tmp_path)
     recipe = read_recipe(name)
-    for section, settings_of in (
-        (recipe.caption, ("captioner",)),
-        (recipe.filter, ("filter_model",)),
-        (recipe.stage1, ("image_encoder", "qformer_init")),
-        (recipe.stage2, ("llm",)),
-    ):
-        for setting in settings_of if section else ():
-            if setting != "qformer_init" or getattr(section, setting):
-                assert find.find_model_dir(getattr(section, setting), setting).is_dir()
+    assert recipe.caption is not None
+    assert recipe.filter is not None
+    named = [recipe.caption.captioner, recipe.filter.filter_model]
+    for section in recipe.trainings:
+        named += [
+            getattr(section.settings, setting, "") for setting in MODEL_SETTINGS if setting not in section.results
+        ]
+    for model in filter(None, named):
+        assert find.find_model_dir(model, "model").is_dir()
     if recipe.rank and recipe.rank.clip_model != EMBEDDED:
         assert recipe.rank.clip_weights in open_clip.list_pretrained_tags_by_model(recipe.rank.clip_model)
 
@@ -94,15 +95,17 @@ def test_every_setting_arrives_typed(tmp_path: Path) -> None:
     assert recipe.rank is not None
     assert recipe.rank.include_web is True
     assert recipe.filter is not None
-    assert recipe.stage1 is not None
-    assert recipe.stage1.losses == ("itc",)
-    assert recipe.stage2 is not None
-    assert recipe.stage2.llm == "embedded-opt"
-    assert recipe.stage2.settings() == Stage2Settings(dropout=0.0)
+    stage1, stage2 = recipe.trainings
+    assert (stage1.name, stage1.settings) == ("stage1", Stage1Settings(image_encoder="embedded", losses=("itc",)))
+    assert (stage2.name, stage2.results) == ("stage2", {"init": "stage1"})
+    assert stage2.settings == Stage2Section(llm="embedded-opt", dropout=0.0)
+    assert (stage2.output, stage2.data.runs, stage2.data.own_run) == ("stage2", (), True)
 
 
-def test_sections_are_fields_of_a_recipe() -> None:
-    assert {name.rpartition(".")[2] for name in Recipe.sections} <= {f.name for f in fields(Recipe)}
+def test_sections_are_fields_of_a_recipe_or_trainings() -> None:
+    trainings = {f"train.{name}" for name in TRAININGS}
+    assert set(Recipe.sections) - trainings <= {f.name for f in fields(Recipe)}
+    assert trainings <= set(Recipe.sections)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +141,6 @@ def test_a_mistake_is_refused_with_its_line(tmp_path: Path, old: str, new: str, 
 
 
 def test_stages_that_lack_what_they_start_from_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"\[train.stage2\] without \[train.stage1\]"):
-        read_recipe(write(tmp_path, '[train.stage2]\nllm = "embedded-opt"'))
     with pytest.raises(UsageError, match=r"has no \[caption\]"):
         read_recipe(write(tmp_path, "[rank]"))
 
@@ -154,3 +155,166 @@ def test_what_is_not_toml_is_refused(tmp_path: Path) -> None:
         read_recipe("quickstrat")
     with pytest.raises(UsageError, match="caption is 3; expected a section"):
         read_recipe(write(tmp_path, "caption = 3"))
+
+
+# --- trainings ----------------------------------------------------------------------------------------------
+
+CHAIN = """\
+[train.blip]
+tokenizer = "embedded"
+
+[train.captioner]
+init = "@blip"
+prompt = "a picture of "
+
+[train.filter]
+init = "@blip"
+runs = ["runs/human", "runs/more"]
+run_weights = [1, 2.0, 0.5]
+
+[train.stage1]
+image_encoder = "@captioner"
+output = "first"
+
+[train.stage2]
+llm = "embedded-opt"
+runs = ["runs/human"]
+own_run = false
+"""
+
+
+def test_trainings_come_in_the_order_of_the_file_and_name_earlier_ones(tmp_path: Path) -> None:
+    found = read_recipe(write(tmp_path, CHAIN)).trainings
+    assert [(section.name, section.output) for section in found] == [
+        ("blip", "blip"), ("captioner", "captioner"), ("filter", "filter"), ("stage1", "first"), ("stage2", "stage2"),
+    ]  # fmt: skip
+    assert [section.results for section in found] == [
+        {}, {"init": "blip"}, {"init": "blip"}, {"image_encoder": "captioner"}, {"init": "stage1"},
+    ]  # fmt: skip
+    assert found[2].settings.run_weights == (1.0, 2.0, 0.5)
+    assert found[2].data.runs == ("runs/human", "runs/more")
+    assert (found[4].data.runs, found[4].data.own_run) == (("runs/human",), False)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said"),
+    [
+        (
+            '[train.captioner]\ninit = "@blip"',
+            '[train.captioner]\ninit = "@blipp"',
+            5,
+            "hub id, or @blip of an earlier",
+        ),
+        (
+            '[train.captioner]\ninit = "@blip"',
+            "[train.captioner]",
+            4,
+            "init is not given; expected a BLIP model, or @blip",
+        ),
+        (
+            '[train.captioner]\ninit = "@blip"',
+            '[train.captioner]\ninit = "@filter"',
+            5,
+            "or @blip of an earlier section",
+        ),
+        (
+            'image_encoder = "@captioner"',
+            'image_encoder = "@stage1"',
+            14,
+            "@captioner or @filter of an earlier section",
+        ),
+        ('tokenizer = "embedded"', 'tokenizer = "@blip"', 2, "expected a folder or a hub id."),
+        (
+            '[train.stage1]\nimage_encoder = "@captioner"\noutput = "first"',
+            "",
+            15,
+            "init is '@stage1', but no section [train.stage1] stands before [train.stage2]",
+        ),
+        ('prompt = "a', 'losses = ["lm"]\nprompt = "a', 6, "no setting losses"),
+        ('tokenizer = "embedded"', 'prompt = "a"', 2, "no setting prompt"),
+        ("run_weights = [1, 2.0, 0.5]", "run_weights = [1, 2.0]", 11, "has 2 weights; expected 3, for the own run and"),
+        ("run_weights = [1, 2.0, 0.5]", "run_weights = [1, 2.0, 0]", 11, "expected more than 0 each"),
+        ("own_run = false", "own_run = false\nrun_weights = [1, 1]", 21, "has 2 weights; expected 1, for runs = "),
+        ('runs = ["runs/human"]\nown_run', "own_run", 19, "own_run is False; expected true where no other runs"),
+        ('output = "first"', 'output = "manifest"', 15, "none of the run's own folders"),
+        ('output = "first"', 'output = "../first"', 15, "output is '../first'; expected letters"),
+        ('output = "first"', 'output = "stage1@x"', 15, "output is 'stage1@x'; expected letters"),
+        ('output = "first"', 'output = "filter"', 15, "which an earlier section writes to"),
+        ('llm = "embedded-opt"', 'init = ""\nllm = "x"', 17, "image_encoder is ''; expected that of a new Q-Former"),
+        ('llm = "embedded-opt"', "num_queries = 4", 18, "num_queries is 4; expected to be left out with init"),
+        ('llm = "embedded-opt"', 'lm = "embedded-opt"', 18, "Did you mean llm?"),
+        ('output = "first"', 'ouput = "first"', 15, "Did you mean output?"),
+        ("own_run = false", "own_run = 0", 20, "expected true or false"),
+    ],
+)
+def test_a_mistake_of_a_training_is_refused_with_its_line(
+    tmp_path: Path, old: str, new: str, line: int, said: str
+) -> None:
+    assert CHAIN.count(old) == 1
+    path = write(tmp_path, CHAIN.replace(old, new))
+    with pytest.raises(UsageError) as caught:
+        read_recipe(path)
+    assert f"{path}:{line}:" in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_section_that_stands_too_late_is_refused(tmp_path: Path) -> None:
+    text = '[train.stage2]\nllm = "embedded-opt"\n[train.stage1]\nimage_encoder = "embedded"'
+    with pytest.raises(UsageError, match=r":1: .*no section \[train.stage1\] stands before \[train.stage2\]"):
+        read_recipe(write(tmp_path, text))
+
+
+def test_a_stage2_without_stage1_is_read(tmp_path: Path) -> None:
+    text = '[train.stage2]\ninit = ""\nimage_encoder = "embedded"\nnum_queries = 4\nllm = "embedded-opt"'
+    (section,) = read_recipe(write(tmp_path, text)).trainings
+    assert section.results == {}
+    assert section.settings == Stage2Section(init="", image_encoder="embedded", num_queries=4, llm="embedded-opt")
+
+
+# --- the recipes of the miniature world ---------------------------------------------------------------------
+
+WORLD = [name for name in sorted(bundled_recipes()) if name.startswith("world-")]
+
+
+def test_world_recipes_share_a_run_and_what_is_curated_and_trained_in_it() -> None:
+    """What one has done the others find: the same run and sections, and no folder with two contents."""
+    recipes = [read_recipe(name) for name in WORLD]
+    assert len(recipes) == 6
+    curated = [(r.run_dir, r.source, r.download, r.caption, r.rank, r.filter) for r in recipes]
+    assert all(sections == curated[0] for sections in curated)
+    by_output: dict[str, set[TrainSettings]] = {}
+    for section in (section for recipe in recipes for section in recipe.trainings):
+        by_output.setdefault(section.output, set()).add(section.settings)
+    assert {output for output, contents in by_output.items() if len(contents) > 1} == set()
+    assert set(by_output) == {
+        "stage1", "stage1-no-itg", "stage2-opt", "stage2-t5", "stage2-alone", "blip", "captioner", "filter",
+    }  # fmt: skip
+
+
+def test_what_is_compared_differs_in_nothing_else() -> None:
+    """With and without ITG; with and without stage 1; OPT and T5."""
+    sections = {section.output: section.settings for name in WORLD for section in read_recipe(name).trainings}
+    assert replace(sections["stage1"], losses=("itc", "itm")) == sections["stage1-no-itg"]
+    assert replace(sections["stage2-opt"], llm="embedded-t5") == sections["stage2-t5"]
+    stage1, alone = sections["stage1"], sections["stage2-alone"]
+    start = ("image_encoder", "init_cross_attention", "num_queries", "seed")
+    assert [getattr(alone, name) for name in start] == [getattr(stage1, name) for name in start]
+    defaults = {"image_encoder": "", "init_cross_attention": False, "num_queries": 32}
+    assert replace(alone, init="@stage1", **defaults) == sections["stage2-opt"]
+
+
+def test_schedules_are_the_papers() -> None:
+    """Images in a step, as the recipes' comments count them, and the schedules (BLIP §4.1; BLIP-2 §3.4)."""
+    blip = {section.name: section.settings for section in read_recipe("blip").trainings}
+    assert blip["blip"].batch_size * blip["blip"].accumulation_steps * 32 == 2880
+    assert isinstance(blip["blip"], BlipTrainSettings)
+    assert blip["blip"].queue_size % 2880 == 0
+    assert (blip["blip"].learning_rate, blip["blip"].weight_decay, blip["blip"].warmup_steps) == (3e-4, 0.05, 3000)
+    assert [blip[part].learning_rate for part in ("captioner", "filter")] == [1e-5, 1e-5]
+    stages = {section.name: section.settings for section in read_recipe("blip2").trainings}
+    assert [stages[name].batch_size * 16 for name in ("stage1", "stage2")] == [2320, 1920]
+    assert [stages[name].max_steps for name in ("stage1", "stage2")] == [250_000, 80_000]
+    assert {(s.beta2, s.learning_rate, s.warmup_steps, s.weight_decay) for s in stages.values()} == {
+        (0.98, 1e-4, 2000, 0.05)
+    }
+    assert [stages[name].min_learning_rate for name in ("stage1", "stage2")] == [0.0, 5e-5]

@@ -10,13 +10,16 @@ import typer
 from capfilt.cli.console import clean, following, note, open_progress, say, say_json
 from capfilt.cli.options import AsJson, Generation
 from capfilt.cli.train import training_line
-from capfilt.pipeline import StepResult, run_dir_of, run_recipe, training_dir
+from capfilt.pipeline import StepResult, run_dir_of, run_recipe
 from capfilt.recipes import Recipe, read_recipe
 
 
 def run(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A recipe file, or quickstart, capfilt, blip, blip2.")
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A recipe file, or the name of a bundled one: capfilt, blip, blip2, quickstart, …"
+        ),
     ],
     run: Annotated[
         Path | None, typer.Argument(metavar="RUN", help="The run directory; unset: the recipe's run_dir.")
@@ -24,10 +27,17 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and what is already done; change nothing.")
     ] = False,
+    curate_only: Annotated[
+        bool,
+        typer.Option("--curate-only", help="Leave the trainings out: `torchrun … -m capfilt run` can do them then."),
+    ] = False,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe: download or import, caption, rank, filter, train. What is done is not done again."""
+    """Run a recipe: download or import, caption, rank, filter, train. What is done is not done again.
+
+    Started by torchrun, it does the trainings alone, on the manifest that is there.
+    """
     chosen = read_recipe(recipe)
     path = run_dir_of(chosen, run)
     if dry_run:
@@ -35,10 +45,11 @@ def run(
         return
     progress = open_progress()
     results = {}
-    for step in run_recipe(chosen, path, generation=generation, progress=progress):
+    steps = run_recipe(chosen, path, generation=generation, curate_only=curate_only, progress=progress)
+    for step in steps:
         results[step.name] = step.summary
         if not as_json:
-            say(summary_line(step, path, generation))
+            say(summary_line(step))
     if as_json:
         say_json(results)
     else:
@@ -54,10 +65,11 @@ def _show_plan(recipe: Recipe, named: str, path: Path, generation: str | None, a
         return
     say(f"{recipe.path}: {clean(recipe.description)}")
     say(f"run directory: {clean(path)}")
+    width = max(len(plan.name) for plan in plans)
     for plan in plans:
-        say(f"  {plan.name:<9} {plan.state:<18} {clean(plan.what)}")
+        say(f"  {plan.name:<{width}} {plan.state:<18} {clean(plan.what, 500)}")
         if plan.differences:
-            say(f"  {'':<9} {clean(plan.differences, 500)}")
+            say(f"  {'':<{width}} {clean(plan.differences, 500)}")
     command = f"capfilt run {named} {path}"
     if plans[0].differences:
         note(f"Nothing was changed. Shards are never rewritten; in another run: capfilt run {named} RUN")
@@ -67,8 +79,8 @@ def _show_plan(recipe: Recipe, named: str, path: Path, generation: str | None, a
         note(f"Nothing was changed. Next: {following(command, generation)}")
 
 
-def summary_line(step: StepResult, path: Path, generation: str | None) -> str:
+def summary_line(step: StepResult) -> str:
     """One line about a step that has ended."""
-    if step.name in ("stage1", "stage2"):
-        return training_line(step.name, step.summary, training_dir(path, step.name, generation))
+    if step.output_dir is not None:
+        return training_line(step.name, step.summary, step.output_dir)
     return step.summary.line()

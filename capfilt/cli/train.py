@@ -25,6 +25,7 @@ from capfilt.settings import (
     Stage1Settings,
     Stage2Settings,
 )
+from capfilt.trainings import UNUSED_BY_BLIP, UNUSED_BY_CAPTIONER, UNUSED_BY_FILTER
 
 if TYPE_CHECKING:
     from capfilt.train.loop import TrainSummary
@@ -42,15 +43,8 @@ ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Side of the square input (pixels); unset: that of the start, else 224.")
 ]
 
-_FROM_NOTHING = (
-    "text_init", "vision_init", "tokenizer", "patch_size_px", "vision_width", "vision_depth", "text_width",
-    "text_depth", "max_positions", "embed_dim", "head_width",
-)  # fmt: skip
-UNUSED_BY_BLIP = ("prompt",)
-UNUSED_BY_CAPTIONER = (*_FROM_NOTHING, "losses", "known_false")
-UNUSED_BY_FILTER = (*_FROM_NOTHING, "losses", "prompt", "captions_per_image", "label_smoothing")
 UNUSED_BY_LLM = ("random_crop", "random_flip")
-"""Settings that a training does not ask: `--set` refuses them instead of doing nothing."""
+"""Settings that it does not ask: `--set` refuses them instead of doing nothing."""
 
 
 @app.command("blip")
@@ -243,16 +237,17 @@ def stage1(
 @takes_shared_options(Stage2Settings)
 def stage2(
     runs: Runs,
+    output: Output,
     init: Annotated[
         str,
         typer.Option(
             "--init",
             metavar="PATH|ID",
-            help="What stage 1 saved, or a stage-2 model to go on from; published ones too.",
+            help="What stage 1 saved, or a stage-2 model to go on from; published ones too. Unset: a new Q-Former "
+            "on --image-encoder, without stage 1.",
             show_default=False,
         ),
-    ],
-    output: Output,
+    ] = "",
     llm: Annotated[
         str,
         typer.Option(
@@ -263,8 +258,18 @@ def stage2(
     ] = "",
     generation: TrainedGeneration = None,
     image_encoder: Annotated[
-        str, typer.Option(metavar="PATH|ID", help="Frozen image encoder, for a .pth of LAVIS's that was saved without.")
+        str,
+        typer.Option(
+            metavar="PATH|ID",
+            help="Frozen image encoder of a new Q-Former, or of a .pth of LAVIS's that was saved without.",
+        ),
     ] = Stage2Settings.image_encoder,
+    qformer_init: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH|ID", help="BERT or BLIP a new Q-Former starts from; unset: the image encoder's BLIP."
+        ),
+    ] = Stage2Settings.qformer_init,
     encoder_dtype: EncoderDtype = Stage2Settings.encoder_dtype,
     feature_cache_dir: FeatureCacheDir = Stage2Settings.feature_cache_dir,
     **shared: Unpack[SharedOptions],

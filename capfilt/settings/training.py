@@ -87,7 +87,7 @@ class BlipTrainSettings(TrainSettings):
 
     init: str = ""
     """What training starts from. Pre-training: the output of `train blip` only; empty for nothing. Fine-tuning: that, a
-    BLIP folder or hub id, or `embedded`."""
+    BLIP folder or hub id, or `embedded`; in a recipe also `@blip`, what its section [train.blip] trained."""
     text_init: str = ""
     """Pre-training: folder or hub id of a BERT whose weights text encoder and decoder start from, with its sizes and
     tokenizer (BLIP §4.1: google-bert/bert-base-uncased); cross-attention starts at random."""
@@ -162,15 +162,13 @@ class BlipTrainSettings(TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage1Settings(TrainSettings):
-    """BLIP-2 stage 1: the Q-Former on a frozen image encoder (BLIP-2 §3.2)."""
+class QFormerSettings(TrainSettings):
+    """What both stages of BLIP-2 share: the frozen image encoder, and the Q-Former where it is a new one."""
 
-    init: str = ""
-    """Stage-1 model to go on from: what `train stage1` saved, a folder or hub id of a Blip2ForImageTextRetrieval (its
-    temperature and head of ITG are new then), or LAVIS's blip2_pretrained.pth. Its sizes hold. Empty for a new one."""
     image_encoder: str = ""
     """Frozen image encoder (BLIP-2 §3.2: CLIP ViT-L/14 or EVA-CLIP ViT-g/14): a folder or hub id of a CLIP, BLIP or
-    BLIP-2, open_clip:NAME:WEIGHTS, a .pth of EVA-CLIP, or `embedded`. Empty where `init` has one."""
+    BLIP-2, open_clip:NAME:WEIGHTS, a .pth of EVA-CLIP, or `embedded`; in a recipe also `@captioner` or `@filter`, what
+    an earlier section trained. Empty where `init` has one."""
     image_encoder_layer: str = "auto"
     """Block whose output are the image features: second-last (BLIP-2 §3.2), last, or auto: the second-last of a CLIP
     and an EVA-CLIP (as published with BLIP-2 it lacks the last one already), the last of a BLIP."""
@@ -181,7 +179,8 @@ class Stage1Settings(TrainSettings):
     float16."""
     qformer_init: str = ""
     """Folder or hub id of BERT (BLIP-2 §3.1: google-bert/bert-base-uncased) or of a BLIP model, whose text encoder
-    and tokenizer the Q-Former starts from; empty takes those of image_encoder."""
+    and tokenizer a new Q-Former starts from; in a recipe also `@captioner` or `@filter`. Empty takes those of
+    image_encoder."""
     init_weights: bool = True
     """Start from qformer_init's weights; otherwise take its sizes and tokenizer only, weights at random."""
     init_cross_attention: bool = False
@@ -190,14 +189,8 @@ class Stage1Settings(TrainSettings):
     """Query tokens (BLIP-2 §3.1: 32)."""
     cross_attention_every: int = 2
     """Every n-th layer attends to the image (BLIP-2 §3.1: every other)."""
-    embed_dim: int = 256
-    """Width of ITC's embeddings (released code: 256)."""
     dropout: float = 0.1
     """Dropout in the Q-Former (BERT: 0.1)."""
-    max_text_tokens: int = 32
-    """Longest text in tokens, special tokens included (released code: 32)."""
-    losses: tuple[str, ...] = ("itc", "itm", "itg")
-    """Losses that are summed (BLIP-2 §3.2: all three; Table 6 leaves out itg)."""
     feature_cache_bytes: int = 4 << 30
     """Features of the frozen image encoder are computed once and held in memory up to this size; 0 for never."""
     feature_cache_dir: str | None = None
@@ -205,73 +198,85 @@ class Stage1Settings(TrainSettings):
     memory. Without random crops and flips only."""
     feature_cache_dtype: str = "auto"
     """Precision of the features in memory and on disk: auto (the image encoder's own), float32, bfloat16, float16."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_queries >= 1, "num_queries", self.num_queries, "at least 1")
+        require(self.cross_attention_every >= 1, "cross_attention_every", self.cross_attention_every, "at least 1")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
+        layer, size = self.image_encoder_layer, self.image_size_px
+        layers = ", ".join(IMAGE_ENCODER_LAYERS)
+        require(layer in IMAGE_ENCODER_LAYERS, "image_encoder_layer", layer, f"one of {layers}")
+        require(size is None or size >= 1, "image_size_px", size, "at least 1")
+        for name in ("encoder_dtype", "feature_cache_dtype"):
+            require(getattr(self, name) in DTYPES, name, getattr(self, name), f"one of {', '.join(DTYPES)}")
+        directory, varied = self.feature_cache_dir, self.random_crop < 1.0 or self.random_flip
+        if directory is not None:
+            require(bool(directory), "feature_cache_dir", directory, "a directory, or to be left out")
+            expected = "None with random_crop or random_flip: no image stays as it is"
+            require(not varied, "feature_cache_dir", directory, expected)
+
+    def refuse_given(self, *names: str) -> None:
+        """UsageError for one of the settings `names` that is given where `init` has what it says already."""
+        for name in names:
+            value = getattr(self, name)
+            require(value == getattr(type(self), name), name, value, "to be left out with init, whose sizes hold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1Settings(QFormerSettings):
+    """BLIP-2 stage 1: the Q-Former on a frozen image encoder (BLIP-2 §3.2)."""
+
+    init: str = ""
+    """Stage-1 model to go on from: what `train stage1` saved, a folder or hub id of a Blip2ForImageTextRetrieval (its
+    temperature and head of ITG are new then), or LAVIS's blip2_pretrained.pth. Its sizes hold. Empty for a new one."""
+    embed_dim: int = 256
+    """Width of ITC's embeddings (released code: 256)."""
+    max_text_tokens: int = 32
+    """Longest text in tokens, special tokens included (released code: 32)."""
+    losses: tuple[str, ...] = ("itc", "itm", "itg")
+    """Losses that are summed (BLIP-2 §3.2: all three; Table 6 leaves out itg)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         known = ("itc", "itm", "itg")
         odd = not self.losses or any(name not in known for name in self.losses)
         require(not odd, "losses", self.losses, f"some of {', '.join(known)}")
-        require(self.num_queries >= 1, "num_queries", self.num_queries, "at least 1")
-        require(self.cross_attention_every >= 1, "cross_attention_every", self.cross_attention_every, "at least 1")
         require(self.max_text_tokens >= 4, "max_text_tokens", self.max_text_tokens, "at least 4")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
-        layer, size = self.image_encoder_layer, self.image_size_px
-        require(
-            layer in IMAGE_ENCODER_LAYERS, "image_encoder_layer", layer, f"one of {', '.join(IMAGE_ENCODER_LAYERS)}"
-        )
-        require(size is None or size >= 1, "image_size_px", size, "at least 1")
-        for name in ("num_queries", "cross_attention_every", "embed_dim", "init_cross_attention") if self.init else ():
-            value = getattr(self, name)
-            require(value == getattr(Stage1Settings, name), name, value, "to be left out with init, whose sizes hold")
-        _check_frozen(self)
+        if self.init:
+            self.refuse_given("num_queries", "cross_attention_every", "embed_dim", "init_cross_attention")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage2Settings(TrainSettings):
-    """BLIP-2 stage 2: Q-Former and projection in front of a frozen language model (BLIP-2 §3.3)."""
+class Stage2Settings(QFormerSettings):
+    """BLIP-2 stage 2: Q-Former and projection in front of a frozen language model (BLIP-2 §3.3).
+
+    It starts from `init`, a stage-1 model (in a recipe `@stage1`, its default there: what the section [train.stage1]
+    before it trained) or a stage-2 model to go on from. With an empty `init` the Q-Former is a new one on
+    `image_encoder`, as stage 1 would begin with it: BLIP-2 without stage 1 (Figure 5).
+    """
 
     min_learning_rate: float = 5e-5
     """Rate at the end of the cosine (BLIP-2 §3.4: 5e-5 in stage 2)."""
-    dropout: float = 0.1
-    """Dropout in the Q-Former (BERT: 0.1)."""
-    image_encoder: str = ""
-    """Frozen image encoder, as in stage 1, of a .pth of LAVIS's that was saved without; empty for the model's own."""
-    encoder_dtype: str = "auto"
-    """Precision of the frozen image encoder: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or
-    float16."""
     whole_caption_share: float = 0.5
     """T5: share of captions trained with an empty prefix, so that a caption can be asked for without its first
     word. BLIP-2 has none."""
     llm_dtype: str = "auto"
     """Precision of the frozen language model: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or
     float16."""
-    feature_cache_bytes: int = 4 << 30
-    """Features of the frozen image encoder are computed once and held in memory up to this size; 0 for never."""
-    feature_cache_dir: str | None = None
-    """Directory where those features are kept instead, whatever their size, for this training and later ones; None for
-    memory. Without random crops and flips only."""
-    feature_cache_dtype: str = "auto"
-    """Precision of the features in memory and on disk: auto (the image encoder's own), float32, bfloat16, float16."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.llm_dtype in DTYPES, "llm_dtype", self.llm_dtype, f"one of {', '.join(DTYPES)}")
-        _check_frozen(self)
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
         share = self.whole_caption_share
         require(0 <= share <= 1, "whole_caption_share", share, "0 to 1")
 
-
-def _check_frozen(settings: Stage1Settings | Stage2Settings) -> None:
-    """Settings of the frozen image encoder that both stages have."""
-    for name in ("encoder_dtype", "feature_cache_dtype"):
-        require(getattr(settings, name) in DTYPES, name, getattr(settings, name), f"one of {', '.join(DTYPES)}")
-    directory, varied = settings.feature_cache_dir, settings.random_crop < 1.0 or settings.random_flip
-    if directory is not None:
-        require(bool(directory), "feature_cache_dir", directory, "a directory, or to be left out")
-        require(
-            not varied, "feature_cache_dir", directory, "None with random_crop or random_flip: no image stays as it is"
-        )
+    def refuse_new_qformer(self) -> None:
+        """UsageError for a setting of a new Q-Former, where `init` brings one (and all but some .pth an encoder)."""
+        self.refuse_given(
+            "qformer_init", "init_weights", "init_cross_attention", "num_queries", "cross_attention_every",
+            "image_encoder_layer", "image_size_px",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

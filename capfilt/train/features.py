@@ -22,7 +22,7 @@ from capfilt.data.manifest import iterate_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.models.vit import VisionTransformer
 from capfilt.progress import Progress
-from capfilt.settings import Stage1Settings, Stage2Settings
+from capfilt.settings import QFormerSettings
 from capfilt.train.batches import Batch, Cursor, PairDataset, iterate_batches, normalise
 from capfilt.train.feature_store import FORMAT_VERSION, FeatureFile, open_features
 from capfilt.train.processes import Processes
@@ -40,7 +40,7 @@ class FrozenFeatures:
         self,
         encoder: ImageEncoder,
         dataset: PairDataset,
-        settings: Stage1Settings | Stage2Settings,
+        settings: QFormerSettings,
         processes: Processes,
         progress: Progress,
         images_digest: str | None = None,

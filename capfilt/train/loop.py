@@ -58,7 +58,7 @@ OpenBatches = Callable[[Cursor], Iterator[Batch]]
 UNBOUND_SETTINGS = (
     "save_every_steps", "log_every_steps", "tensorboard", "device", "compile", "recompute", "sharding",
     "feature_cache_bytes", "feature_cache_dir",
-    "image_encoder", "qformer_init", "init", "text_init", "vision_init", "tokenizer",  # `fields` has their digests
+    "image_encoder", "qformer_init", "init", "text_init", "vision_init", "tokenizer", "llm",  # by digest in `fields`
 )  # fmt: skip
 """Settings that may change between a training and its resumption."""
 

@@ -1,4 +1,4 @@
-"""What stage 1 starts from when it starts anew: the Q-Former's sizes, tokenizer and first weights.
+"""What a new Q-Former starts from, in stage 1 or in a stage 2 without it: sizes, tokenizer and first weights.
 
 In: names of models in transformers' layout, BERT's or BLIP's. Out: sizes, and weights for our modules. The frozen image
 encoder is `capfilt.weights.image_encoders`'.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from capfilt.errors import UsageError
 from capfilt.models.convert_blip2 import State, find_text_encoder, text_encoder_start
 from capfilt.models.qformer import QFormerConfig
-from capfilt.settings import Stage1Settings
+from capfilt.settings import QFormerSettings
 from capfilt.train.saved import dec_token_id_of
 from capfilt.weights.find import find_model_dir
 from capfilt.weights.image_encoders import is_open_clip
@@ -35,7 +35,7 @@ class QFormerStart:
     head_weights: State
 
 
-def load_qformer_start(settings: Stage1Settings, vision_width: int) -> QFormerStart:
+def load_qformer_start(settings: QFormerSettings, vision_width: int) -> QFormerStart:
     """Sizes, tokenizer and first weights of the Q-Former from BERT or a BLIP model's text encoder."""
     folder = find_qformer_start(settings)
     whole = read_config(folder)
@@ -64,7 +64,7 @@ def load_qformer_start(settings: Stage1Settings, vision_width: int) -> QFormerSt
     return QFormerStart(config, tokenizer, dec_token_id, weights, head)
 
 
-def find_qformer_start(settings: Stage1Settings) -> Path:
+def find_qformer_start(settings: QFormerSettings) -> Path:
     """The folder of BERT or BLIP that the Q-Former starts from. UsageError where none is named."""
     what = "start of the Q-Former"
     if settings.qformer_init:

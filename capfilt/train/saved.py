@@ -159,6 +159,11 @@ def start_stage2(
 ) -> SavedStage2:
     """A stage-2 model whose Q-Former comes from a stage-1 model; its text side is left behind."""
     saved = load_stage1(name, device, image_encoder=image_encoder, dtype=dtype)
+    return connect_llm(saved, llm, dropout, device)
+
+
+def connect_llm(saved: SavedStage1, llm: LanguageModel, dropout: float, device: torch.device) -> SavedStage2:
+    """A stage-2 model with the Q-Former of a stage-1 model, trained or new; the projection is drawn at random."""
     config = replace(saved.stage.qformer.config, with_text=False, dropout=dropout)
     stage = Stage2(config, llm, vision_norm_eps=saved.encoder.vision.config.layer_norm_eps)
     wanted = set(dict(stage.qformer.named_parameters()))

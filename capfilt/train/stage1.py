@@ -15,7 +15,7 @@ from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.models.blip2 import Stage1
 from capfilt.progress import NullProgress, Progress
-from capfilt.settings import Stage1Settings
+from capfilt.settings import QFormerSettings, Stage1Settings
 from capfilt.train.batches import Batch, Draws, PairDataset
 from capfilt.train.blip2_files import blip2_digest
 from capfilt.train.features import FrozenFeatures, kept_images_digest
@@ -58,10 +58,16 @@ def train_stage1_on(
 
 def start_stage1(settings: Stage1Settings) -> SavedStage1:
     """The model as training begins: that of `init`, else a new one; the seed decides what is drawn."""
+    if not settings.init:
+        return build_new(settings, settings.embed_dim)
+    device = join_processes(settings).device
+    return _continued(settings, device, choose_dtype(settings.encoder_dtype, device))
+
+
+def build_new(settings: QFormerSettings, embed_dim: int = Stage1Settings.embed_dim) -> SavedStage1:
+    """A new Q-Former on the frozen image encoder that the settings name; the seed decides what is drawn."""
     device = join_processes(settings).device
     dtype = choose_dtype(settings.encoder_dtype, device)
-    if settings.init:
-        return _continued(settings, device, dtype)
     encoder = load_image_encoder(
         settings.image_encoder,
         device,
@@ -73,14 +79,14 @@ def start_stage1(settings: Stage1Settings) -> SavedStage1:
     torch.manual_seed(settings.seed)
     stage = Stage1(
         start.config,
-        embed_dim=settings.embed_dim,
+        embed_dim=embed_dim,
         dec_token_id=start.dec_token_id,
         vision_norm_eps=encoder.vision.config.layer_norm_eps,
     )
     copy_start(stage.qformer, start.weights)
     copy_start(stage.lm_head, start.head_weights)
     stage.vision_norm.load_state_dict(encoder.norm)
-    return SavedStage1(encoder, stage.to(device), start.tokenizer, settings.embed_dim)
+    return SavedStage1(encoder, stage.to(device), start.tokenizer, embed_dim)
 
 
 def _continued(settings: Stage1Settings, device: torch.device, dtype: torch.dtype) -> SavedStage1:
@@ -131,18 +137,24 @@ def _train(
         processes=processes,
         progress=progress,
         name="stage1",
-        fields={**_identity(settings), **fields},
+        fields={**stage1_identity(settings), **fields},
         some_unused=set(settings.losses) != {"itc", "itm", "itg"},
     )
 
 
-def _identity(settings: Stage1Settings) -> dict[str, str]:
+def stage1_identity(settings: Stage1Settings) -> dict[str, str]:
     """What the models named in the settings contain; where they lie may change."""
-    found: dict[str, str] = {}
-    if settings.init:
-        found["init_sha256"] = blip2_digest(settings.init)
-    else:
-        found["qformer_init_sha256"] = weights_digest(find_qformer_start(settings))
+    if not settings.init:
+        return new_identity(settings)
+    found = {"init_sha256": blip2_digest(settings.init)}
     if settings.image_encoder:
         found["image_encoder_sha256"] = image_encoder_digest(settings.image_encoder)
     return found
+
+
+def new_identity(settings: QFormerSettings) -> dict[str, str]:
+    """The same of the models that `build_new` takes."""
+    return {
+        "qformer_init_sha256": weights_digest(find_qformer_start(settings)),
+        "image_encoder_sha256": image_encoder_digest(settings.image_encoder),
+    }

@@ -14,18 +14,18 @@ from torch.nn import functional as F
 from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2VisionConfig
 
 from capfilt.data.rundir import RunDir
-from capfilt.errors import UsageError
+from capfilt.errors import FingerprintMismatchError, UsageError
 from capfilt.models.llms import OPT, T5, LanguageModel, split_caption
 from capfilt.models.vit import VisionTransformer
 from capfilt.settings import Stage1Settings, Stage2Settings
 from capfilt.train.batches import from_arrays
 from capfilt.train.generate import load_generator, prepare_images
 from capfilt.train.saved import load_stage1, load_stage2, save_stage1
-from capfilt.train.stage1 import train_stage1_on
-from capfilt.train.stage2 import train_stage2, train_stage2_on
+from capfilt.train.stage1 import start_stage1, train_stage1_on
+from capfilt.train.stage2 import load_start, train_stage2, train_stage2_on
 from capfilt.weights.image_encoders import ImageEncoder
 from capfilt.weights.llms import load_llm
-from capfilt.weights.model_files import ImagePreparation
+from capfilt.weights.model_files import ImagePreparation, weights_digest
 from tests.train import small_models
 
 CPU = torch.device("cpu")
@@ -209,3 +209,54 @@ def test_half_precision_where_asked(stage1_dir: Path, llm_dirs: dict[str, Path],
     saved = load_stage2(tmp_path, CPU)
     assert next(saved.stage.llm.model.parameters()).dtype == torch.bfloat16
     assert saved.stage.projection.weight.dtype == torch.float32
+
+
+# --- without stage 1 ----------------------------------------------------------------------------------------
+
+NEW = replace(SETTINGS, num_queries=4, max_steps=2)
+
+
+def test_without_stage1_it_starts_as_stage1_would(blip_dir: Path, llm_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """The Q-Former, the norm and the image encoder of a stage 1 that took no step."""
+    settings = replace(NEW, image_encoder=str(blip_dir), init_cross_attention=True, seed=5)
+    found = load_start("", str(llm_dirs["opt"]), settings)
+    untrained = start_stage1(
+        Stage1Settings(
+            image_encoder=str(blip_dir), num_queries=4, embed_dim=16, dropout=0.0, init_cross_attention=True, seed=5
+        )
+    )
+    wanted = untrained.stage.qformer.state_dict()
+    for name, tensor in found.stage.qformer.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    assert torch.equal(found.stage.vision_norm.weight, untrained.stage.vision_norm.weight)
+    other_seed = load_start("", str(llm_dirs["opt"]), replace(settings, seed=6))
+    assert not torch.equal(other_seed.stage.qformer.query_tokens, found.stage.qformer.query_tokens)
+
+
+def test_without_stage1_it_trains_and_its_record_names_its_models(
+    run: RunDir, blip_dir: Path, stage1_dir: Path, llm_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    bert = small_models.save_bert(tmp_path / "bert")
+    settings = replace(NEW, image_encoder=str(blip_dir), qformer_init=str(bert))
+    train_stage2([run.path], "", str(llm_dirs["t5"]), settings, tmp_path / "out")
+    assert Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out").config.num_query_tokens == 4
+    fields = json.loads((tmp_path / "out" / "training.json").read_text())["fields"]
+    assert fields["qformer_init_sha256"] == weights_digest(bert)
+    assert fields["image_encoder_sha256"] == weights_digest(blip_dir)
+    assert "init_sha256" not in fields
+    with pytest.raises(FingerprintMismatchError, match="another result of stage 1|another start of the Q-Former"):
+        train_stage2([run.path], stage1_dir, str(llm_dirs["t5"]), replace(NEW, num_queries=32), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"num_queries": 4}, {"qformer_init": "x"}, {"image_encoder_layer": "last"}, {"init_cross_attention": True}],
+)
+def test_settings_of_a_new_qformer_are_refused_with_a_stage1(stage1_dir: Path, given: dict) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(given))} is .*to be left out with init"):
+        load_start(stage1_dir, "unread", replace(SETTINGS, **given))
+
+
+def test_neither_a_stage1_nor_an_image_encoder_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"Neither --init nor --image-encoder.*RUN/stage1"):
+        load_start("", "unread", SETTINGS)
