@@ -62,7 +62,7 @@ def test_commands_that_messages_name_exist() -> None:
         (str(path.relative_to(ROOT)), words if words[0] == "train" and words[1] else words[:1])
         for path in (ROOT / "capfilt").rglob("*.py")
         for text in _strings_of(path)
-        for words in re.findall(r"(?:^|`|Next: )capfilt ([a-z]\w*)(?: ([a-z]\w*))?", text)
+        for words in re.findall(r"(?:^|`|Next: )capfilt ([a-z]\w*)(?: ([a-z][\w-]*))?", text)
     }
     assert len(named) > 20
     assert sorted(entry for entry in named if entry[1] not in commands) == []

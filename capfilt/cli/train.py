@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Unpack
+from typing import Annotated, Unpack
 
 import typer
 
+from capfilt.cli import train_blip2
 from capfilt.cli.console import following, open_progress, say_result
 from capfilt.cli.options import Output, Runs
 from capfilt.cli.training_options import (
@@ -14,9 +15,9 @@ from capfilt.cli.training_options import (
     TrainedGeneration,
     open_runs,
     takes_shared_options,
+    training_line,
     training_settings,
 )
-from capfilt.progress import format_seconds
 from capfilt.settings import (
     AlbefTrainSettings,
     BlipTrainSettings,
@@ -26,9 +27,6 @@ from capfilt.settings import (
     Stage2Settings,
 )
 from capfilt.trainings import UNUSED_BY_BLIP, UNUSED_BY_CAPTIONER, UNUSED_BY_FILTER
-
-if TYPE_CHECKING:
-    from capfilt.train.loop import TrainSummary
 
 app = typer.Typer(help="Train on curated runs.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -335,13 +333,5 @@ def llm(
     say_result(summary, training_line(settings.architecture, summary, output), next_command, as_json=shared["as_json"])
 
 
-def training_line(what: str, summary: TrainSummary, output: Path) -> str:
-    """One line: steps, losses from start to end, speed, where the model is."""
-    first, last = summary.first_losses.get("loss"), summary.last_losses.get("loss")
-    losses = f", loss {first:.3f} to {last:.3f}" if first is not None and last is not None else ""
-    if first == last and last is not None:  # too short for two windows of the log
-        losses = f", loss {last:.3f}"
-    if summary.already_done:
-        return f"{what}: nothing to do, {summary.steps:,} steps are done{losses}. The model is in {output}"
-    speed = f"{summary.images_per_second:,.0f} images/s in {format_seconds(summary.seconds)}"
-    return f"{what}: {summary.steps:,} steps{losses}, {speed}. The model is in {output}"
+app.command("blip2-captions")(train_blip2.captions)
+app.command("blip2-vqa")(train_blip2.vqa)

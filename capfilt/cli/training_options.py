@@ -1,4 +1,4 @@
-"""What the `train` commands share: options, settings given by name, and the runs in a generation."""
+"""What the `train` commands share: options, settings given by name, the runs in a generation, the line at the end."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import typer
 
 from capfilt.cli.options import AsJson, Device
 from capfilt.errors import UsageError
+from capfilt.progress import format_seconds
 from capfilt.settings import TrainSettings
 from capfilt.settings.values import did_you_mean, typed_text
 
 if TYPE_CHECKING:
     from capfilt.data.rundir import RunDir
+    from capfilt.train.loop import TrainSummary
 
 TrainedGeneration = Annotated[
     str | None,
@@ -129,3 +131,15 @@ def open_runs(runs: Sequence[Path], generation: str | None) -> list[RunDir]:
     from capfilt.data.rundir import RunDir
 
     return [RunDir.open(path, generation) for path in runs]
+
+
+def training_line(what: str, summary: TrainSummary, output: Path) -> str:
+    """One line: steps, losses from start to end, speed, where the model is."""
+    first, last = summary.first_losses.get("loss"), summary.last_losses.get("loss")
+    losses = f", loss {first:.3f} to {last:.3f}" if first is not None and last is not None else ""
+    if first == last and last is not None:  # too short for two windows of the log
+        losses = f", loss {last:.3f}"
+    if summary.already_done:
+        return f"{what}: nothing to do, {summary.steps:,} steps are done{losses}. The model is in {output}"
+    speed = f"{summary.images_per_second:,.0f} images/s in {format_seconds(summary.seconds)}"
+    return f"{what}: {summary.steps:,} steps{losses}, {speed}. The model is in {output}"

@@ -4,6 +4,7 @@ In: features of a frozen image encoder, before its last layer norm, and texts. O
 
 - `Stage1`: the Q-Former learns to fetch what text speaks of: ITC + ITM + ITG, plain sum
 - `Stage2`: query outputs, projected, are soft visual prompts of a frozen language model
+- `Blip2FineTuning`: the same, with the loss of texts behind prompts; the image encoder may train too (§4.2, §4.3)
 - the layer norm on the image features stays trainable and computes in float32; what comes before it is
   frozen, so the features may come from a cache
 - which processes train together is an argument (`models.ranks`); in-batch negatives come from all of them
@@ -26,6 +27,7 @@ from capfilt.models.med import LanguageModelHead, MEDConfig
 from capfilt.models.qformer import ImageKeyValues, KeyValue, QFormer, QFormerConfig, join_images, select_images
 from capfilt.models.ranks import ALONE, Ranks
 from capfilt.models.text_layout import TextLayout
+from capfilt.models.vit import VisionTransformer
 
 LABEL_SMOOTHING = 0.1
 """Of ITC and ITG (released code; the paper does not say)."""
@@ -201,3 +203,37 @@ class Stage2(nn.Module):
         super().train(mode)
         self.llm.eval()
         return self
+
+
+class Blip2FineTuning(nn.Module):
+    """A stage-2 model that learns what follows a prompt: captions or answers (BLIP-2 §4.2, §4.3).
+
+    Deviation from §4.3: the Q-Former does not read the question, as transformers' BLIP-2 has no place for it; the
+    language model does.
+    """
+
+    def __init__(self, stage: Stage2, vision: VisionTransformer | None = None) -> None:
+        """With `vision` it computes the features itself, so that the image encoder trains too."""
+        super().__init__()
+        self.stage, self.vision = stage, vision
+
+    def forward(
+        self,
+        prompts: list[str],
+        texts: list[str],
+        *,
+        features_BPD: Tensor | None = None,
+        images_BCHW: Tensor | None = None,
+        ranks: Ranks = ALONE,
+    ) -> dict[str, Tensor]:
+        """The language model's loss on the texts, as "lm" and "loss"; see `LanguageModel.continuation_loss`.
+
+        Takes normalised images with an image encoder, its features (not yet normed) without.
+        """
+        if self.vision is not None:
+            assert images_BCHW is not None, "an image encoder that trains reads images"
+            features_BPD = self.vision(images_BCHW)
+        assert features_BPD is not None, "without an image encoder features are given"
+        visual = self.stage.visual_prompts(features_BPD)
+        loss = self.stage.llm.continuation_loss(visual, prompts, texts, ranks)
+        return {"loss": loss, "lm": loss}

@@ -1,12 +1,12 @@
 """Frozen language models behind the Q-Former: OPT and T5 of any size, in transformers' layout (BLIP-2 §3.3).
 
-In: soft visual prompts and texts. Out: the loss of captions, or generated texts. The model itself is
-transformers' own; this module builds its inputs and reads its outputs.
+In: soft visual prompts and texts. Out: the loss of captions or of texts behind prompts, or generated texts. The model
+itself is transformers' own; this module builds its inputs and reads its outputs.
 
 - a decoder (OPT): visual prompts, bos, prompt, caption, newline; the newline is the end token; LM loss on the
   caption and the newline only
-- an encoder-decoder (T5): visual prompts and a prefix of the caption go to the encoder, the rest is the
-  decoder's target (prefix LM)
+- an encoder-decoder (T5): visual prompts and a prefix of the caption, or the prompt, go to the encoder, the rest is
+  the decoder's target (prefix LM)
 
 To add another family: a class with the methods of `LanguageModel` and an entry in `LLMS`.
 
@@ -54,6 +54,15 @@ class LanguageModel(Protocol):
         """
         ...
 
+    def continuation_loss(
+        self, visual_BQW: Tensor, prompts: Sequence[str], texts: Sequence[str], ranks: Ranks = ALONE
+    ) -> Tensor:
+        """Mean cross-entropy per token of the texts, each behind visual prompts and its prompt, as `generate` has them.
+
+        The end of a text is predicted too; visual prompts and prompts carry no loss. Ranks as in `caption_loss`.
+        """
+        ...
+
     def generate(self, visual_BQW: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
         """Texts that continue (OPT) or answer (T5) the prompts; options as transformers' GenerationConfig."""
         ...
@@ -77,10 +86,21 @@ class OPT(nn.Module):
         self, visual_BQW: Tensor, texts: Sequence[str], ranks: Ranks = ALONE, draws: Sequence[float] | None = None
     ) -> Tensor:
         """LM loss on caption and newline; visual prompts and bos carry none."""
-        rows = [[self.bos_token_id, *self._encode(t)[: MAX_TOKENS - 1], self.end_token_id] for t in texts]
+        return self.continuation_loss(visual_BQW, [""] * len(texts), texts, ranks)
+
+    def continuation_loss(
+        self, visual_BQW: Tensor, prompts: Sequence[str], texts: Sequence[str], ranks: Ranks = ALONE
+    ) -> Tensor:
+        """LM loss on text and newline. UsageError where the model has not the positions for a prompt and its text."""
+        starts = [[self.bos_token_id, *self._encode(prompt)] for prompt in prompts]
+        ends = [self._continue(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        self._refuse_long(starts, prompts, [visual_BQW.shape[1] + len(end) for end in ends])
+        rows = [start + end for start, end in zip(starts, ends, strict=True)]
         tokens, mask = _pad(rows, pad=self.end_token_id, device=visual_BQW.device)
         hidden = self._hidden(visual_BQW, tokens, mask)[:, visual_BQW.shape[1] : -1]
-        predicted = mask[:, 1:]
+        lengths_B1 = torch.tensor([[len(start)] for start in starts], device=tokens.device)
+        places_T = torch.arange(1, tokens.shape[1], device=tokens.device)
+        predicted = mask[:, 1:] & (places_T >= lengths_B1)
         logits = self.model.lm_head(hidden[predicted])
         return lm_loss(logits, tokens[:, 1:][predicted], label_smoothing=0.0, ranks=ranks)
 
@@ -88,22 +108,27 @@ class OPT(nn.Module):
     def generate(self, visual_BQW: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
         """What follows each prompt, up to the newline."""
         rows = [[self.bos_token_id, *self._encode(p)] for p in prompts]
-        self._refuse_long(rows, prompts, visual_BQW.shape[1] + options.get("max_new_tokens", 0))
+        others = visual_BQW.shape[1] + options.get("max_new_tokens", 0)
+        self._refuse_long(rows, prompts, [others] * len(rows))
         tokens, mask = _pad(rows, pad=self.end_token_id, device=visual_BQW.device, left=True)
         inputs, mask = self._inputs(visual_BQW, tokens, mask)
         settings = _generation_config(self.end_token_id, self.end_token_id, options)
         found = self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=settings)
         return _decode(self.tokenizer, found, self.end_token_id)
 
-    def _refuse_long(self, rows: Sequence[Sequence[int]], prompts: Sequence[str], others: int) -> None:
-        """The model has so many positions and no more; `others` are those that prompts cannot have."""
+    def _refuse_long(self, rows: Sequence[Sequence[int]], prompts: Sequence[str], others: Sequence[int]) -> None:
+        """The model has so many positions and no more; `others` are those that each prompt cannot have."""
         num_positions = int(self.model.config.max_position_embeddings)
-        for row, prompt in zip(rows, prompts, strict=True):
-            if len(row) + others > num_positions:
+        for row, prompt, needed in zip(rows, prompts, others, strict=True):
+            if len(row) + needed > num_positions:
                 raise UsageError(
-                    f"The prompt {prompt[:60]!r} has {len(row)} tokens; with {others} for image and text the language "
+                    f"The prompt {prompt[:60]!r} has {len(row)} tokens; with {needed} for image and text the language "
                     f"model takes {num_positions}. Give a shorter prompt, or fewer new tokens."
                 )
+
+    def _continue(self, prompt: str, text: str) -> list[int]:
+        """The tokens that follow a prompt: a space stands between, which OPT's tokenizer takes into the first word."""
+        return [*self._encode(f" {text}" if prompt else text)[: MAX_TOKENS - 1], self.end_token_id]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
@@ -139,9 +164,22 @@ class T5(nn.Module):
         """Prefix LM: the text is split between its first word and its middle, see `split_caption`."""
         draws = torch.rand(len(texts)).tolist() if draws is None else draws
         parts = [split_caption(t, d, self.whole_caption_share) for t, d in zip(texts, draws, strict=True)]
-        prefix, mask = self._encode_batch([p for p, _ in parts], visual_BQW.device, MAX_TOKENS)
-        inputs, mask = _prepend(visual_BQW, self.model.get_input_embeddings()(prefix), mask)
-        target, target_mask = self._encode_batch([s for _, s in parts], visual_BQW.device, MAX_TOKENS)
+        prefix = self._encode_batch([p for p, _ in parts], visual_BQW.device, MAX_TOKENS)
+        return self._target_loss(visual_BQW, prefix, [rest for _, rest in parts], ranks)
+
+    def continuation_loss(
+        self, visual_BQW: Tensor, prompts: Sequence[str], texts: Sequence[str], ranks: Ranks = ALONE
+    ) -> Tensor:
+        """The prompts go to the encoder, the texts are the decoder's targets."""
+        return self._target_loss(visual_BQW, self._encode_batch(prompts, visual_BQW.device), texts, ranks)
+
+    def _target_loss(
+        self, visual_BQW: Tensor, encoded: tuple[Tensor, Tensor], targets: Sequence[str], ranks: Ranks
+    ) -> Tensor:
+        """Cross-entropy of the targets, given visual prompts and what the encoder reads behind them (tokens, mask)."""
+        tokens, mask = encoded
+        inputs, mask = _prepend(visual_BQW, self.model.get_input_embeddings()(tokens), mask)
+        target, target_mask = self._encode_batch(targets, visual_BQW.device, MAX_TOKENS)
         labels = target.masked_fill(~target_mask, -100)
         output = self.model(inputs_embeds=inputs, attention_mask=mask, labels=labels, use_cache=False)
         return lm_loss(output.logits[target_mask], target[target_mask], label_smoothing=0.0, ranks=ranks)

@@ -7,10 +7,12 @@ these classes.
 from capfilt.settings.albef import AlbefTrainSettings
 from capfilt.settings.checks import DECODINGS, DEVICES, DTYPES, EMBEDDED
 from capfilt.settings.curation import CaptionSettings, DownloadSettings, FilterSettings, RankSettings
+from capfilt.settings.fine_tuning import Blip2CaptionsSettings, Blip2TuningSettings, Blip2VqaSettings
 from capfilt.settings.generation import GenerationSettings
 from capfilt.settings.training import (
     BlipTrainSettings,
     ClipTrainSettings,
+    FrozenEncoderSettings,
     LlmTrainSettings,
     QFormerSettings,
     Stage1Settings,
@@ -24,11 +26,15 @@ __all__ = [
     "DTYPES",
     "EMBEDDED",
     "AlbefTrainSettings",
+    "Blip2CaptionsSettings",
+    "Blip2TuningSettings",
+    "Blip2VqaSettings",
     "BlipTrainSettings",
     "CaptionSettings",
     "ClipTrainSettings",
     "DownloadSettings",
     "FilterSettings",
+    "FrozenEncoderSettings",
     "GenerationSettings",
     "LlmTrainSettings",
     "QFormerSettings",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from capfilt.settings.checks import DEVICES, DTYPES, require
+
+if TYPE_CHECKING:
+    pass
 
 IMAGE_ENCODER_LAYERS = ("auto", "second-last", "last")
 
@@ -162,33 +166,15 @@ class BlipTrainSettings(TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QFormerSettings(TrainSettings):
-    """What both stages of BLIP-2 share: the frozen image encoder, and the Q-Former where it is a new one."""
+class FrozenEncoderSettings(TrainSettings):
+    """What the trainings of BLIP-2 share: an image encoder that is frozen, and a Q-Former after it."""
 
     image_encoder: str = ""
-    """Frozen image encoder (BLIP-2 §3.2: CLIP ViT-L/14 or EVA-CLIP ViT-g/14): a folder or hub id of a CLIP, BLIP or
-    BLIP-2, open_clip:NAME:WEIGHTS, a .pth of EVA-CLIP, or `embedded`; in a recipe also `@captioner` or `@filter`, what
-    an earlier section trained. Empty where `init` has one."""
-    image_encoder_layer: str = "auto"
-    """Block whose output are the image features: second-last (BLIP-2 §3.2), last, or auto: the second-last of a CLIP
-    and an EVA-CLIP (as published with BLIP-2 it lacks the last one already), the last of a BLIP."""
-    image_size_px: int | None = None
-    """Side of the square images; None for the image encoder's own. Positions are interpolated for another."""
+    """Frozen image encoder: a folder or hub id of a CLIP, BLIP or BLIP-2, open_clip:NAME:WEIGHTS, a .pth of EVA-CLIP,
+    or `embedded`. Empty where `init` has one."""
     encoder_dtype: str = "auto"
     """Precision of the frozen image encoder: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or
     float16."""
-    qformer_init: str = ""
-    """Folder or hub id of BERT (BLIP-2 §3.1: google-bert/bert-base-uncased) or of a BLIP model, whose text encoder
-    and tokenizer a new Q-Former starts from; in a recipe also `@captioner` or `@filter`. Empty takes those of
-    image_encoder."""
-    init_weights: bool = True
-    """Start from qformer_init's weights; otherwise take its sizes and tokenizer only, weights at random."""
-    init_cross_attention: bool = False
-    """Start from BLIP's cross-attention too, where qformer_init has one; BLIP-2 draws it at random."""
-    num_queries: int = 32
-    """Query tokens (BLIP-2 §3.1: 32)."""
-    cross_attention_every: int = 2
-    """Every n-th layer attends to the image (BLIP-2 §3.1: every other)."""
     dropout: float = 0.1
     """Dropout in the Q-Former (BERT: 0.1)."""
     feature_cache_bytes: int = 4 << 30
@@ -201,13 +187,7 @@ class QFormerSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_queries >= 1, "num_queries", self.num_queries, "at least 1")
-        require(self.cross_attention_every >= 1, "cross_attention_every", self.cross_attention_every, "at least 1")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
-        layer, size = self.image_encoder_layer, self.image_size_px
-        layers = ", ".join(IMAGE_ENCODER_LAYERS)
-        require(layer in IMAGE_ENCODER_LAYERS, "image_encoder_layer", layer, f"one of {layers}")
-        require(size is None or size >= 1, "image_size_px", size, "at least 1")
         for name in ("encoder_dtype", "feature_cache_dtype"):
             require(getattr(self, name) in DTYPES, name, getattr(self, name), f"one of {', '.join(DTYPES)}")
         directory, varied = self.feature_cache_dir, self.random_crop < 1.0 or self.random_flip
@@ -215,6 +195,42 @@ class QFormerSettings(TrainSettings):
             require(bool(directory), "feature_cache_dir", directory, "a directory, or to be left out")
             expected = "None with random_crop or random_flip: no image stays as it is"
             require(not varied, "feature_cache_dir", directory, expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QFormerSettings(FrozenEncoderSettings):
+    """What both stages of BLIP-2 share: the frozen image encoder, and the Q-Former where it is a new one."""
+
+    image_encoder: str = ""
+    """Frozen image encoder (BLIP-2 §3.2: CLIP ViT-L/14 or EVA-CLIP ViT-g/14): a folder or hub id of a CLIP, BLIP or
+    BLIP-2, open_clip:NAME:WEIGHTS, a .pth of EVA-CLIP, or `embedded`; in a recipe also `@captioner` or `@filter`, what
+    an earlier section trained. Empty where `init` has one."""
+    image_encoder_layer: str = "auto"
+    """Block whose output are the image features: second-last (BLIP-2 §3.2), last, or auto: the second-last of a CLIP
+    and an EVA-CLIP (as published with BLIP-2 it lacks the last one already), the last of a BLIP."""
+    image_size_px: int | None = None
+    """Side of the square images; None for the image encoder's own. Positions are interpolated for another."""
+    qformer_init: str = ""
+    """Folder or hub id of BERT (BLIP-2 §3.1: google-bert/bert-base-uncased) or of a BLIP model, whose text encoder
+    and tokenizer a new Q-Former starts from; in a recipe also `@captioner` or `@filter`. Empty takes those of
+    image_encoder."""
+    init_weights: bool = True
+    """Start from qformer_init's weights; otherwise take its sizes and tokenizer only, weights at random."""
+    init_cross_attention: bool = False
+    """Start from BLIP's cross-attention too, where qformer_init has one; BLIP-2 draws it at random."""
+    num_queries: int = 32
+    """Query tokens (BLIP-2 §3.1: 32)."""
+    cross_attention_every: int = 2
+    """Every n-th layer attends to the image (BLIP-2 §3.1: every other)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_queries >= 1, "num_queries", self.num_queries, "at least 1")
+        require(self.cross_attention_every >= 1, "cross_attention_every", self.cross_attention_every, "at least 1")
+        layer, size = self.image_encoder_layer, self.image_size_px
+        layers = ", ".join(IMAGE_ENCODER_LAYERS)
+        require(layer in IMAGE_ENCODER_LAYERS, "image_encoder_layer", layer, f"one of {layers}")
+        require(size is None or size >= 1, "image_size_px", size, "at least 1")
 
     def refuse_given(self, *names: str) -> None:
         """UsageError for one of the settings `names` that is given where `init` has what it says already."""

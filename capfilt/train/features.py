@@ -3,7 +3,8 @@
 In: a dataset, an encoder, settings. Out: batches, and their features (B, 1 + P, D) before the trained layer norm, in
 the encoder's precision, or in that of `feature_cache_dtype` where they come from a cache. With `feature_cache_dir` they
 are kept on disk (`capfilt.train.feature_store`), else in memory where they fit into `feature_cache_bytes`. Crops and
-flips vary the images: features are computed anew then. What a cache takes is shown while it is filled.
+flips vary the images: features are computed anew then. What a cache takes is shown while it is filled. Where several
+rows of a dataset show one image (questions about it), a cache holds its features once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from capfilt.data.manifest import iterate_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.models.vit import VisionTransformer
 from capfilt.progress import Progress
-from capfilt.settings import QFormerSettings
+from capfilt.settings import FrozenEncoderSettings
 from capfilt.train.batches import Batch, Cursor, PairDataset, iterate_batches, normalise
 from capfilt.train.feature_store import FORMAT_VERSION, FeatureFile, open_features
 from capfilt.train.processes import Processes
@@ -40,15 +41,21 @@ class FrozenFeatures:
         self,
         encoder: ImageEncoder,
         dataset: PairDataset,
-        settings: QFormerSettings,
+        settings: FrozenEncoderSettings,
         processes: Processes,
         progress: Progress,
         images_digest: str | None = None,
+        image_rows: np.ndarray | None = None,
     ) -> None:
-        """`images_digest` identifies the dataset's images and their order; None: all are read to make it, if needed."""
+        """`images_digest` identifies the dataset's images and their order; None: all are read to make it, if needed.
+
+        `image_rows` (N,) names for each row the first that shows the same image; None: each row has its own.
+        """
         self._encoder, self._dataset, self._settings = encoder, dataset, settings
         self._device, self._ranks = processes.device, processes.ranks
         self._progress, self._images_digest = progress, images_digest
+        rows = np.arange(len(dataset.keys)) if image_rows is None else image_rows
+        self._shown, self._place = np.unique(rows, return_inverse=True)  # rows read; row → place in the cache
         self._cache: Tensor | None = None
 
     @property
@@ -61,7 +68,7 @@ class FrozenFeatures:
     def fits(self) -> bool:
         """Whether features are computed once: no crop varies the images, and they go to disk or fit in the limit."""
         varied = self._settings.random_crop < 1.0 or self._settings.random_flip
-        size = num_feature_bytes(self._encoder.vision, len(self._dataset.keys), self.stored_dtype)
+        size = num_feature_bytes(self._encoder.vision, len(self._shown), self.stored_dtype)
         on_disk = self._settings.feature_cache_dir is not None
         return not varied and (on_disk or size <= self._settings.feature_cache_bytes)
 
@@ -81,31 +88,32 @@ class FrozenFeatures:
         if self._cache is None:
             return self._encode(batch.images)
         assert batch.rows is not None, "a dataset's batches carry rows"
-        return self._cache[torch.from_numpy(batch.rows)].to(self._device)
+        return self._cache[torch.from_numpy(self._place[batch.rows])].to(self._device)
 
     def _encode(self, images_BCHW: Tensor) -> Tensor:
         with torch.autocast(self._device.type, enabled=False):  # with and without a cache alike
             return self._encoder.vision(images_BCHW.to(self._device))
 
     @torch.no_grad()
-    def _encode_rows(self, rows: np.ndarray) -> Tensor:
+    def _encode_places(self, places: np.ndarray) -> Tensor:
+        """Features of the images at places of the cache."""
         preparation = self._encoder.preparation
-        images = normalise(self._dataset.read_pixels(rows, None), preparation.mean, preparation.std)
+        images = normalise(self._dataset.read_pixels(self._shown[places], None), preparation.mean, preparation.std)
         return self._encode(images).to("cpu", self.stored_dtype)
 
     def _shape(self) -> tuple[int, int, int]:
         sizes = self._encoder.vision.config
-        return len(self._dataset.keys), sizes.num_patches + 1, sizes.width
+        return len(self._shown), sizes.num_patches + 1, sizes.width
 
     def _encode_all(self) -> Tensor:
-        num_images = len(self._dataset.keys)
+        num_images = len(self._shown)
         cache = torch.empty(self._shape(), dtype=self.stored_dtype)
         megabytes = round(cache.nbytes / 1e6)
         self._progress.start("features", num_images, "image")
         for first in range(0, num_images, BATCH_SIZE):
-            rows = np.arange(first, min(first + BATCH_SIZE, num_images))
-            cache[first : first + len(rows)] = self._encode_rows(rows)
-            self._progress.advance(len(rows), cache_megabytes=megabytes)
+            places = np.arange(first, min(first + BATCH_SIZE, num_images))
+            cache[first : first + len(places)] = self._encode_places(places)
+            self._progress.advance(len(places), cache_megabytes=megabytes)
         self._progress.finish()
         return cache
 
@@ -113,14 +121,14 @@ class FrozenFeatures:
         assert self._settings.feature_cache_dir is not None
         directory = Path(self._settings.feature_cache_dir).expanduser()
         file = FeatureFile(directory, self._digest(), self._shape(), self.stored_dtype)
-        return open_features(file, self._encode_rows, BATCH_SIZE, self._progress)
+        return open_features(file, self._encode_places, BATCH_SIZE, self._progress)
 
     def _digest(self) -> str:
         encoder = self._encoder
         return fingerprint({
             "format_version": FORMAT_VERSION,
             "encoder": digest_vision(encoder.vision, encoder.preparation),
-            "images": self._images_digest or pixels_digest(self._dataset),
+            "images": self._images_digest or pixels_digest(self._dataset, self._shown),
             "dtype": str(self.stored_dtype),
         })[:32]  # fmt: skip
 
@@ -140,10 +148,9 @@ def kept_images_digest(runs: Sequence[RunDir | str | Path]) -> str:
     return digest.hexdigest()
 
 
-def pixels_digest(dataset: PairDataset) -> str:
-    """sha256 over all pixels of a dataset, in order."""
-    digest = hashlib.sha256()
-    for first in range(0, len(dataset.keys), BATCH_SIZE):
-        rows = np.arange(first, min(first + BATCH_SIZE, len(dataset.keys)))
-        digest.update(dataset.read_pixels(rows, None).tobytes())
+def pixels_digest(dataset: PairDataset, rows: np.ndarray | None = None) -> str:
+    """sha256 over the pixels of some rows of a dataset, in order; None for all."""
+    rows, digest = np.arange(len(dataset.keys)) if rows is None else rows, hashlib.sha256()
+    for first in range(0, len(rows), BATCH_SIZE):
+        digest.update(dataset.read_pixels(rows[first : first + BATCH_SIZE], None).tobytes())
     return digest.hexdigest()

@@ -123,6 +123,7 @@ def train(
     fields: Mapping[str, Any] | None = None,
     after_step: Callable[[int], None] | None = None,
     some_unused: bool = False,
+    rate_scales: Mapping[str, float] | None = None,
 ) -> TrainSummary:
     """Trains for `settings.max_steps` optimizer steps, or goes on where an earlier run of the same stopped.
 
@@ -131,6 +132,7 @@ def train(
     checkpointed beside the trainable parameters (running statistics, momentum encoders). `fields` name what else
     fixes the result, such as the input's digest; with the settings they must agree on resumption.
     `after_step(step)` runs after each update. `some_unused`: the losses leave some trainable weights out.
+    `rate_scales`: what the learning rate of a weight is multiplied by, by its name in `objective`; 1 for others.
     `save(folder)` writes the finished model's files.
 
     Raises FingerprintMismatchError where `output_dir` holds another training, RunLockedError where one is at
@@ -143,7 +145,7 @@ def train(
         done = _finished(output_dir, identity)
         if done is not None:
             return done
-        live = _make_live(objective, prepare, settings, processes, extra_tensors, some_unused)
+        live = _make_live(objective, prepare, settings, processes, extra_tensors, some_unused, rate_scales)
         start, cursor, running = _resume(output_dir, live, identity)
         records = Records(output_dir, active=processes.is_main, tensorboard=settings.tensorboard)
         records.go_on(start)
@@ -214,6 +216,7 @@ def _make_live(
     processes: Processes,
     extra_tensors: Callable[[], Mapping[str, Tensor]],
     some_unused: bool,
+    rate_scales: Mapping[str, float] | None,
 ) -> _Live:
     if settings.recompute:
         recompute_blocks(objective)
@@ -221,7 +224,7 @@ def _make_live(
         compile_blocks(objective)
     module = processes.wrap(objective, some_unused=some_unused)
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    optimizer = build_optimizer(parameters.items(), settings)
+    optimizer = build_optimizer(parameters.items(), settings, rate_scales)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.autocast == "float16")
     return _Live(module, prepare, parameters, extra_tensors, optimizer, scaler, settings, processes)
 

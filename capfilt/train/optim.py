@@ -1,13 +1,13 @@
 """AdamW or Muon with decay on matrices only, and the learning rate of a step: linear warm-up, then a cosine.
 
 In: named parameters and `TrainSettings`. Out: an optimizer; a rate for any step (a pure function, so resuming
-needs no scheduler state).
+needs no scheduler state). A weight may have a share of the rate of its own: layer-wise decay of an image encoder's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,30 +18,68 @@ from capfilt.settings import TrainSettings
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
-def parameter_groups(named_parameters: NamedParameters, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices and larger decay; vectors and scalars (norms, biases, temperature) do not.
+RATE_SCALE = "rate_scale"
+"""Of a group of parameters: what the learning rate of a step is multiplied by for it."""
 
-    Frozen parameters are left out: they get no optimizer state. Weights shared under two names count once.
+
+def vision_rate_scales(names: Iterable[str], depth: int, decay: float, prefix: str = "vision.") -> dict[str, float]:
+    """Scale of each weight's learning rate by its name: layer-wise decay of a ViT of `depth` blocks (BEiT, BLIP-2).
+
+    Under `prefix`, block i of 0 … depth - 1 has decay^(depth - i), what is before the first block decay^(depth + 1);
+    every other weight has the whole rate.
     """
-    unique = {id(p): p for _, p in named_parameters if p.requires_grad}.values()
-    return [
-        {"params": [p for p in unique if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in unique if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    scales: dict[str, float] = {}
+    for name in names:
+        layer, own = depth + 1, name.removeprefix(prefix)
+        if name.startswith(prefix):
+            layer = int(own.split(".")[1]) + 1 if own.startswith("blocks.") else 0
+        scales[name] = decay ** (depth + 1 - layer)
+    return scales
 
 
-def build_optimizer(named_parameters: NamedParameters, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW (0.9, beta2), fused, because small models spend their step on Python otherwise; or `MuonAndAdamW`."""
+def parameter_groups(
+    named_parameters: NamedParameters, weight_decay: float, rate_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Two groups for each scale: matrices and larger decay; vectors and scalars (norms, biases, temperature) do not.
+
+    Frozen parameters are left out: they get no optimizer state. Weights shared under two names count once, by the
+    first. Without scales all have the whole rate.
+    """
+    scales = rate_scales or {}
+    unique: dict[int, tuple[float, nn.Parameter]] = {}
+    for name, p in named_parameters:
+        if p.requires_grad:
+            unique.setdefault(id(p), (scales.get(name, 1.0), p))
+    groups: list[dict[str, Any]] = []
+    for scale in sorted({scale for scale, _ in unique.values()}):
+        own = [p for of, p in unique.values() if of == scale]
+        groups += [
+            {"params": [p for p in own if p.ndim >= 2], "weight_decay": weight_decay, RATE_SCALE: scale},
+            {"params": [p for p in own if p.ndim < 2], "weight_decay": 0.0, RATE_SCALE: scale},
+        ]
+    return groups
+
+
+def build_optimizer(
+    named_parameters: NamedParameters, settings: TrainSettings, rate_scales: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW (0.9, beta2), fused, because small models spend their step on Python otherwise; or `MuonAndAdamW`.
+
+    `rate_scales` go by the names of the parameters; `set_learning_rate` minds them.
+    """
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     if not named:
         raise ValueError("No parameter to train: all of them are frozen.")
     if settings.optimizer == "muon":
-        return MuonAndAdamW(named, settings)
-    return _adamw(named, settings)
+        return MuonAndAdamW(named, settings, rate_scales)
+    return _adamw(named, settings, rate_scales)
 
 
-def _adamw(named_parameters: NamedParameters, settings: TrainSettings) -> torch.optim.Optimizer:
-    groups = [g for g in parameter_groups(named_parameters, settings.weight_decay) if g["params"]]
+def _adamw(
+    named_parameters: NamedParameters, settings: TrainSettings, rate_scales: Mapping[str, float] | None
+) -> torch.optim.Optimizer:
+    groups = parameter_groups(named_parameters, settings.weight_decay, rate_scales)
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True)
 
 
@@ -52,8 +90,10 @@ class MuonAndAdamW(torch.optim.Optimizer):
     size (Liu et al. 2025), so that both go by one learning rate.
     """
 
-    def __init__(self, named_parameters: NamedParameters, settings: TrainSettings) -> None:
-        matrices: dict[int, nn.Parameter] = {}
+    def __init__(
+        self, named_parameters: NamedParameters, settings: TrainSettings, rate_scales: Mapping[str, float] | None = None
+    ) -> None:
+        matrices: dict[int, tuple[str, nn.Parameter]] = {}
         others: dict[int, tuple[str, nn.Parameter]] = {}
         for name, p in named_parameters:
             is_table = "embedding" in name or "vocabulary" in name
@@ -61,19 +101,20 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 matrices.pop(id(p), None)
                 others.setdefault(id(p), (name, p))
             else:
-                matrices[id(p)] = p
+                matrices.setdefault(id(p), (name, p))
         self._parts: list[torch.optim.Optimizer] = []
         if matrices:
+            groups = parameter_groups(matrices.values(), settings.weight_decay, rate_scales)
             self._parts.append(
                 torch.optim.Muon(
-                    matrices.values(),
+                    [group for group in groups if group["params"]],
                     lr=settings.learning_rate,
                     weight_decay=settings.weight_decay,
                     adjust_lr_fn="match_rms_adamw",
                 )
             )
         if others:
-            self._parts.append(_adamw(others.values(), settings))
+            self._parts.append(_adamw(others.values(), settings, rate_scales))
         super().__init__([p for part in self._parts for g in part.param_groups for p in g["params"]], {})
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 
@@ -125,5 +166,6 @@ def ramped_alpha(alpha: float, alpha_epochs: float, num_epochs: float) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of a step, for each group as much of it as its scale says."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATE_SCALE, 1.0)

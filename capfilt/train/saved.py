@@ -2,8 +2,8 @@
 
 In: modules. Out: `Blip2ForImageTextRetrieval` (stage 1) or `Blip2ForConditionalGeneration` (stage 2) folders:
 config.json, model.safetensors, processor and tokenizer; for stage 1 also stage1_extra.safetensors with what
-transformers' layout has no room for (ITG head, temperature), from which training can go on. The frozen image encoder is
-saved in float32, whatever it computed in. A CLIP's has no room in transformers' BLIP-2 and is saved beside the rest, in
+transformers' layout has no room for (ITG head, temperature), from which training can go on. The image encoder is saved
+in float32, whatever it computed in. A CLIP's has no room in transformers' BLIP-2 and is saved beside the rest, in
 image_encoder/ (`capfilt.train.clip_tower` puts both together).
 
 Back: those folders, published ones and LAVIS's .pth (`capfilt.train.blip2_files`).
@@ -132,6 +132,7 @@ def load_stage2(
     *,
     llm: LanguageModel | None = None,
     image_encoder: str = "",
+    image_size_px: int | None = None,
     dtype: torch.dtype = torch.float32,
     dropout: float | None = None,
 ) -> SavedStage2:
@@ -140,7 +141,7 @@ def load_stage2(
     Arguments as `load_stage1`; `llm_dtype` None keeps the precision the language model was saved in.
     """
     files = read_blip2(name, "stage2")
-    encoder = files.load_image_encoder(device, image_encoder=image_encoder, dtype=dtype)
+    encoder = files.load_image_encoder(device, image_encoder=image_encoder, image_size_px=image_size_px, dtype=dtype)
     llm = _choose_llm(files, llm, device, llm_dtype)
     stage = Stage2(_with_dropout(files, dropout), llm, vision_norm_eps=encoder.vision.config.layer_norm_eps)
     _, unexpected = stage.load_state_dict(to_ours(files.state, stage2_names(files.qformer)), strict=False)

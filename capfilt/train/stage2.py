@@ -81,7 +81,7 @@ def load_start(init_dir: str | Path, llm: str, settings: Stage2Settings) -> Save
     is_stage2 = bool(init_dir) and find_stage(init_dir) == "stage2"
     language: LanguageModel | None = None
     if llm or not is_stage2:
-        language = load_llm(_find_llm(llm), dtype=llm_dtype, device=device)
+        language = load_llm(find_llm(llm), dtype=llm_dtype, device=device)
     torch.manual_seed(settings.seed)
     if is_stage2:
         model = load_stage2(
@@ -147,15 +147,23 @@ def _train(
     )
 
 
-def _find_llm(llm: str) -> Path:
+def find_llm(llm: str) -> Path:
+    """The folder of the language model that `llm` means. UsageError where there is none."""
     return find_model_dir(llm, "language model", embedded=None, give=GIVE_LLM)
 
 
 def stage2_identity(init_dir: str | Path, llm: str, settings: Stage2Settings) -> dict[str, str]:
     """What the models named contain; where they lie may change."""
-    found = {"init_sha256": blip2_digest(init_dir)} if init_dir else new_identity(settings)
+    if init_dir:
+        return digests_of(init_dir, llm, settings.image_encoder)
+    return new_identity(settings) | ({"llm_sha256": weights_digest(find_llm(llm))} if llm else {})
+
+
+def digests_of(init_dir: str | Path, llm: str, image_encoder: str) -> dict[str, str]:
+    """What the models named contain, for those that are; where they lie may change."""
+    found = {"init_sha256": blip2_digest(init_dir)}
     if llm:
-        found["llm_sha256"] = weights_digest(_find_llm(llm))
-    if init_dir and settings.image_encoder:
-        found["image_encoder_sha256"] = image_encoder_digest(settings.image_encoder)
+        found["llm_sha256"] = weights_digest(find_llm(llm))
+    if image_encoder:
+        found["image_encoder_sha256"] = image_encoder_digest(image_encoder)
     return found

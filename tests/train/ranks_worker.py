@@ -20,7 +20,7 @@ from transformers import BertTokenizer, OPTConfig, OPTForCausalLM, T5Config, T5F
 
 from capfilt.models.albef import Albef, AlbefConfig, AlbefLosses
 from capfilt.models.blip import Blip, FilterLosses, FineTuning
-from capfilt.models.blip2 import Stage1, Stage2, Texts
+from capfilt.models.blip2 import Blip2FineTuning, Stage1, Stage2, Texts
 from capfilt.models.llms import wrap_llm
 from capfilt.models.med import MEDConfig
 from capfilt.models.momentum import MomentumConfig
@@ -84,6 +84,13 @@ def build_stage2(family: str) -> Stage2:
     return Stage2(config_without_text, wrap_llm(model, WordTokenizer()))
 
 
+def build_tuning(family: str, *, with_vision: bool) -> Blip2FineTuning:
+    vision = VisionTransformer(VIT) if with_vision else None
+    if vision is not None:
+        vision.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    return Blip2FineTuning(build_stage2(family), vision)
+
+
 def build_blip(momentum: bool) -> Blip:
     model = Blip(VisionTransformer(VIT), MED, embed_dim=16)
     model.start_momentum(MomentumConfig(0.9, 24) if momentum else None)
@@ -114,6 +121,8 @@ OBJECTIVES: dict[str, Callable[[], nn.Module]] = {
     "stage1": lambda: Stage1(QFORMER, embed_dim=16, dec_token_id=28),
     "stage2-opt": lambda: build_stage2("opt"),
     "stage2-t5": lambda: build_stage2("t5"),
+    "tuning-opt": lambda: build_tuning("opt", with_vision=True),
+    "tuning-t5": lambda: build_tuning("t5", with_vision=False),
 }
 
 
@@ -125,8 +134,12 @@ def inputs_of(name: str, processes: Processes, step: int) -> dict[str, Any]:
     num_own = NUM_ROWS // processes.num
     own = slice(processes.ranks.offset(num_own), processes.ranks.offset(num_own) + num_own)
     uniform = Draws(0, step, ranks=processes.ranks).uniform(2, num_own)
-    if name.startswith("stage2"):
+    if name.startswith(("stage2", "tuning")):
         texts = [" ".join(str(5 + (row * k) % 30) for k in range(2 + row % 4)) for row in range(NUM_ROWS)]
+        if name.startswith("tuning"):
+            prompts = [" ".join(str(4 + row + place) for place in range(row % 3)) for row in range(NUM_ROWS)]
+            given = {"images_BCHW": images[own]} if name == "tuning-opt" else {"features_BPD": features[own]}
+            return {"prompts": prompts[own], "texts": texts[own], "ranks": processes.ranks, **given}
         return {
             "features_BPD": features[own], "texts": texts[own], "ranks": processes.ranks,
             "draws": uniform[0].tolist(),

@@ -16,10 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from capfilt.errors import CapfiltError, FingerprintMismatchError
+from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.settings import TrainSettings
 from capfilt.train.batches import Batch, Draws, from_arrays, iterate_batches
 from capfilt.train.loop import TrainSummary, train
-from capfilt.train.optim import build_optimizer, learning_rate_at, parameter_groups
+from capfilt.train.optim import (
+    build_optimizer,
+    learning_rate_at,
+    parameter_groups,
+    set_learning_rate,
+    vision_rate_scales,
+)
 from capfilt.train.processes import join_processes
 
 SETTINGS = TrainSettings(
@@ -240,6 +247,28 @@ def test_vectors_and_frozen_weights_have_no_decay_and_no_state() -> None:
     assert [tuple(p.shape) for p in decayed["params"]] == [(4, 4)]
     assert [tuple(p.shape) for p in free["params"]] == [(4,), (4,), (4,)]
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weights_take_their_share_of_every_steps_rate(optimizer: str) -> None:
+    vision = VisionTransformer(ViTConfig(image_size_px=8, patch_size_px=4, width=8, depth=3, num_heads=2, mlp_width=8))
+    model = nn.ModuleDict({"vision": vision, "head": nn.Linear(8, 2)})
+    scales = vision_rate_scales(dict(model.named_parameters()), depth=3, decay=0.5)
+    settings = replace(SETTINGS, optimizer=optimizer)
+    built = build_optimizer(model.named_parameters(), settings, scales)
+    again = build_optimizer(model.named_parameters(), settings, scales)
+    again.load_state_dict({"state": {}, "param_groups": again.state_dict()["param_groups"]})  # as a resumption does
+    for found in (built, again):
+        set_learning_rate(found, 0.1)
+        rates = {id(p): group["lr"] for group in found.param_groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            share = 1.0
+            if name.startswith("vision."):
+                share = 0.5**4
+            if name.startswith("vision.blocks."):
+                share = 0.5 ** (3 - int(name.split(".")[2]))
+            assert rates[id(parameter)] == pytest.approx(0.1 * share), name
+        assert len(rates) == len(list(model.parameters()))
 
 
 def test_bfloat16_products_give_about_the_same_training(tmp_path: Path) -> None:
