@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capfilt.progress import Progress
-from capfilt.settings import BlipTrainSettings, Stage1Settings, Stage2Settings, TrainSettings
+from capfilt.settings import AlbefTrainSettings, BlipTrainSettings, Stage1Settings, Stage2Settings, TrainSettings
 from capfilt.settings.checks import require
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ Train = Callable[[Runs, Any, Path, Progress], "TrainSummary"]
 
 RESULT = "@"
 """Begins the name of what an earlier section of a recipe trains."""
-MODEL_SETTINGS = ("init", "image_encoder", "qformer_init", "text_init", "tokenizer", "llm")
+MODEL_SETTINGS = ("init", "image_encoder", "qformer_init", "text_init", "vision_init", "tokenizer", "llm")
 """Settings that name models."""
 
 _FROM_NOTHING = (
-    "text_init", "tokenizer", "patch_size_px", "vision_width", "vision_depth", "text_width", "text_depth",
+    "text_init", "vision_init", "tokenizer", "patch_size_px", "vision_width", "vision_depth", "text_width", "text_depth",
     "max_positions", "embed_dim", "head_width",
 )  # fmt: skip
 UNUSED_BY_BLIP = ("prompt",)
@@ -102,6 +102,18 @@ def _blip_identity(part: str) -> Callable[[BlipTrainSettings], Mapping[str, str]
     return identity
 
 
+def _train_albef(runs: Runs, settings: AlbefTrainSettings, output_dir: Path, progress: Progress) -> TrainSummary:
+    from capfilt.train.albef import train_albef
+
+    return train_albef(runs, settings, output_dir, progress)
+
+
+def _albef_identity(settings: AlbefTrainSettings) -> Mapping[str, str]:
+    from capfilt.train.albef import origin_digest
+
+    return {"origin_sha256": origin_digest(settings)}
+
+
 def _train_stage1(runs: Runs, settings: Stage1Settings, output_dir: Path, progress: Progress) -> TrainSummary:
     from capfilt.train.stage1 import train_stage1
 
@@ -140,6 +152,7 @@ TRAININGS: dict[str, Training] = {
         section=BlipTrainSettings, train=_train_filter, identity=_blip_identity("filter"),
         results={"init": ("blip",)}, needs_init=True, unused=UNUSED_BY_FILTER,
     ),
+    "albef": Training(section=AlbefTrainSettings, train=_train_albef, identity=_albef_identity),
     "stage1": Training(
         section=Stage1Settings, train=_train_stage1, identity=_stage1_identity,
         results={"image_encoder": _BLIP_PARTS, "qformer_init": _BLIP_PARTS},

@@ -62,7 +62,7 @@ def train_albef(
     """
     torch.manual_seed(settings.seed)
     progress = progress or NullProgress()
-    start, digest = _start_from_init(settings) if settings.init else _start_anew(settings)
+    start, digest = _start(settings)
     _refuse_longer_texts(settings, start.model.config)
     if settings.save_original:
         refuse_unlike_original(start.model)
@@ -98,6 +98,15 @@ def train_albef(
         after_step=lambda _step: follow_model(objective),
         some_unused=set(settings.losses) != set(ALL_LOSSES),
     )  # fmt: skip
+
+
+def origin_digest(settings: AlbefTrainSettings) -> str:
+    """What identifies the files that a training starts from, which are read for it."""
+    return _start(settings)[1]
+
+
+def _start(settings: AlbefTrainSettings) -> tuple[LoadedAlbef, str]:
+    return _start_from_init(settings) if settings.init else _start_anew(settings)
 
 
 def build_objective(start: LoadedAlbef, settings: AlbefTrainSettings) -> AlbefLosses:
