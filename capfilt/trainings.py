@@ -29,8 +29,8 @@ MODEL_SETTINGS = ("init", "image_encoder", "qformer_init", "text_init", "vision_
 """Settings that name models."""
 
 _FROM_NOTHING = (
-    "text_init", "vision_init", "tokenizer", "patch_size_px", "vision_width", "vision_depth", "text_width", "text_depth",
-    "max_positions", "embed_dim", "head_width",
+    "text_init", "vision_init", "tokenizer", "patch_size_px", "vision_width", "vision_depth", "text_width",
+    "text_depth", "max_positions", "embed_dim", "head_width",
 )  # fmt: skip
 UNUSED_BY_BLIP = ("prompt",)
 UNUSED_BY_CAPTIONER = (*_FROM_NOTHING, "losses", "known_false")
