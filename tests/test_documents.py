@@ -45,7 +45,7 @@ def test_readme_lists_every_command_and_recipe() -> None:
     assert len(commands) > 10
     assert [command for command in commands if f"| `capfilt {command}" not in README] == []
     assert [name for name in bundled_recipes() if f"| `{name}` |" not in README] == []
-    trainings = re.findall(r"^  (\w+)  ", capfilt("train", "--help").out.partition("Commands:")[2], re.MULTILINE)
+    trainings = re.findall(r"^  ([\w-]+)  ", capfilt("train", "--help").out.partition("Commands:")[2], re.MULTILINE)
     assert [name for name in trainings if f"`{name}`" not in README] == []
 
 

@@ -31,6 +31,11 @@ ORIGINAL_HEAD_WIDTH = 64
 
 _TRAINING_ONLY = ("visual_encoder_m.", "text_encoder_m.", "vision_proj_m.", "text_proj_m.")
 _TRAINING_ONLY_KEYS = ("temp", "image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue")
+_ONLY_IN: dict[Kind, tuple[str, ...]] = {
+    "captioner": ("text_decoder.",),
+    "filter": ("text_encoder.", "vision_proj.", "text_proj.", "itm_head."),
+}
+_OTHER: dict[Kind, Kind] = {"captioner": "filter", "filter": "captioner"}
 _POSITION_IDS = "embeddings.position_ids"
 """A buffer of older layouts: 0, 1, 2, …"""
 _TIED_IN_CAPTIONER = {
@@ -105,16 +110,22 @@ def med_from_bert(state: Mapping[str, Tensor], depth: int) -> State:
 def original_to_transformers(state: Mapping[str, Tensor], kind: Kind) -> State:
     """transformers' names for the weights of an original .pth (its `model` entry).
 
-    Momentum encoders, queues and the temperature are left out; what is unknown keeps its name, so that
-    `from_transformers` names it.
+    Momentum encoders, queues and the temperature are left out, and of a file of pre-training, which has captioner and
+    filter, the other one; what is unknown keeps its name, so that `from_transformers` names it.
     """
     depth = _count(state, "visual_encoder.blocks.")
     renames = dict(zip(_original_vision(depth), _theirs_vision(depth), strict=True))
+    left_out = (*_TRAINING_ONLY, *_ONLY_IN[_OTHER[kind]]) if has_both_parts(state) else _TRAINING_ONLY
     return {
         renames.get(key, key): tensor
         for key, tensor in state.items()
-        if not key.startswith(_TRAINING_ONLY) and key not in _TRAINING_ONLY_KEYS
+        if not key.startswith(left_out) and key not in _TRAINING_ONLY_KEYS
     }
+
+
+def has_both_parts(state: Mapping[str, Tensor]) -> bool:
+    """Whether an original .pth is one of pre-training, with encoder and decoder."""
+    return all(any(key.startswith(prefix) for key in state) for prefix in ("text_encoder.", "text_decoder."))
 
 
 def sizes_from_config(config: Mapping[str, Any]) -> tuple[ViTConfig, MEDConfig, int]:

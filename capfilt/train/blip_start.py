@@ -19,7 +19,7 @@ from capfilt.models.med import Captioner, Filter, MEDConfig
 from capfilt.models.vit import VisionTransformer, ViTConfig, change_image_size
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.pretrained import copy_start
-from capfilt.weights.blip import LoadedBlip, load_trainable_blip
+from capfilt.weights.blip import LoadedBlip, blip_digest, load_trainable_blip
 from capfilt.weights.find import SIDE_FILES, find_model_dir
 from capfilt.weights.model_files import (
     ImagePreparation,
@@ -48,8 +48,8 @@ def origin_digest(settings: BlipTrainSettings, part: str) -> str:
         named = [weights_digest(_text_dir(settings.text_init))] if settings.text_init else []
         named += [load_vit_start(settings.vision_init).digest] if settings.vision_init else []
         return " ".join([*named, tokenizer_digest(_tokenizer_dir(settings.tokenizer or settings.text_init))])
-    folders = _both_parts(settings.init).values() if part == "blip" else [part_of(settings.init, part)]
-    return " ".join(weights_digest(folder) for folder in folders)
+    paths = _both_parts(settings.init).values() if part == "blip" else [part_of(settings.init, part)]
+    return " ".join(blip_digest(path) for path in dict.fromkeys(paths))
 
 
 def _tokenizer_dir(name: str) -> Path:
@@ -78,18 +78,26 @@ def _at_image_size(start: LoadedBlip, image_size_px: int | None) -> LoadedBlip:
 
 
 def part_of(init: str, part: str) -> Path:
-    """The folder of a part in the output of `train blip`, or the model folder."""
+    """The folder of a part in the output of `train blip`, the model folder, or an original .pth."""
+    if (path := Path(init).expanduser()).is_file():
+        return path
     folder = find_model_dir(init, f"BLIP {part} to start from", embedded=part)
     return folder / part if (folder / part / "config.json").exists() else folder
 
 
 def _both_parts(init: str) -> dict[Kind, Path]:
-    """The folders of captioner and filter in the output of `train blip`; UsageError for any other folder."""
+    """The folders of captioner and filter in the output of `train blip`, or the original .pth that has both.
+
+    UsageError for anything else.
+    """
+    if (path := Path(init).expanduser()).is_file():
+        return dict.fromkeys(PARTS, path)
     folders: dict[Kind, Path] = {part: Path(init).expanduser() / part for part in PARTS}
     if not all((folder / "config.json").is_file() for folder in folders.values()):
         raise UsageError(
             f"{init} is no output of `capfilt train blip`, which has captioner/ and filter/ with shared weights; "
-            f"pre-training goes on from nothing else: give --init such a folder, or start with --tokenizer."
+            f"pre-training goes on from that and from the release's model_base.pth alone: give --init one of them, or "
+            f"start with --text-init or --tokenizer."
         )
     return folders
 
@@ -107,14 +115,13 @@ def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
         embed_dim=filter_model.text_projection.out_features, label_smoothing=settings.label_smoothing,
     )  # fmt: skip
     model.captioner.load_state_dict(captioner.state_dict())
-    shared = {name: tensor.clone() for name, tensor in model.captioner.vision.state_dict().items()}
-    model.filter.load_state_dict(filter_model.state_dict())
-    for name, tensor in model.captioner.vision.state_dict().items():
-        if not torch.equal(tensor, shared[name]):
-            raise UsageError(
-                f"The captioner and the filter in {settings.init} have different image encoders; pre-training "
-                f"goes on from the output of `capfilt train blip` only."
-            )
+    model.filter.load_state_dict(filter_model.state_dict())  # over what both share
+    found = model.captioner.state_dict()
+    if odd := [name for name, tensor in captioner.state_dict().items() if not torch.equal(tensor, found[name])]:
+        raise UsageError(
+            f"The captioner and the filter in {settings.init} differ in {len(odd)} of the weights that they share, the "
+            f"first {odd[0]}; pre-training goes on from the output of `capfilt train blip` only."
+        )
     return model, parts["captioner"]
 
 

@@ -41,6 +41,7 @@ from capfilt.weights.model_files import (
     read_tensors,
     read_weights,
     refuse_odd_shapes,
+    weights_digest,
 )
 
 BLIP_PROMPT = "a picture of "
@@ -122,16 +123,26 @@ def digest_vision(vision: VisionTransformer, preparation: ImagePreparation) -> s
     return digest.hexdigest()
 
 
-def load_trainable_blip(folder: Path, kind: Kind) -> LoadedBlip:
-    """Read a captioner or filter to train it, in float32, from a folder in transformers' layout.
+def load_trainable_blip(path: Path, kind: Kind) -> LoadedBlip:
+    """Read a captioner or filter to train it, in float32, from a folder in transformers' layout or an original .pth.
 
     Raises UsageError naming every missing and unknown weight, or the file that is lacking.
     """
-    sizes = read_sizes(folder)
+    if path.is_file():
+        (state, sizes), side_dir = _read_original(path, kind), tokenizer_dir(path)
+        preparation = ImagePreparation(sizes[0].image_size_px)
+        state = {name: tensor.float() for name, tensor in state.items()}
+    else:
+        state, sizes, side_dir = read_weights(path), read_sizes(path), path
+        preparation = read_preparation(path, sizes[0].image_size_px)
     model = _build(kind, sizes)
-    model.load_state_dict(_our_weights(read_weights(folder), kind, model, sizes))
-    preparation = read_preparation(folder, sizes[0].image_size_px)
-    return LoadedBlip(model, _load_tokenizer(folder, sizes[1]), preparation)
+    model.load_state_dict(_our_weights(state, kind, model, sizes))
+    return LoadedBlip(model, _load_tokenizer(side_dir, sizes[1]), preparation)
+
+
+def blip_digest(path: Path) -> str:
+    """sha256 of the weights of a folder, or of an original .pth; where they lie may change."""
+    return file_sha256(path) if path.is_file() else weights_digest(path)
 
 
 def read_sizes(folder: Path) -> Sizes:

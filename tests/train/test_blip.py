@@ -155,7 +155,7 @@ def test_parts_that_do_not_belong_together_are_refused(world_run: RunDir, pre_tr
     mixed = tmp_path / "mixed"
     train_captioner([world_run.path], settings, mixed / "captioner")
     (mixed / "filter").symlink_to(pre_trained / "filter")
-    with pytest.raises(UsageError, match="different image encoders"):
+    with pytest.raises(UsageError, match="weights that they share, the first vision.class_embedding"):
         train_blip([world_run.path], replace(settings, init=str(mixed)), tmp_path / "out")
 
 
@@ -287,3 +287,50 @@ def test_a_published_vit_starts_the_image_encoder(world_run: RunDir, tokenizer_d
         torch.testing.assert_close(model.filter.vision(images), theirs.forward_features(images), atol=1e-4, rtol=0)
     assert model.filter.encoder.config.vision_width == model.filter.vision.config.width == theirs.embed_dim
     assert train_blip([world_run.path], replace(settings, max_steps=2), tmp_path / "out").steps == 2
+
+
+@pytest.fixture
+def original_pth(tmp_path: Path) -> Path:
+    """As the release's model_base.pth: both parts, what they share tied, and what only pre-training needs."""
+    vocabulary = factories.read_bert_vocabulary()
+    config = factories.original_config(vocabulary_size=len(vocabulary))
+    state = factories.build_filter(seed=1, config=config).state_dict()
+    decoder = factories.build_captioner(seed=2, config=config).state_dict()
+    decoder = {name: tensor for name, tensor in decoder.items() if name.startswith("text_decoder.")}
+    for name in decoder:
+        shared = name.replace("text_decoder.bert.", "text_encoder.")
+        if shared in state and ".attention." not in name:
+            decoder[name] = state[shared]
+    decoder["text_decoder.cls.predictions.decoder.weight"] = state["text_encoder.embeddings.word_embeddings.weight"]
+    folder = tmp_path / "release"
+    folder.mkdir()
+    factories.save_original(folder / "model_base.pth", {**state, **decoder})
+    factories.save_tokenizer(folder, vocabulary)
+    return folder / "model_base.pth"
+
+
+def test_the_releases_pth_is_trained_further(world_run: RunDir, original_pth: Path, tmp_path: Path) -> None:
+    settings = replace(TINY, init=str(original_pth), max_steps=1, batch_size=2)
+    model, _ = start_blip(settings)
+    content = torch.load(original_pth, weights_only=True)["model"]
+    query = "encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(model.filter.encoder.layers[0].self_attention.query.weight, content[f"text_encoder.{query}"])
+    assert torch.equal(
+        model.captioner.decoder.layers[0].self_attention.query.weight, content[f"text_decoder.bert.{query}"]
+    )
+    assert train_captioner([world_run.path], settings, tmp_path / "captioner").steps == 1
+    assert train_filter([world_run.path], settings, tmp_path / "filter").steps == 1
+    assert train_blip([world_run.path], settings, tmp_path / "blip").steps == 1
+    content["text_decoder.bert.surprise"] = torch.zeros(1)
+    torch.save({"model": content}, original_pth)
+    with pytest.raises(UsageError, match=r"unknown: text_decoder\.bert\.surprise"):
+        train_captioner([world_run.path], settings, tmp_path / "odd")
+
+
+def test_parts_of_the_release_that_are_not_tied_are_refused(original_pth: Path) -> None:
+    content = torch.load(original_pth, weights_only=True)["model"]
+    name = "text_decoder.bert.encoder.layer.1.output.dense.bias"
+    content[name] = content[name] + 1
+    torch.save({"model": content}, original_pth)
+    with pytest.raises(UsageError, match=r"differ in 1 of .* the first decoder.layers.1.feed"):
+        start_blip(replace(TINY, init=str(original_pth)))
