@@ -7,6 +7,8 @@ would serve them; the models are run as `capfilt caption`, `rank` and `filter` r
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ from PIL import Image
 
 from capfilt.curate.captioner import BlipCaptioner
 from capfilt.curate.scorers import ClipScorer, ItmScorer, Scorer
+from capfilt.evaluate.caption_metrics import score_captions
 from capfilt.evaluate.labelled_scores import area_under_curve
 from capfilt.evaluate.ranking import match_ranks, recall_at
+from capfilt.evaluate.retrieval import evaluate_retrieval
+from capfilt.evaluate.retrieval_models import BlipRetrieval, RetrievalOptions
 from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
 from capfilt.train.generate import Generator
 from capfilt.train.llm import continue_texts
@@ -29,6 +34,8 @@ from capfilt.world.texts_for_llms import draw_probes, share_of_right_answers
 from capfilt.world.training_run import encode_picture
 
 BATCH_SIZE = 50
+NUM_REFERENCES = 5
+"""True captions of each scene that CIDEr compares with, as many as COCO has."""
 
 Figures = dict[str, float]
 
@@ -55,6 +62,35 @@ def measure_captioner(folder: Path, num_scenes: int) -> Figures:
         "distinct captions of ten, median": float(np.median([len(set(texts)) for texts in ten])),
     }
     return figures | {f"greedy wrong in {fact}": share for fact, share in wrong_facts(greedy, scenes).items()}
+
+
+def measure_greedy(folder: Path, num_scenes: int) -> Figures:
+    """Share of true greedy captions and, where the extra `eval` is installed, their CIDEr on plain words (1 is 100)."""
+    scenes = unseen_scenes(num_scenes)
+    settings = CaptionSettings(decoding="greedy", num_captions=1, dtype="float32")
+    written = [texts[0] for texts in _write(folder, scenes, settings)]
+    figures = {"captions true": share_true(written, scenes)}
+    if find_spec("pycocoevalcap") is not None:
+        rng = np.random.default_rng(31)
+        references = [[true_caption(scene, rng) for _ in range(NUM_REFERENCES)] for scene in scenes]
+        scores = score_captions(dict(enumerate(written)), dict(enumerate(references)), "plain")
+        figures["CIDEr"] = scores.metrics["CIDEr"] / 100
+    return figures
+
+
+def measure_retrieval(folder: Path, num_scenes: int, k_test: int) -> Figures:
+    """R@1 both ways of a BLIP filter among captions that state every fact: by ITC, and with the k best by ITM."""
+    scenes = unseen_scenes(num_scenes)
+    rng = np.random.default_rng(29)
+    texts = [full_caption(scene, rng) for scene in scenes]
+    model = BlipRetrieval(str(folder), RetrievalOptions())
+    report, _ = evaluate_retrieval(model, [picture(scene) for scene in scenes], texts, k_test=k_test)
+    assert report.itm is not None
+    figures: Figures = {}
+    for head, recalls in (("ITC", report.itc), ("ITM", report.itm)):
+        figures[f"image to text R@1, {head}"] = recalls.image_to_text[1] / 100
+        figures[f"text to image R@1, {head}"] = recalls.text_to_image[1] / 100
+    return figures
 
 
 def measure_filter(folder: Path, num_scenes: int) -> Figures:
@@ -131,8 +167,7 @@ def blip2_examples(generator: Generator, scenes: list[Scene]) -> list[dict[str, 
 
 
 def _write(folder: Path, scenes: list[Scene], settings: CaptionSettings) -> list[list[str]]:
-    options = {name: getattr(settings, name) for name in settings.fingerprint_fields}
-    captioner = BlipCaptioner(CaptionSettings(**{**options, "captioner": str(folder), "max_length": 28}))
+    captioner = BlipCaptioner(replace(settings, captioner=str(folder), max_length=28))
     written: list[list[str]] = []
     for start in range(0, len(scenes), BATCH_SIZE):
         batch = scenes[start : start + BATCH_SIZE]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.curate.download import download_fields
+from capfilt.curate.selection import SOURCES
 from capfilt.data.commit import file_sha256, input_digest, read_commit_record
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
@@ -119,7 +120,8 @@ def _stages(recipe: Recipe) -> list[_Stage]:
         settings = {name: getattr(said, name) for name in said.fingerprint_fields}
         found.append(_Stage("itm", what, settings, said.filter_model, "filter"))
         ranking = {} if recipe.rank is None else {"keep": recipe.rank.keep, "include_web": recipe.rank.include_web}
-        found.append(_Stage("manifest", f"threshold {said.threshold:g}", {"threshold": said.threshold, **ranking}))
+        chosen = {"threshold": said.threshold, **ranking, "sources": list(SOURCES)}
+        found.append(_Stage("manifest", f"threshold {said.threshold:g}", chosen))
     return found
 
 
@@ -152,6 +154,7 @@ def _plan_stage(stage: _Stage, run: RunDir, ready: set[str], num_shards: int) ->
 
 def _differences(stage: _Stage, made_with: Mapping[str, Any]) -> str:
     """Settings, and the model where it is a folder here, that differ from those of a commit record."""
+    made_with = {"sources": list(SOURCES), **made_with}  # recorded where `select` took fewer
     differing = [
         f"{name} {made_with.get(name)!r} -> {value!r}"
         for name, value in stage.settings.items()

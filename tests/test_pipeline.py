@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from capfilt.curate.selection import reselect
 from capfilt.data.manifest import read_manifest
+from capfilt.data.rundir import RunDir
 from capfilt.errors import FingerprintMismatchError, UsageError
 from capfilt.pipeline import open_world, run_dir_of, run_recipe
 from capfilt.plan import plan_recipe
@@ -97,6 +99,11 @@ def test_whole_recipe_then_again(models: Path, tmp_path: Path) -> None:
     states = {plan.name: plan.state for plan in plan_recipe(recipe, run)}
     assert states["manifest"] == "2 of 2 shards"
     assert states["stage2"] == "done"
+
+    reselect(RunDir.open(run), sources=["web"])
+    refused = {plan.name: plan.differences for plan in plan_recipe(recipe, run) if plan.state == "other settings"}
+    assert refused == {"manifest": "sources ['web'] -> ['web', 'synthetic']"}
+    reselect(RunDir.open(run), sources=["web", "synthetic"])
 
     changed = recipe_with(tmp_path, models, old="num_captions = 2", new="num_captions = 3")
     with pytest.raises(FingerprintMismatchError, match="num_captions"):

@@ -125,15 +125,20 @@ def select(
         float | None, typer.Option(help="Pairs with a lower ITM score are dropped; unset: as it is now.")
     ] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="Ranked captions kept for each image; unset: as now.")] = None,
+    sources: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="web, synthetic or web,synthetic: captions taken at all; unset: as now."),
+    ] = None,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:
-    """Choose anew from the stored scores: another threshold, another top K. No model is run."""
+    """Choose anew from the stored scores: another threshold, top K or source. No model is run."""
     from capfilt.curate.selection import reselect
     from capfilt.data.rundir import RunDir
 
     opened = RunDir.open(run, generation)
-    summary = reselect(opened, threshold=threshold, keep=keep, progress=open_progress())
+    taken = None if sources is None else [name.strip() for name in sources.split(",")]
+    summary = reselect(opened, threshold=threshold, keep=keep, sources=taken, progress=open_progress())
     say_result(summary, summary.line(), following(f"capfilt stats {run}", generation), as_json=as_json)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.curate.require_images import require_images
-from capfilt.curate.selection import RankedCaption, commit_manifest, manifest_fields
+from capfilt.curate.selection import SOURCES, RankedCaption, commit_manifest, manifest_fields
 from capfilt.curate.shard_pass import CaptionLane, ClipLane, Item, ItmLane, Lane, run_lanes
 from capfilt.curate.stage_models import MODELS, StageModels
 from capfilt.data.commit import commit_stage, input_digest, read_commit_record, read_table, stage_state
@@ -222,12 +222,19 @@ def _find_todo(plan: _Plan, shard: str) -> list[str]:
             keep, _ = plan.ranking(shard)
             advice = (
                 f"Or let this choice replace it, from the stored scores: `capfilt select {run.path} "
-                f"--threshold {plan.models.filter.threshold:g} --keep {keep}{run.generation_option}`."
+                f"--threshold {plan.models.filter.threshold:g} --keep {keep}{_sources_option(run, shard)}"
+                f"{run.generation_option}`."
             )
             raise FingerprintMismatchError(f"{error} {advice}") from error
         if todo or state != "done":
             todo.append(stage)
     return todo
+
+
+def _sources_option(run: RunDir, shard: str) -> str:
+    """What `select` must be told to take all sources again, where the manifest that is there does not."""
+    has_fewer = "sources" in read_commit_record(run.read_file("manifest", shard)).fields
+    return f" --sources {','.join(SOURCES)}" if has_fewer else ""
 
 
 def _read_items(run: RunDir, shard: str, first_stage: str) -> Iterator[Item]:

@@ -6,6 +6,7 @@ In: scores. Out: ranks, manifest rows. No model is run: `reselect` chooses anew 
             identical captions the one with the lowest index is ranked, the others are duplicates.
     web     ranked like a synthetic caption (`include_web`), or passed to the filter as it is (BLIP §3.3)
     filter  a pair is kept when its ITM score is at least the threshold
+    sources a selection may take web captions alone, or synthetic ones alone (BLIP's Table 1 trains on either)
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from capfilt.settings import FilterSettings, RankSettings
 
 MANIFEST_VERSION = 1
 """Version of the stage: a change of what it writes counts it up."""
+
+SOURCES = ("web", "synthetic")
+"""Sources of captions that a selection takes, unless fewer are asked for."""
 
 _FACTS = ("url", "width", "height", "sha256")
 
@@ -94,6 +98,7 @@ def select_pairs(
     threshold: float,
     keep: int,
     include_web: bool,
+    sources: Sequence[str] = SOURCES,
 ) -> pa.Table:
     """The manifest of a shard.
 
@@ -105,11 +110,12 @@ def select_pairs(
         threshold: lowest ITM score kept.
         keep: ranks kept.
         include_web: whether the web caption was ranked.
+        sources: some of SOURCES; pairs of others are dropped.
 
     Returns:
         A row for every row of `clip`, in its order (columns of SCHEMAS["manifest"]). The first that applies
-        is the drop reason: empty, duplicate, low_clip, low_itm. A synthetic caption that reads as the web
-        caption beside which it would be kept is a duplicate.
+        is the drop reason: empty, other_source, duplicate, low_clip, low_itm. A synthetic caption that reads as
+        the web caption beside which it would be kept is a duplicate.
     """
     scores = itm["itm_score"].take(pc.index_in(_pair_names(clip), value_set=_pair_names(itm)))
     is_web = pc.equal(clip["caption_index"], WEB_CAPTION_INDEX)
@@ -118,13 +124,15 @@ def select_pairs(
     in_top = pc.fill_null(pc.less_equal(clip["rank"], keep), False)
     passes = in_top if include_web else pc.or_(in_top, is_web)
     repeats_web = pc.and_(pc.invert(is_web), pc.equal(clip["text"], web_text))
+    takes_web = pa.scalar("web" in sources)
     is_low = pc.fill_null(pc.less(pc.cast(scores, pa.float64()), threshold), True)
     conditions = {
         "empty": pc.is_null(clip["clip_score"]),
+        "other_source": pc.invert(pc.is_in(clip["source"], value_set=pa.array(sources, pa.string()))),
         "duplicate": pc.is_valid(clip["duplicate_of"]),
         "low_clip": pc.invert(passes),
         "low_itm": is_low,
-        "duplicate ": repeats_web,
+        "duplicate ": pc.and_(repeats_web, takes_web),
     }
     flags = pa.StructArray.from_arrays([_flat(condition) for condition in conditions.values()], names=list(conditions))
     reasons = [name.strip() for name in conditions]
@@ -142,11 +150,14 @@ def select_pairs(
     return pa.table([columns[name] for name in schema.names], schema=schema).combine_chunks()
 
 
-def manifest_fields(*, threshold: float, keep: int, include_web: bool) -> dict[str, Any]:
-    """What the fingerprint of the manifest covers."""
-    return {
+def manifest_fields(
+    *, threshold: float, keep: int, include_web: bool, sources: Sequence[str] = SOURCES
+) -> dict[str, Any]:
+    """What the fingerprint of the manifest covers; the sources only where they are not all."""
+    fields: dict[str, Any] = {
         "stage_version": MANIFEST_VERSION, "threshold": threshold, "keep": keep, "include_web": include_web,
     }  # fmt: skip
+    return fields if tuple(sources) == SOURCES else fields | {"sources": list(sources)}
 
 
 def commit_manifest(run: RunDir, shard: str, fields: Mapping[str, Any]) -> pa.Table:
@@ -154,7 +165,7 @@ def commit_manifest(run: RunDir, shard: str, fields: Mapping[str, Any]) -> pa.Ta
     samples = read_table(run.stage_file("shards", shard), columns=["key", *_FACTS])
     clip, itm = read_table(run.read_file("clip", shard)), read_table(run.read_file("itm", shard))
     scored = pc.is_in(clip["key"], value_set=itm["key"].combine_chunks())
-    chosen = {name: fields[name] for name in ("threshold", "keep", "include_web")}
+    chosen = {name: fields[name] for name in ("threshold", "keep", "include_web", "sources") if name in fields}
     table = select_pairs(shard, samples, clip.filter(scored), itm, **chosen)
     num_kept = pc.sum(table["kept"]).as_py() or 0
     commit_stage(
@@ -177,6 +188,7 @@ class SelectionSummary:
     drop_reasons: dict[str, int]
     threshold: float
     keep: int
+    sources: tuple[str, ...]
     seconds: float
 
     def line(self) -> str:
@@ -185,7 +197,8 @@ class SelectionSummary:
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in self.drop_reasons.items())
         kept = f"{self.num_kept:,} of {self.num_pairs:,} pairs ({share:.1%}; dropped: {dropped or 'none'})"
         if not self.num_new_shards:
-            return f"Nothing to do: threshold {self.threshold:g} and top {self.keep} keep {kept} already."
+            only = "" if self.sources == SOURCES else f" of {self.sources[0]} captions"
+            return f"Nothing to do: threshold {self.threshold:g} and top {self.keep}{only} keep {kept} already."
         return f"Kept {kept} in {self.seconds:.1f} s."
 
 
@@ -194,11 +207,13 @@ def reselect(
     threshold: float | None = None,
     keep: int | None = None,
     progress: Progress | None = None,
+    *,
+    sources: Sequence[str] | None = None,
 ) -> SelectionSummary:
     """Choose anew from the stored scores; replaces the manifest of this generation.
 
-    What is not given stays as the present manifest has it. Raises UsageError where a shard has no ITM scores, or
-    `keep` asks for captions the filter did not see.
+    What is not given stays as the present manifest has it; `sources` are some of SOURCES. Raises UsageError where a
+    shard has no ITM scores, `keep` asks for captions the filter did not see, or a source is none.
     """
     progress, started = progress or NullProgress(), time.monotonic()
     with run.lock():
@@ -208,7 +223,8 @@ def reselect(
         chosen = FilterSettings(threshold=present["threshold"] if threshold is None else threshold).threshold
         top = RankSettings(keep=min(present["keep"], stored["keep"]) if keep is None else keep).keep
         _refuse_unseen(run, top, stored["keep"])
-        fields = manifest_fields(threshold=chosen, keep=top, include_web=stored["include_web"])
+        taken = _checked_sources(present.get("sources", SOURCES) if sources is None else sources)
+        fields = manifest_fields(threshold=chosen, keep=top, include_web=stored["include_web"], sources=taken)
         num_new, num_pairs, reasons = 0, 0, dict[str, int]()
         progress.start("select", len(shards), "shards")
         for shard in shards:
@@ -224,7 +240,16 @@ def reselect(
         progress.finish()
     num_kept = num_pairs - sum(reasons.values())
     ordered = dict(sorted(reasons.items(), key=lambda item: -item[1]))
-    return SelectionSummary(len(shards), num_new, num_pairs, num_kept, ordered, chosen, top, time.monotonic() - started)
+    return SelectionSummary(
+        len(shards), num_new, num_pairs, num_kept, ordered, chosen, top, taken, time.monotonic() - started
+    )
+
+
+def _checked_sources(sources: Sequence[str]) -> tuple[str, ...]:
+    """Those asked for, in the order of SOURCES."""
+    if not sources or set(sources) - set(SOURCES):
+        raise UsageError(f"sources is {', '.join(sources) or 'empty'}; expected some of {', '.join(SOURCES)}.")
+    return tuple(source for source in SOURCES if source in sources)
 
 
 def _present_choice(run: RunDir, shards: Sequence[str]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ DROP_REASON_SENTENCES: dict[str, str] = {
     "low_clip": "The CLIP score is not among the best of its image.",
     "duplicate": "Another caption of the same image reads the same.",
     "empty": "There is no text.",
+    "other_source": "The selection takes captions of another source only.",
     "known_false": "Somebody who knows the picture says that the text is false of it.",
 }
 """Code → what it says, for people."""

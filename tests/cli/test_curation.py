@@ -93,6 +93,10 @@ def test_stats_select_verify(run: Path, models: Models) -> None:
     assert everything["num_kept"] > 0
     assert "Kept 0 of" in nothing.out
     assert "Nothing to do" in capfilt("select", run, "--threshold", 1, "--keep", 1).out
+    web = capfilt("select", run, "--threshold", 0, "--sources", "web", "--generation", "web", "--json").json()
+    assert 0 < web["num_kept"] < everything["num_kept"]
+    assert web["drop_reasons"]["other_source"] > 0
+    assert capfilt("select", run, "--sources", "alt").code == 2
 
     verified = capfilt("verify", run, "--deep")
     assert verified.code == 0, verified.out

@@ -200,30 +200,33 @@ def _work_in_child(run: RunDir, models: Models) -> multiprocessing.process.BaseP
 
 
 def test_killed_and_resumed_gives_the_rows_of_an_undisturbed_run(models: Models, tmp_path: Path) -> None:
-    """SIGKILL at ten moments spread over the work; each run is resumed, some after a second kill."""
+    """SIGKILL at ten moments, each a file later; each run is resumed, some after a second kill."""
     reference = make_run(tmp_path / "reference", num_shards=3)
-    started = time.monotonic()
     undisturbed = _work_in_child(reference, models)
     undisturbed.join()
-    seconds = time.monotonic() - started
     assert undisturbed.exitcode == 0
     expected = read_all(reference)
     num_killed, numbers_of_files = 0, set()
     for moment in range(10):
         run = make_run(tmp_path / f"run{moment}", num_shards=3)
-        for part in (moment / 10, 0.5)[: 1 + moment % 2]:
+        for num_files in (3 + moment, 5 + moment)[: 1 + moment % 2]:
             child = _work_in_child(run, models)
-            child.join(part * seconds)
+            while child.is_alive() and _count_files(run) < num_files:
+                time.sleep(0.002)
             child.kill()
             child.join()
             num_killed += child.exitcode == -signal.SIGKILL
-        numbers_of_files.add(len(list(run.path.rglob("*.parquet"))))
+        numbers_of_files.add(_count_files(run))
         annotate_all(run, models, batch_size=2)
         assert read_all(run) == expected
         assert not verify_run(run).findings
         assert not list((run.path / ".staging").glob("*"))
     assert num_killed >= 3
     assert len(numbers_of_files) > 1, "every kill came before or after the work"
+
+
+def _count_files(run: RunDir) -> int:
+    return len(list(run.path.glob("*/*.parquet")))
 
 
 def test_read_back_has_the_columns_of_the_contract(finished: RunDir) -> None:

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from capfilt.curate.annotate import annotate
-from capfilt.curate.selection import captions_to_filter, rank_captions, reselect, select_pairs
+from capfilt.curate.selection import SOURCES, captions_to_filter, rank_captions, reselect, select_pairs
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
+from capfilt.data.verify import verify_run
 from capfilt.errors import FingerprintMismatchError, UsageError
 from tests.curate.small_runs import make_run, read_stage, save_models
 
@@ -50,10 +51,13 @@ def test_equal_float32_scores_rank_by_index() -> None:
 
 
 def plain_reason(
-    row: dict[str, Any], web: str, itm: float | None, threshold: float, keep: int, include_web: bool
-) -> str | None:
+    row: dict[str, Any], web: str, itm: float | None, threshold: float, keep: int, include_web: bool,
+    sources: tuple[str, ...],
+) -> str | None:  # fmt: skip
     if row["clip_score"] is None:
         return "empty"
+    if row["source"] not in sources:
+        return "other_source"
     if row["duplicate_of"] is not None:
         return "duplicate"
     is_free_web = row["caption_index"] == -1 and not include_web
@@ -62,17 +66,19 @@ def plain_reason(
     assert itm is not None
     if float(np.float32(itm)) < threshold:  # as any reader of the manifest would compare them
         return "low_itm"
-    return "duplicate" if row["caption_index"] >= 0 and row["text"] == web else None
+    return "duplicate" if row["caption_index"] >= 0 and row["text"] == web and "web" in sources else None
 
 
 @PATIENT
 @given(
     images=st.lists(CAPTIONS, min_size=1, max_size=4), include_web=st.booleans(), keep=st.integers(1, 4),
     stored_keep=st.integers(1, 4), threshold=st.sampled_from([0.0, 0.5, 0.7, 1.0]), seed=st.integers(0, 99),
+    sources=st.sampled_from([("web", "synthetic"), ("web",), ("synthetic",)]),
 )  # fmt: skip
 def test_manifest_is_that_of_a_plain_loop(
-    images: list[Any], include_web: bool, keep: int, stored_keep: int, threshold: float, seed: int
-) -> None:
+    images: list[Any], include_web: bool, keep: int, stored_keep: int, threshold: float, seed: int,
+    sources: tuple[str, ...],
+) -> None:  # fmt: skip
     keep = min(keep, stored_keep)
     generator = np.random.default_rng(seed)
     itm_of = {text: float(generator.choice([0.0, 0.2, 0.5, 0.7, 1.0])) for text in SCORES}
@@ -92,7 +98,7 @@ def test_manifest_is_that_of_a_plain_loop(
     manifest = select_pairs(
         "00000", facts, pa.Table.from_pylist(clip_rows, schema=SCHEMAS["clip"]),
         pa.Table.from_pylist(itm_rows, schema=SCHEMAS["itm"]), threshold=threshold, keep=keep,
-        include_web=include_web,
+        include_web=include_web, sources=sources,
     )  # fmt: skip
     assert manifest.schema.equals(SCHEMAS["manifest"])
     scored = {(row["key"], row["caption_index"]): row["itm_score"] for row in itm_rows}
@@ -101,7 +107,7 @@ def test_manifest_is_that_of_a_plain_loop(
     assert [(row["key"], row["caption_index"]) for row in rows] == [(r["key"], r["caption_index"]) for r in clip_rows]
     for row, clip in zip(rows, clip_rows, strict=True):
         itm = scored.get((row["key"], row["caption_index"]))
-        reason = plain_reason(clip, webs[row["key"]], itm, threshold, keep, include_web)
+        reason = plain_reason(clip, webs[row["key"]], itm, threshold, keep, include_web, sources)
         assert (row["drop_reason"], row["kept"]) == (reason, reason is None)
         assert row["itm_score"] == (None if itm is None else float(np.float32(itm)))
         assert (row["width"], row["url"]) == (int(row["key"]), f"u{int(row['key'])}")
@@ -138,3 +144,35 @@ def test_select_replaces_the_manifest_and_refuses_what_was_not_scored(tmp_path: 
         reselect(run, keep=3)
     with pytest.raises(UsageError, match="threshold"):
         reselect(run, threshold=1.5)
+
+
+def test_select_takes_captions_of_one_source(tmp_path: Path) -> None:
+    models = save_models(tmp_path / "models")
+    run = make_run(tmp_path / "run")
+    settings = (models.caption(), models.rank(), models.filter(threshold=0.0))
+    annotate(run, ["captions", "clip", "itm", "manifest"], *settings)
+    everything = reselect(run)
+    before = read_stage(run, "manifest")
+    kept: dict[str, int] = {}
+    for source in SOURCES:
+        view = RunDir.open(run.path, source)
+        summary = reselect(view, sources=[source])
+        rows = [row for table in read_stage(view, "manifest").values() for row in table.to_pylist()]
+        assert {row["source"] for row in rows if row["kept"]} == {source}
+        others = {row["drop_reason"] for row in rows if row["source"] != source}
+        assert others <= {"other_source", "empty"}
+        assert reselect(view).num_new_shards == 0, "what is not given stays"
+        assert f"of {source} captions keep" in reselect(view).line()
+        assert verify_run(view).exit_code == 0
+        kept[source] = summary.num_kept
+    repeated = sum(row["drop_reason"] == "duplicate" for table in before.values() for row in table.to_pylist())
+    assert sum(kept.values()) >= everything.num_kept >= sum(kept.values()) - repeated
+    assert read_stage(run, "manifest") == before, "generations stand beside it"
+
+    web = RunDir.open(run.path, "web")
+    with pytest.raises(FingerprintMismatchError, match="--sources web,synthetic --generation web"):
+        annotate(web, ["manifest"], *settings)
+    reselect(web, sources=["synthetic", "web"])
+    assert read_stage(web, "manifest") == before
+    with pytest.raises(UsageError, match="sources is web, human; expected some of web, synthetic"):
+        reselect(web, sources=["web", "human"])
