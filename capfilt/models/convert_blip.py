@@ -125,7 +125,8 @@ def original_to_transformers(state: Mapping[str, Tensor], kind: Kind) -> State:
 
 def has_both_parts(state: Mapping[str, Tensor]) -> bool:
     """Whether an original .pth is one of pre-training, with encoder and decoder."""
-    return all(any(key.startswith(prefix) for key in state) for prefix in ("text_encoder.", "text_decoder."))
+    words = "embeddings.word_embeddings.weight"
+    return f"text_encoder.{words}" in state and f"text_decoder.bert.{words}" in state
 
 
 def sizes_from_config(config: Mapping[str, Any]) -> tuple[ViTConfig, MEDConfig, int]:

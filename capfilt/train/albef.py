@@ -72,7 +72,7 @@ def train_albef(
     dataset = read_pairs(
         run_dirs, image_size_px=start.preparation.image_size_px, run_weights=settings.run_weights, progress=progress
     )
-    inputs = AlbefInputs(settings, start.tokenizer, processes, len(dataset.keys))
+    inputs = AlbefInputs(settings, start.tokenizer, processes, dataset.num_shown)
 
     def save(folder: Path) -> None:
         momentum = None if objective.momentum is None else objective.momentum.state_dict()

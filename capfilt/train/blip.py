@@ -175,7 +175,7 @@ class _Inputs:
         if self.part.contrast is not None:
             inputs["false_tokens_BT"] = None if false_tokens_BT is None else false_tokens_BT.to(device)
             inputs["uniform_2B"] = draws.uniform(2, len(batch.keys)).to(device)
-            num_epochs = batch.cursor.num_epochs(len(self.dataset.keys))
+            num_epochs = batch.cursor.num_epochs(self.dataset.num_shown)
             inputs["alpha"] = ramped_alpha(settings.alpha, settings.alpha_epochs, num_epochs)
         return inputs
 

@@ -72,7 +72,8 @@ def save_checkpoint(
     _refuse_non_finite(whole, int(state["step"]))
     root = output_dir / "checkpoints"
     staging = root / f".staging-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
+    for left in root.glob(".staging-*"):  # of processes that were killed: the output is locked
+        shutil.rmtree(left, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         save_file(whole, staging / _TENSOR_FILES[0])

@@ -143,10 +143,12 @@ def train(
     progress = progress if progress and processes.is_main else NullProgress()
     with _lock(output_dir, processes), fast_cpu(), _deferred_signals() as caught:
         done = _finished(output_dir, identity)
+        _refuse_other_starts(processes, {"finished": done is not None, "fields": identity})
         if done is not None:
             return done
         live = _make_live(objective, prepare, settings, processes, extra_tensors, some_unused, rate_scales)
         start, cursor, running = _resume(output_dir, live, identity)
+        _refuse_other_starts(processes, {"step": start, "cursor": asdict(cursor)})
         records = Records(output_dir, active=processes.is_main, tensorboard=settings.tensorboard)
         records.go_on(start)
         batches = open_batches(cursor)
@@ -340,6 +342,17 @@ def _resume(output_dir: Path, live: _Live, identity: Mapping[str, Any]) -> tuple
     running = _Running(state["first_losses"], state["last_losses"], state["seconds"])
     running.sums, running.num_steps = state["open_sums"], state["open_steps"]
     return state["step"], Cursor(**state["cursor"]), running
+
+
+def _refuse_other_starts(processes: Processes, start: Mapping[str, Any]) -> None:
+    """CapfiltError on every process where one of them would begin elsewhere than the others."""
+    starts = processes.gather_objects(dict(start))
+    if odd := [name for name in start if any(other[name] != starts[0][name] for other in starts)]:
+        found = "; ".join(f"process {rank}: {other[odd[0]]}" for rank, other in enumerate(starts))
+        raise CapfiltError(
+            f"The processes do not begin together: {odd[0]} differs ({found[:500]}). Every process has to see the same "
+            "--output, runs and models: put them on a disk that all machines share."
+        )
 
 
 def _save(

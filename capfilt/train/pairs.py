@@ -114,6 +114,11 @@ class RunPairs:
         return len(self.keys) * self._size_px**2 * 3
 
     @property
+    def num_shown(self) -> int:
+        """Images of an epoch: each as often as the weight of its run says."""
+        return len(self._shown(np.random.default_rng(0)))
+
+    @property
     def in_memory(self) -> bool:
         return self._decoded is not None
 

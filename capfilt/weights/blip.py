@@ -177,6 +177,8 @@ def save_blip(
         config["capfilt_prompt"] = prompt
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", preprocessor_config(side.preparation))
+    side.tokenizer.backend_tokenizer.no_truncation()  # what the last batch was cut and padded to is no property
+    side.tokenizer.backend_tokenizer.no_padding()
     side.tokenizer.save_pretrained(folder)
     state = to_transformers(model.state_dict(), kind, vision_depth=vit.depth, text_depth=med.depth)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}

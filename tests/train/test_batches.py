@@ -235,6 +235,8 @@ def test_runs_are_shown_as_often_as_their_weights_say(run: RunDir, tmp_path: Pat
         assert max(n for row, n in epoch.items() if row < 76) == 1
         assert {n for row, n in epoch.items() if row >= 76} == {2, 3}
     assert counts[0] != counts[1], "another half in another epoch"
+    assert dataset.num_shown == sum(counts[0].values()) == 83
+    assert Cursor(1, 83).num_epochs(dataset.num_shown) == 2.0
     with pytest.raises(UsageError, match="1 weights for 2 runs"):
         read_pairs([run.path, other.path], image_size_px=16, run_weights=(1.0,))
 

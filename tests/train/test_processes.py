@@ -129,3 +129,24 @@ def test_two_processes_train_as_one_with_twice_the_batch(run: RunDir, blip_start
 def test_what_cannot_be_shared_out_is_refused() -> None:
     with pytest.raises(UsageError, match="sharding 'full' with optimizer 'muon'"):
         join_processes(TrainSettings(device="cpu", sharding="full", optimizer="muon"))
+
+
+@pytest.mark.slow
+def test_processes_that_would_begin_apart_are_refused(run: RunDir, blip_start: Path, tmp_path: Path) -> None:
+    """As on machines whose disks are their own: one process finds a checkpoint, the other none."""
+    there, empty = tmp_path / "there", tmp_path / "empty"
+    done = start(1, *command(run, blip_start, there, 8, max_steps=4))
+    assert done.returncode == 0, done.stderr[-3000:]
+    script = tmp_path / "apart.py"
+    options = command(run, blip_start, tmp_path / "OUTPUT", 8, max_steps=4)[2:]
+    script.write_text(
+        "import os, sys\nfrom capfilt.cli.main import main\n"
+        f"own = {[str(there), str(empty)]!r}[int(os.environ['RANK'])]\n"
+        f"sys.argv = ['capfilt', *[own if o.endswith('OUTPUT') else o for o in {options!r}]]\nmain()\n"
+    )
+    record = json.loads((there / "training.json").read_text())
+    record["fields"]["num_processes"] = 2
+    (there / "training.json").write_text(json.dumps(record))
+    refused = start(2, str(script))
+    assert refused.returncode != 0
+    assert "The processes do not begin together: finished differs (process 0: True; process 1: False)" in refused.stderr
