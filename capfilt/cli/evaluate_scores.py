@@ -68,8 +68,8 @@ def retrieval(
     FilterSettings(first_token=first_token, device=device, resizer=resizer or FilterSettings.resizer)  # checks them
     if save_scores is not None and not k_test:
         raise UsageError("--save-scores writes the candidates of ITM, and --k-test 0 has none. Give --k-test 256.")
-    if save_scores is not None and not save_scores.absolute().parent.is_dir():
-        raise UsageError(f"{save_scores.parent} is no folder. Make it first: --save-scores writes a file there.")
+    if save_scores is not None:
+        _check_scores_path(save_scores)
     from capfilt.data.annotations import read_captioned_images
     from capfilt.data.image_sources import ShardImage
     from capfilt.evaluate.pictures import SourcePictures
@@ -100,6 +100,23 @@ def retrieval(
         return
     for line in retrieval_lines(report, model, plain=not speaks_unicode(sys.stdout)):
         say(line)
+
+
+def _check_scores_path(path: Path) -> None:
+    """UsageError where scores cannot be written, or would take the place of another file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path.parent} is no folder. Make it first: --save-scores writes a file there.")
+    if not path.exists():
+        return
+    try:
+        is_scores = {"itc_cosine", "itm_logit"} <= set(pq.read_schema(path).names)
+    except (OSError, pa.ArrowException):
+        is_scores = False
+    if not is_scores:
+        raise UsageError(f"{path} is there and holds no retrieval scores; it would be lost. Name another, or remove it.")
 
 
 def _write_scores(path: Path, scored: ScoredPairs, ids: list[str], texts: list[str]) -> None:

@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
 
 from capfilt.data.json_lists import Id, read_entries
 from capfilt.errors import UsageError
+
+
+_BEGINNING = re.compile(rb'\s*\[\s*(\{\s*"(image_id|question_id)"|\]\s*$)')
+
+
+def looks_like_results(path: Path) -> bool:
+    """Whether an existing file begins as a results file does, and may be written anew as one; an empty one may too."""
+    with open(path, "rb") as file:
+        beginning = file.read(256)
+    return not beginning or _BEGINNING.match(beginning) is not None
 
 
 def read_caption_results(path: Path) -> dict[Id, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from capfilt.data.json_lists import Id
+from capfilt.data.result_files import looks_like_results
 from capfilt.errors import FingerprintMismatchError, RunLockedError, UsageError
 from capfilt.evaluate.streaming import Request, TextWriter, write_texts
 from capfilt.progress import NullProgress, Progress
@@ -85,6 +86,8 @@ def check_results_path(results: Path | None) -> None:
         return
     if results.is_dir() or not results.parent.is_dir():
         raise UsageError(f"{results} cannot be written: expected a file in a folder that is there. Name another.")
+    if results.exists() and not (results.is_file() and looks_like_results(results)):
+        raise UsageError(f"{results} is there and is no results file; it would be lost. Name another, or remove it.")
 
 
 class _Partial:

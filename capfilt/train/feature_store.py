@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import mmap
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,7 +78,7 @@ class FeatureFile:
 
 
 def open_features(file: FeatureFile, encode: Encode, batch_size: int, progress: Progress) -> Tensor:
-    """The features as a tensor over the file, which is made first where it is not there.
+    """The features as a tensor over the file, to be read alone; the file is made first where it is not there.
 
     Raises UsageError where the directory cannot be written or lacks the space, CorruptionError where a finished file is
     not what its record says, CapfiltError where features are not finite in the dtype stored.
@@ -84,9 +86,16 @@ def open_features(file: FeatureFile, encode: Encode, batch_size: int, progress: 
     with _locked(file):
         if not _is_whole(file):
             _fill(file, encode, batch_size, progress)
-    num = file.shape[0] * file.shape[1] * file.shape[2]
-    mapped = torch.from_file(str(file.path), shared=False, size=num, dtype=file.dtype)
-    return mapped.view(file.shape)
+    return _mapped(file)
+
+
+def _mapped(file: FeatureFile) -> Tensor:
+    """The file as a tensor that may be read alone, so that it may be larger than the memory."""
+    with open(file.path, "rb") as handle:
+        memory = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(memory, dtype=file.dtype).view(file.shape)
 
 
 @contextmanager

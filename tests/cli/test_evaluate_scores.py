@@ -87,6 +87,7 @@ def test_retrieval_that_cannot_be(coco: Path, images_dir: Path, models: Models, 
     for arguments, message in (
         ((), "Give their folder: --images DIR"),
         (("--images", images_dir, "--k-test", 0, "--save-scores", tmp_path / "s"), "--k-test 0 has none"),
+        (("--images", images_dir, "--save-scores", coco), "it would be lost"),
         (("--images", images_dir, "--save-scores", tmp_path / "no" / "s"), "no is no folder"),
         (("--images", images_dir, "--dtype", "float64"), "dtype is 'float64'"),
         (("--images", images_dir, "--first-token", "dec"), "first_token is 'dec'"),

@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from capfilt.data.image_sources import ImageFile
 from capfilt.errors import FingerprintMismatchError, RunLockedError, UsageError
+from capfilt.data.result_files import write_answer_results, write_caption_results
 from capfilt.evaluate.generation import Unusable, check_results_path, partial_path, write_all
 from capfilt.evaluate.streaming import Request
 
@@ -113,3 +114,20 @@ def test_where_results_cannot_be_written(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none" / "x.json"):
         with pytest.raises(UsageError, match="cannot be written"):
             check_results_path(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0", b'{"annotations": []}', b'[{"caption": "a"}]', b"[[]]", b" "])
+def test_another_file_is_not_replaced(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(UsageError, match="no results file; it would be lost"):
+        check_results_path(tmp_path / "x.json")
+
+
+def test_results_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for write in (write_caption_results, write_answer_results):
+        for texts in ({1: "a dog"}, {}):
+            write(path, texts)
+            check_results_path(path)
+    path.write_text("")
+    check_results_path(path)

@@ -79,6 +79,17 @@ def test_processes_of_one_training_wait_for_the_one_that_writes(tmp_path: Path) 
     assert encoder.asked == list(range(70))
 
 
+def test_a_file_may_be_larger_than_the_memory(tmp_path: Path) -> None:
+    file = FeatureFile(tmp_path, "abc", (1 << 20, 1 << 8, 1 << 10), torch.float32)
+    with open(file.path, "wb") as handle:
+        handle.truncate(file.num_bytes)  # 1 TiB, none of it on the disk
+        handle.seek(file.num_bytes - 4)
+        handle.write(np.float32(2.5).tobytes())
+    file.record_path.write_text(json.dumps(file.record()))
+    found = open_features(file, Encoder(), 16, NullProgress())
+    assert found[torch.tensor([0, -1])].sum() == 2.5
+
+
 @pytest.mark.parametrize("damage", ["shorter", "no note", "other shape"])
 def test_a_part_that_does_not_match_its_note_starts_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
