@@ -151,7 +151,8 @@ def _training_only(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         part, _, rest = name.partition(".")
         if part in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
             shapes[f"{part}_m.{rest}"] = tensor.shape
-    return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}  # a number each in the file
+    numbers = {"temp": 0.05}
+    return {name: torch.tensor(numbers.get(name, 0.0)).expand(shape) for name, shape in shapes.items()}
 
 
 def save_clip(folder: Path, *, seed: int = 0) -> None:

@@ -38,7 +38,7 @@ class SharedOptions(TypedDict):
     save_every_steps: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")]
     seed: Annotated[int, typer.Option(help="Fixes initialisation, order and draws.")]
     device: Device
-    autocast: Annotated[str, typer.Option(help="Precision of matrix products: float32, bfloat16 or float16.")]
+    autocast: Annotated[str, typer.Option(help="Precision of matrix products: float32, bfloat16, float16 or auto.")]
     compile: Annotated[bool, typer.Option("--compile", help="Compile the layers with torch.compile.")]
     recompute: Annotated[bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, more time.")]
     sharding: Annotated[

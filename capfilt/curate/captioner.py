@@ -25,7 +25,7 @@ from capfilt.weights.blip import load_blip
 from capfilt.weights.devices import (
     choose_batch_size,
     choose_device,
-    choose_inference_dtype,
+    choose_fast_dtype,
     describe_computing,
     name_dtype,
 )
@@ -38,7 +38,7 @@ class BlipCaptioner:
         """Load `settings.captioner`. Raises UsageError where it cannot be had, or the prompt is too long."""
         self.settings = settings
         self.device = choose_device(settings.device)
-        dtype = choose_inference_dtype(settings.dtype, self.device)
+        dtype = choose_fast_dtype(settings.dtype, self.device)
         loaded = load_blip(settings.captioner, "captioner", device=self.device, dtype=dtype, resizer=settings.resizer)
         assert isinstance(loaded.model, Captioner)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer

@@ -25,7 +25,7 @@ from capfilt.weights.clip import find_clip, load_clip
 from capfilt.weights.devices import (
     choose_batch_size,
     choose_device,
-    choose_inference_dtype,
+    choose_fast_dtype,
     describe_computing,
     name_dtype,
 )
@@ -73,7 +73,7 @@ class ClipScorer:
     def __init__(self, settings: RankSettings) -> None:
         """Load the model. Raises UsageError for an unknown name, and for weights that cannot be had."""
         self.device = choose_device(settings.device)
-        self._dtype = choose_inference_dtype(settings.dtype, self.device)
+        self._dtype = choose_fast_dtype(settings.dtype, self.device)
         source = find_clip(settings)
         self._towers, self._transform, self._tokenize = load_clip(source, self.device, self._dtype)
         self.batch_size = choose_batch_size(settings.batch_size, self.device, _CLIP_BYTES_PER_IMAGE)
@@ -109,7 +109,7 @@ class ItmScorer:
     def __init__(self, settings: FilterSettings) -> None:
         """Load `settings.filter_model`. Raises UsageError where it cannot be had."""
         self.device = choose_device(settings.device)
-        dtype = choose_inference_dtype(settings.dtype, self.device)
+        dtype = choose_fast_dtype(settings.dtype, self.device)
         loaded = load_blip(settings.filter_model, "filter", device=self.device, dtype=dtype, resizer=settings.resizer)
         assert isinstance(loaded.model, Filter)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer

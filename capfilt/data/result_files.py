@@ -15,7 +15,6 @@ from uuid import uuid4
 from capfilt.data.json_lists import Id, read_entries
 from capfilt.errors import UsageError
 
-
 _BEGINNING = re.compile(rb'\s*\[\s*(\{\s*"(image_id|question_id)"|\]\s*$)')
 
 

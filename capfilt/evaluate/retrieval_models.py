@@ -33,7 +33,7 @@ from capfilt.weights.blip import load_blip
 from capfilt.weights.devices import (
     choose_batch_size,
     choose_device,
-    choose_inference_dtype,
+    choose_fast_dtype,
     describe_computing,
 )
 from capfilt.weights.find import find_model_dir
@@ -104,7 +104,7 @@ class BlipRetrieval:
     def __init__(self, name: str, options: RetrievalOptions) -> None:
         """Load it. Raises UsageError where it cannot be had."""
         self.device = choose_device(options.device)
-        dtype = choose_inference_dtype(options.dtype, self.device)
+        dtype = choose_fast_dtype(options.dtype, self.device)
         loaded = load_blip(
             name, "filter", device=self.device, dtype=dtype, resizer=options.resizer or ImagePreparation.resizer
         )
@@ -148,7 +148,7 @@ class Stage1Retrieval:
     def __init__(self, name: str | Path, options: RetrievalOptions) -> None:
         """Load it. Raises UsageError where it cannot be had."""
         self.device = choose_device(options.device)
-        self._dtype = choose_inference_dtype(options.dtype, self.device)
+        self._dtype = choose_fast_dtype(options.dtype, self.device)
         saved: SavedStage1 = load_stage1(name, self.device)
         self._encoder, self._stage, self._tokenizer = saved.encoder, saved.stage.eval(), saved.tokenizer
         self._preparation = replace(saved.encoder.preparation, resizer=options.resizer or "pillow")
@@ -201,7 +201,7 @@ class AlbefRetrieval:
     def __init__(self, name: str, options: RetrievalOptions) -> None:
         """Load it. Raises UsageError where it cannot be had."""
         self.device = choose_device(options.device)
-        dtype = choose_inference_dtype(options.dtype, self.device)
+        dtype = choose_fast_dtype(options.dtype, self.device)
         loaded = load_albef(name, device=self.device, dtype=dtype, resizer=options.resizer or ImagePreparation.resizer)
         self._model, self._tokenizer, self._preparation = loaded.model, loaded.tokenizer, loaded.preparation
         self._max_tokens = min(ALBEF_MAX_TOKENS, self._model.config.max_positions)

@@ -63,6 +63,15 @@ class ImageTextContrast(nn.Module):
         super().__init__()
         self.temperature = nn.Parameter(torch.tensor([0.07]))  # one entry: FSDP shards no scalars
 
+    @torch.no_grad()
+    def start_at(self, temperature: float) -> None:
+        """Go on from the temperature of an earlier training."""
+        self.temperature.fill_(temperature)
+
+    def value(self) -> float:
+        """The temperature as a number, to be saved."""
+        return self.clamped().item()
+
     def clamped(self) -> Tensor:
         """The temperature within its bounds."""
         return self.temperature.clamp(0.001, 0.5)

@@ -38,7 +38,8 @@ class TrainSettings:
     clip_grad_norm: float = 1.0
     """Global norm at which gradients are clipped; 0 for none."""
     autocast: str = "float32"
-    """Precision of matrix products: float32, bfloat16, or float16 with scaled losses; the weights stay float32."""
+    """Precision of matrix products: float32, bfloat16, float16 with scaled losses, or auto: bfloat16 where the device
+    is fast at it, else float32; as begun where a training goes on. The weights stay float32."""
     compile: bool = False
     """Compile the layers with torch.compile; the first steps are slow."""
     recompute: bool = False
@@ -71,8 +72,7 @@ class TrainSettings:
         lowest = self.min_learning_rate
         require(0 <= lowest <= self.learning_rate, "min_learning_rate", lowest, "0 to learning_rate")
         require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "adamw or muon")
-        precisions = ("float32", "bfloat16", "float16")
-        require(self.autocast in precisions, "autocast", self.autocast, f"one of {', '.join(precisions)}")
+        require(self.autocast in DTYPES, "autocast", self.autocast, f"one of {', '.join(DTYPES)}")
         require(self.sharding in ("none", "full"), "sharding", self.sharding, "none or full")
         require(all(w > 0 for w in self.run_weights), "run_weights", self.run_weights, "more than 0 each")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")

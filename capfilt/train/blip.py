@@ -45,7 +45,8 @@ def train_blip(
 
     def save(folder: Path) -> None:
         save_blip(folder / "captioner", "captioner", model.captioner, start, prompt="")
-        save_blip(folder / "filter", "filter", model.filter, start)
+        temperature = model.filter_losses.contrast.value()
+        save_blip(folder / "filter", "filter", model.filter, start, temperature=temperature)
 
     return _train(run_dirs, settings, output_dir, progress, _Part("blip", model, model.filter_losses), start, save)
 
@@ -79,9 +80,10 @@ def train_filter(
     start = load_part(settings, "filter")
     assert isinstance(start.model, Filter)
     losses = FilterLosses(start.model, _momentum_of(settings))
+    losses.contrast.start_at(start.temperature)
 
     def save(folder: Path) -> None:
-        save_blip(folder, "filter", losses.model, start)
+        save_blip(folder, "filter", losses.model, start, temperature=losses.contrast.value())
 
     part = _Part("filter", FineTuning(losses), losses)
     return _train(run_dirs, settings, output_dir, progress, part, start, save)

@@ -116,6 +116,7 @@ def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
     )  # fmt: skip
     model.captioner.load_state_dict(captioner.state_dict())
     model.filter.load_state_dict(filter_model.state_dict())  # over what both share
+    model.filter_losses.contrast.start_at(parts["filter"].temperature)
     found = model.captioner.state_dict()
     if odd := [name for name, tensor in captioner.state_dict().items() if not torch.equal(tensor, found[name])]:
         raise UsageError(

@@ -111,6 +111,15 @@ def find_checkpoint(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def find_fields(output_dir: Path) -> dict[str, Any] | None:
+    """What the training in `output_dir`, finished or under way, was started with; None where there is none."""
+    record = output_dir / "training.json"
+    if record.exists():
+        return json.loads(record.read_text())["fields"]
+    found = find_checkpoint(output_dir)
+    return None if found is None else found[1]["fields"]
+
+
 def refuse_other_settings(state: Mapping[str, Any], fields: Mapping[str, Any], output_dir: Path) -> None:
     """FingerprintMismatchError naming each setting that differs from the training found in `output_dir`."""
     changes = setting_changes(state["fields"], fields)
@@ -122,8 +131,13 @@ def refuse_other_settings(state: Mapping[str, Any], fields: Mapping[str, Any], o
 
 
 def setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Each setting that differs, as `name old -> new`; of digests, only what they are of. Empty where none does."""
+    """Each setting that differs, as `name old -> new`; of digests, only what they are of. Empty where none does.
+
+    A precision `auto` is any: a training goes on in the one it was begun in.
+    """
     new = json.loads(json.dumps(dict(new)))
+    if new.get("autocast") == "auto" and "autocast" in old:
+        new["autocast"] = old["autocast"]
     differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return ", ".join(
         f"another {_DIGESTS[name]}" if name in _DIGESTS else f"{name} {old.get(name)!r} -> {new.get(name)!r}"

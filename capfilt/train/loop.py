@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,6 +41,7 @@ from capfilt.train.blocks import compile_blocks, recompute_blocks
 from capfilt.train.checkpoint import (
     file_digests,
     find_checkpoint,
+    find_fields,
     load_checkpoint,
     lock_output,
     publish_files,
@@ -51,6 +52,7 @@ from capfilt.train.cpu import fast_bfloat16_attention, fast_cpu
 from capfilt.train.optim import build_optimizer, learning_rate_at, set_learning_rate
 from capfilt.train.processes import Processes, global_norm, make_whole
 from capfilt.train.records import Records
+from capfilt.weights.devices import choose_fast_dtype, name_dtype
 
 Prepare = Callable[[Batch, Draws], Mapping[str, Any]]
 OpenBatches = Callable[[Cursor], Iterator[Batch]]
@@ -139,9 +141,10 @@ def train(
     work, CapfiltError on a loss that is not finite. SIGINT and SIGTERM save a checkpoint (or the finished
     model, where it is being written) first, then raise KeyboardInterrupt (exit code 130) and SystemExit(143).
     """
-    identity = {**binding_settings(settings), "num_processes": processes.num, **(fields or {})}
     progress = progress if progress and processes.is_main else NullProgress()
     with _lock(output_dir, processes), fast_cpu(), _deferred_signals() as caught:
+        settings = _with_precision(settings, output_dir, processes.device)
+        identity = {**binding_settings(settings), "num_processes": processes.num, **(fields or {})}
         done = _finished(output_dir, identity)
         _refuse_other_starts(processes, {"finished": done is not None, "fields": identity})
         if done is not None:
@@ -291,6 +294,14 @@ def _precision(settings: TrainSettings, device: torch.device) -> Iterator[None]:
     kind = torch.bfloat16 if settings.autocast == "bfloat16" else torch.float16
     with torch.autocast(device.type, kind), fast_bfloat16_attention() if on_cpu else nullcontext():
         yield
+
+
+def _with_precision(settings: TrainSettings, output_dir: Path, device: torch.device) -> TrainSettings:
+    """The settings with a precision in the place of `auto`: that of the training in `output_dir`, else the fastest."""
+    if settings.autocast != "auto":
+        return settings
+    begun = find_fields(output_dir) or {}
+    return replace(settings, autocast=begun.get("autocast") or name_dtype(choose_fast_dtype("auto", device)))
 
 
 @contextmanager

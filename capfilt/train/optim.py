@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from capfilt.settings import TrainSettings
+from capfilt.train.muon import Muon
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
@@ -86,8 +87,7 @@ def _adamw(
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for the matrices inside the model; AdamW for embeddings, the vocabulary, convolutions and vectors.
 
-    Muon (Jordan et al. 2024) makes every singular value of an update equal. Its updates are scaled to AdamW's
-    size (Liu et al. 2025), so that both go by one learning rate.
+    Both go by one learning rate.
     """
 
     def __init__(
@@ -105,14 +105,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._parts: list[torch.optim.Optimizer] = []
         if matrices:
             groups = parameter_groups(matrices.values(), settings.weight_decay, rate_scales)
-            self._parts.append(
-                torch.optim.Muon(
-                    [group for group in groups if group["params"]],
-                    lr=settings.learning_rate,
-                    weight_decay=settings.weight_decay,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
+            self._parts.append(Muon([group for group in groups if group["params"]], lr=settings.learning_rate))
         if others:
             self._parts.append(_adamw(others.values(), settings, rate_scales))
         super().__init__([p for part in self._parts for g in part.param_groups for p in g["params"]], {})

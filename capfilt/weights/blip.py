@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ from capfilt.weights.model_files import (
 
 BLIP_PROMPT = "a picture of "
 """BLIP's prompt, where a captioner does not name its own (`capfilt_prompt` in config.json)."""
+START_TEMPERATURE = 0.07
+"""ITC's before training (BLIP's released code), and where a model does not name its own."""
 BERT_TOKENIZER = "google-bert/bert-base-uncased"
 """Hub id of the tokenizer of every released BLIP, for a .pth that has none beside it."""
 
@@ -69,6 +72,8 @@ class LoadedBlip:
     """Text that captions continue; of no meaning for a filter."""
     digests: dict[str, str] = field(default_factory=dict)
     """File name → sha256 of every file that was read, for the fingerprint of what is made with the model."""
+    temperature: float = START_TEMPERATURE
+    """ITC's, where a filter's training goes on from (`capfilt_temperature` in config.json, `temp` in a .pth)."""
     vision_digest: str = ""
     """sha256 of what the image encoder computes from a picture: its sizes, preparation, dtype and weights. Models of
     one digest give the same image features."""
@@ -87,7 +92,7 @@ def load_blip(
     """
     path = _find_blip(name, kind)
     if path.is_file():
-        state, sizes = _read_original(path, kind)
+        state, sizes, _ = _read_original(path, kind)
         config, weight_files, side_dir = {}, [path], tokenizer_dir(path)
         preparation = ImagePreparation(sizes[0].image_size_px)
     else:
@@ -129,15 +134,15 @@ def load_trainable_blip(path: Path, kind: Kind) -> LoadedBlip:
     Raises UsageError naming every missing and unknown weight, or the file that is lacking.
     """
     if path.is_file():
-        (state, sizes), side_dir = _read_original(path, kind), tokenizer_dir(path)
+        (state, sizes, temperature), side_dir = _read_original(path, kind), tokenizer_dir(path)
         preparation = ImagePreparation(sizes[0].image_size_px)
         state = {name: tensor.float() for name, tensor in state.items()}
     else:
         state, sizes, side_dir = read_weights(path), read_sizes(path), path
-        preparation = read_preparation(path, sizes[0].image_size_px)
+        preparation, temperature = read_preparation(path, sizes[0].image_size_px), _read_temperature(path)
     model = _build(kind, sizes)
     model.load_state_dict(_our_weights(state, kind, model, sizes))
-    return LoadedBlip(model, _load_tokenizer(side_dir, sizes[1]), preparation)
+    return LoadedBlip(model, _load_tokenizer(side_dir, sizes[1]), preparation, temperature=temperature)
 
 
 def blip_digest(path: Path) -> str:
@@ -165,9 +170,13 @@ def save_blip(
     side: LoadedBlip,
     *,
     prompt: str | None = None,
+    temperature: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a folder that plain transformers opens; `prompt` is what the captioner was trained to continue."""
+    """Write a folder that plain transformers opens.
+
+    `prompt` is what the captioner was trained to continue, `temperature` that of the filter's ITC.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     text = model.decoder if isinstance(model, Captioner) else model.encoder
     vit, med = model.vision.config, text.config
@@ -175,6 +184,8 @@ def save_blip(
     config = config_from_sizes(kind, vit, med, embed_dim=embed_dim) | {"dtype": name_dtype(dtype)}
     if prompt is not None:
         config["capfilt_prompt"] = prompt
+    if temperature is not None:
+        config["capfilt_temperature"] = temperature
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", preprocessor_config(side.preparation))
     side.tokenizer.backend_tokenizer.no_truncation()  # what the last batch was cut and padded to is no property
@@ -195,10 +206,18 @@ def _find_blip(name: str, kind: Kind) -> Path:
     return find_model_dir(name, kind, embedded=kind, give=f"{option} a folder, a hub id (owner/name), an original .pth")
 
 
-def _read_original(path: Path, kind: Kind) -> tuple[State, Sizes]:
-    """The weights of an original .pth by transformers' names, and the sizes they tell."""
+def _read_original(path: Path, kind: Kind) -> tuple[State, Sizes, float]:
+    """The weights of an original .pth by transformers' names, the sizes they tell, and the temperature of ITC."""
     state = read_tensors(path)
-    return original_to_transformers(state, kind), sizes_from_original(state, kind)
+    temperature = float(state["temp"]) if "temp" in state else START_TEMPERATURE
+    return original_to_transformers(state, kind), sizes_from_original(state, kind), temperature
+
+
+def _read_temperature(folder: Path) -> float:
+    found = read_config(folder).get("capfilt_temperature", START_TEMPERATURE)
+    if not isinstance(found, int | float) or not 0 < found < math.inf:
+        raise UsageError(f"{folder}/config.json has capfilt_temperature {found!r}; expected a number above 0.")
+    return float(found)
 
 
 def _build(kind: Kind, sizes: Sizes) -> Captioner | Filter:

@@ -53,7 +53,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return _TORCH_DTYPES[name]
 
 
-def choose_inference_dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_fast_dtype(name: str, device: torch.device) -> torch.dtype:
     """`choose_dtype`, but `auto` is bfloat16 on a CPU that is fast at it: one with AVX512_BF16 or AMX."""
     if name == "auto" and device.type == "cpu" and _has_bfloat16_instructions():
         return torch.bfloat16

@@ -11,8 +11,8 @@ import pytest
 from PIL.Image import Image
 
 from capfilt.data.image_sources import ImageFile
-from capfilt.errors import FingerprintMismatchError, RunLockedError, UsageError
 from capfilt.data.result_files import write_answer_results, write_caption_results
+from capfilt.errors import FingerprintMismatchError, RunLockedError, UsageError
 from capfilt.evaluate.generation import Unusable, check_results_path, partial_path, write_all
 from capfilt.evaluate.streaming import Request
 

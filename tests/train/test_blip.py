@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,19 @@ def test_pre_training_goes_on_from_its_own_output(world_run: RunDir, pre_trained
     train_blip([world_run.path], settings, tmp_path / "out")
     after = load_trainable_blip(tmp_path / "out" / "filter", "filter").model.state_dict()
     assert max((after[name] - before[name]).abs().max().item() for name in before) < 1e-6
+
+
+def test_the_temperature_is_gone_on_from(world_run: RunDir, pre_trained: Path, tmp_path: Path) -> None:
+    learned = json.loads((pre_trained / "filter" / "config.json").read_text())["capfilt_temperature"]
+    assert learned != pytest.approx(0.07, rel=1e-3)
+    settings = replace(TINY, init=str(pre_trained), max_steps=1, learning_rate=1e-9, weight_decay=0.0)
+    assert start_blip(settings)[0].filter_losses.contrast.value() == pytest.approx(learned)
+    train_filter([world_run.path], settings, tmp_path / "out")
+    assert load_trainable_blip(tmp_path / "out", "filter").temperature == pytest.approx(learned)
+    config = json.loads((tmp_path / "out" / "config.json").read_text()) | {"capfilt_temperature": "hot"}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="capfilt_temperature 'hot'; expected a number above 0"):
+        load_trainable_blip(tmp_path / "out", "filter")
 
 
 def test_parts_that_do_not_belong_together_are_refused(world_run: RunDir, pre_trained: Path, tmp_path: Path) -> None:
@@ -305,6 +319,8 @@ def original_pth(tmp_path: Path) -> Path:
     folder = tmp_path / "release"
     folder.mkdir()
     factories.save_original(folder / "model_base.pth", {**state, **decoder})
+    content = torch.load(folder / "model_base.pth", weights_only=True)["model"]
+    torch.save({"model": content | {"temp": torch.tensor(0.021)}}, folder / "model_base.pth")
     factories.save_tokenizer(folder, vocabulary)
     return folder / "model_base.pth"
 
@@ -318,6 +334,7 @@ def test_the_releases_pth_is_trained_further(world_run: RunDir, original_pth: Pa
     assert torch.equal(
         model.captioner.decoder.layers[0].self_attention.query.weight, content[f"text_decoder.bert.{query}"]
     )
+    assert model.filter_losses.contrast.value() == pytest.approx(float(content["temp"]))
     assert train_captioner([world_run.path], settings, tmp_path / "captioner").steps == 1
     assert train_filter([world_run.path], settings, tmp_path / "filter").steps == 1
     assert train_blip([world_run.path], settings, tmp_path / "blip").steps == 1

@@ -28,6 +28,7 @@ from capfilt.train.optim import (
     vision_rate_scales,
 )
 from capfilt.train.processes import join_processes
+from capfilt.weights.devices import name_dtype
 
 SETTINGS = TrainSettings(
     max_steps=20, batch_size=8, warmup_steps=3, save_every_steps=5, log_every_steps=4, random_flip=True,
@@ -280,6 +281,28 @@ def test_bfloat16_products_give_about_the_same_training(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in weights(tmp_path / "half").values()} == {torch.float32}
     with pytest.raises(FingerprintMismatchError, match="autocast"):
         run_training(tmp_path / "full", settings=replace(SETTINGS, autocast="bfloat16"))
+
+
+def test_auto_is_what_the_device_is_fast_at_and_stays_as_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fast_at(dtype: torch.dtype) -> None:
+        monkeypatch.setattr("capfilt.train.loop.choose_fast_dtype", lambda _name, _device: dtype)
+
+    auto = replace(SETTINGS, autocast="auto")
+    for dtype in (torch.float32, torch.bfloat16):
+        name = name_dtype(dtype)
+        fast_at(dtype)
+        found = run_training(tmp_path / f"auto-{name}", settings=auto)
+        explicit = run_training(tmp_path / name, settings=replace(SETTINGS, autocast=name))
+        assert found.last_losses == explicit.last_losses
+    fast_at(torch.float32)  # as on another machine
+    assert run_training(tmp_path / "auto-bfloat16", settings=auto).already_done
+    with pytest.raises(StopError):
+        run_training(tmp_path / "cut", stop_at(13), auto)
+    fast_at(torch.bfloat16)
+    run_training(tmp_path / "cut", settings=auto)
+    assert json.loads((tmp_path / "cut" / "training.json").read_text())["fields"]["autocast"] == "float32"
+    for name, value in weights(tmp_path / "auto-float32").items():
+        assert torch.equal(weights(tmp_path / "cut")[name], value)
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path: Path) -> None:

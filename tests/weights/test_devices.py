@@ -12,7 +12,7 @@ from capfilt.weights.devices import (
     choose_batch_size,
     choose_device,
     choose_dtype,
-    choose_inference_dtype,
+    choose_fast_dtype,
     fit_batch,
     in_parts,
     is_out_of_memory,
@@ -46,11 +46,11 @@ def test_auto_is_bfloat16_on_processors_that_multiply_it(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert choose_inference_dtype("auto", CPU) is expected
-    assert choose_inference_dtype("float32", CPU) is torch.float32
-    assert choose_inference_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert choose_fast_dtype("auto", CPU) is expected
+    assert choose_fast_dtype("float32", CPU) is torch.float32
+    assert choose_fast_dtype("auto", torch.device("cuda")) is torch.bfloat16
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert choose_inference_dtype("auto", CPU) is torch.float32
+    assert choose_fast_dtype("auto", CPU) is torch.float32
 
 
 def test_batch_size_is_what_was_asked_for_or_fits() -> None:
