@@ -116,9 +116,7 @@ def _check_scores_path(path: Path) -> None:
     except (OSError, pa.ArrowException):
         is_scores = False
     if not is_scores:
-        raise UsageError(
-            f"{path} is there and holds no retrieval scores; it would be lost. Name another file."
-        )
+        raise UsageError(f"{path} is there and holds no retrieval scores; it would be lost. Name another file.")
 
 
 def _write_scores(path: Path, scored: ScoredPairs, ids: list[str], texts: list[str]) -> None:
