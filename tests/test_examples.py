@@ -1,11 +1,15 @@
-"""`examples/bootstrapping.py`: a rehearsal from the site to the tables, then again; and what the tables say."""
+"""Scripts of examples/: `bootstrapping.py` from the site to the tables, then again, and what the tables say;
+`photographs.py` from tars to figures.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -16,8 +20,11 @@ from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from capfilt.weights.find import EMBEDDED_DIR, EMBEDDED_FOLDERS
+from tests import factories
+from tests.curate.test_import_shards import write_foreign
+from tests.train import small_models
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "bootstrapping.py"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 needs_embedded = pytest.mark.skipif(
     not all((EMBEDDED_DIR / folder).is_dir() for folder in EMBEDDED_FOLDERS.values()),
@@ -25,17 +32,23 @@ needs_embedded = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("bootstrapping", SCRIPT)
+@contextmanager
+def loaded(name: str) -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module, num_threads = importlib.util.module_from_spec(spec), torch.get_num_threads()
-    sys.modules["bootstrapping"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["bootstrapping"]
+    del sys.modules[name]
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    with loaded("bootstrapping") as module:
+        yield module
 
 
 @pytest.mark.slow
@@ -121,3 +134,36 @@ def test_the_order_is_told_as_it_is(script: ModuleType) -> None:
     assert "| none | 1 | 10.0 |" in lines
     assert "| both | 2 | 55.0 ± 7.1 |" in lines
     assert "| R | – | – | – | +10.0 (2 of 2) | – | holds in every seed |" in lines
+
+
+def write_tar(path: Path, seeds: range) -> None:
+    members: list[tuple[str, bytes]] = []
+    for seed in seeds:
+        picture = io.BytesIO()
+        factories.draw_photograph(seed).save(picture, "JPEG")
+        captions = {"captions": [f"a red square {seed}", "a blue square left"]}
+        members += [(f"{seed}.jpg", picture.getvalue()), (f"{seed}.json", json.dumps(captions).encode())]
+    write_foreign(path, members)
+
+
+def test_photographs_from_tars_to_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "train.tar", range(12))
+    write_tar(tmp_path / "unseen.tar", range(100, 106))
+    bert, run = small_models.save_bert(tmp_path / "bert"), tmp_path / "run"
+    command = [str(tmp_path / "train.tar"), str(tmp_path / "unseen.tar"), "--text-init", str(bert), "--run", str(run)]
+    with loaded("photographs") as script:
+        assert script.main([*command, "--smoke", "--steps", "3", "--threads", "1"]) == 0
+        found = json.loads((run / "photographs.json").read_text())
+        assert found["steps"] == 3
+        assert set(found["losses"]) == {"itc", "itm", "lm", "loss"}
+        recalls = {f"{way} R@{k}, {by}": found[f"{way} R@{k}, {by}"] for way in ("image to text", "text to image")
+                   for k in (1, 5, 10) for by in ("ITC", "ITM")}  # fmt: skip
+        assert all(0 <= value <= 100 for value in recalls.values())
+        assert found["text to image R@10, ITC"] == 100, "of six photographs"
+        assert 0 <= found["ITM AUC"] <= 1
+        trained = (run / "blip" / "training.json").stat().st_mtime_ns
+        assert script.main([*command, "--smoke", "--steps", "3", "--threads", "1"]) == 0
+        assert (run / "blip" / "training.json").stat().st_mtime_ns == trained, "what is done is not done again"
+        assert json.loads((run / "photographs.json").read_text()) == found
+        assert script.main([*command, "--smoke", "--steps", "4", "--threads", "1"]) == 3
+    assert "photographs:" in capsys.readouterr().err

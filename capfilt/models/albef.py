@@ -194,6 +194,7 @@ class AlbefLosses(nn.Module):
         tokens_BT: Tensor,
         losses: Sequence[str] = ("itc", "itm", "mlm"),
         *,
+        ids_B: Tensor | None = None,
         masked_tokens_BT: Tensor | None = None,
         is_masked_BT: Tensor | None = None,
         uniform_2B: Tensor | None = None,
@@ -206,6 +207,7 @@ class AlbefLosses(nn.Module):
             images_BCHW: (B, 3, H, W), normalised.
             tokens_BT: (B, T) texts that begin with [CLS] and end with [SEP], padded; as long on every rank.
             losses: names of the losses.
+            ids_B: whole numbers, 0 or more, that tell the images apart; None: each is another.
             masked_tokens_BT: (B, T) the texts as MLM reads them, see `mask_tokens`; needed for it alone.
             is_masked_BT: (B, T) booleans, True at the tokens that MLM is to find.
             uniform_2B: what draws the hard negatives, see `draw_hard_negatives`: of texts, of images.
@@ -222,7 +224,7 @@ class AlbefLosses(nn.Module):
         found: dict[str, Tensor] = {}
         negatives = None
         if "itc" in losses or "itm" in losses:
-            contrast = self._contrast(fast, slow, alpha, ranks)
+            contrast = self._contrast(fast, slow, ids_B, alpha, ranks)
             if "itc" in losses:
                 found["itc"] = contrast.loss()
             if "itm" in losses:
@@ -240,14 +242,21 @@ class AlbefLosses(nn.Module):
             found["mlm"] = mlm_loss(logits_NV, target_N, slow_logits_NV, alpha=alpha, ranks=ranks)
         return found | {"loss": torch.stack(list(found.values())).sum()}
 
-    def _contrast(self, fast: EncodedPairs, slow: EncodedPairs | None, alpha: Tensor | float, ranks: Ranks) -> Contrast:
+    def _contrast(
+        self,
+        fast: EncodedPairs,
+        slow: EncodedPairs | None,
+        ids_B: Tensor | None,
+        alpha: Tensor | float,
+        ranks: Ranks,
+    ) -> Contrast:
         embedded = self.model.embed_images(fast.image), self.model.embed_texts(fast.text)
         if self.momentum is None or slow is None:
-            return self.contrast.within_batch(embedded, ranks)
+            return self.contrast.within_batch(embedded, ranks, ids_B)
         with torch.no_grad():
             copy = self.momentum.model
             slow_embedded = copy.embed_images(slow.image), copy.embed_texts(slow.text)
-        return self.contrast.with_queue(embedded, slow_embedded, self.momentum.queue, alpha, ranks)
+        return self.contrast.with_queue(embedded, slow_embedded, self.momentum.queue, alpha, ranks, ids_B)
 
     def _fuse(
         self, pairs: EncodedPairs, negatives: tuple[Tensor, Tensor] | None, image: Sequence[KeyValue], ranks: Ranks

@@ -7,7 +7,8 @@ In: images and token ids. Out: the losses ITC, ITM and LM (BLIP §3.2).
   and the hard negative text
 - ITC contrasts with the features of momentum encoders and of their queue, against soft targets; without momentum
   (`MomentumConfig` None) within the batch
-- hard negatives of ITM have probability softmax(similarity); pairs of equal texts are no negatives
+- hard negatives of ITM have probability softmax(similarity); pairs of equal texts or of the same image are no
+  negatives, in ITC neither the latter
 
 Deviation from the released code: images and texts of all ranks are negatives, of ITM too.
 
@@ -74,6 +75,7 @@ class FilterLosses(nn.Module):
         tokens_BT: Tensor,
         losses: Sequence[str] = ("itc", "itm"),
         *,
+        ids_B: Tensor | None = None,
         false_tokens_BT: Tensor | None = None,
         uniform_2B: Tensor | None = None,
         alpha: Tensor | float = 0.4,
@@ -86,6 +88,7 @@ class FilterLosses(nn.Module):
             features_BPD: their features.
             tokens_BT: (B, T) texts that begin with [CLS] and end with [SEP], padded; as long on every rank.
             losses: names of the losses; another's name is passed over.
+            ids_B: whole numbers, 0 or more, that tell the images apart; None: each is another.
             false_tokens_BT: (B, T) texts known to be false of their image, in place of hard negative texts; a row
                 of padding alone where none is known.
             uniform_2B: what draws the hard negatives, see `draw_hard_negatives`: of texts, of images.
@@ -94,7 +97,7 @@ class FilterLosses(nn.Module):
         """
         if "itc" not in losses and "itm" not in losses:
             return {}
-        contrast = self._contrast(images_BCHW, features_BPD, tokens_BT, alpha, ranks)
+        contrast = self._contrast(images_BCHW, features_BPD, tokens_BT, ids_B, alpha, ranks)
         found: dict[str, Tensor] = {}
         if "itc" in losses:
             found["itc"] = contrast.loss()
@@ -109,14 +112,20 @@ class FilterLosses(nn.Module):
         return found
 
     def _contrast(
-        self, images_BCHW: Tensor, features_BPD: Tensor, tokens_BT: Tensor, alpha: Tensor | float, ranks: Ranks
+        self,
+        images_BCHW: Tensor,
+        features_BPD: Tensor,
+        tokens_BT: Tensor,
+        ids_B: Tensor | None,
+        alpha: Tensor | float,
+        ranks: Ranks,
     ) -> Contrast:
         mask_BT = tokens_BT != self.model.encoder.config.pad_token_id
         embedded = self.model.embed_images(features_BPD), self.model.embed_texts(tokens_BT, mask_BT)
         if self.momentum is None:
-            return self.contrast.within_batch(embedded, ranks)
+            return self.contrast.within_batch(embedded, ranks, ids_B)
         slow = self.momentum.embed(images_BCHW, tokens_BT, mask_BT)
-        return self.contrast.with_queue(embedded, slow, self.momentum.queue, alpha, ranks)
+        return self.contrast.with_queue(embedded, slow, self.momentum.queue, alpha, ranks, ids_B)
 
     def _itm(
         self, features_BPD: Tensor, tokens_BT: Tensor, negative_BT: Tensor, other_image: Tensor, ranks: Ranks
@@ -180,6 +189,7 @@ class FineTuning(nn.Module):
         tokens_RT: Tensor,
         losses: Sequence[str],
         *,
+        ids_B: Tensor | None = None,
         false_tokens_BT: Tensor | None = None,
         uniform_2B: Tensor | None = None,
         alpha: Tensor | float = 0.4,
@@ -191,7 +201,7 @@ class FineTuning(nn.Module):
             found = self.losses(features_BPD, tokens_RT, ranks)
         else:
             found = self.losses(
-                images_BCHW, features_BPD, tokens_RT, losses,
+                images_BCHW, features_BPD, tokens_RT, losses, ids_B=ids_B,
                 false_tokens_BT=false_tokens_BT, uniform_2B=uniform_2B, alpha=alpha, ranks=ranks,
             )  # fmt: skip
         return found | {"loss": torch.stack(list(found.values())).sum()}
@@ -226,6 +236,7 @@ class Blip(nn.Module):
         tokens_RT: Tensor,
         losses: Sequence[str] = ("itc", "itm", "lm"),
         *,
+        ids_B: Tensor | None = None,
         false_tokens_BT: Tensor | None = None,
         uniform_2B: Tensor | None = None,
         alpha: Tensor | float = 0.4,
@@ -238,7 +249,7 @@ class Blip(nn.Module):
         features_BPD = self.filter.vision(images_BCHW)
         first_BT = tokens_RT[:: len(tokens_RT) // len(images_BCHW)]
         found = self.filter_losses(
-            images_BCHW, features_BPD, first_BT, losses,
+            images_BCHW, features_BPD, first_BT, losses, ids_B=ids_B,
             false_tokens_BT=false_tokens_BT, uniform_2B=uniform_2B, alpha=alpha, ranks=ranks,
         )  # fmt: skip
         if "lm" in losses:

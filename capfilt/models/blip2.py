@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capfilt.models.contrast import equal_pairs, same_images
 from capfilt.models.llms import LanguageModel
 from capfilt.models.losses import draw_hard_negatives, itc_loss, itm_loss, lm_loss
 from capfilt.models.med import LanguageModelHead, MEDConfig
@@ -90,12 +91,14 @@ class Stage1(nn.Module):
         texts: Texts,
         *,
         losses: tuple[str, ...] = ("itc", "itm", "itg"),
+        ids_B: Tensor | None = None,
         uniform_2B: Tensor | None = None,
         ranks: Ranks = ALONE,
     ) -> dict[str, Tensor]:
         """The losses asked for, and "loss", their plain sum.
 
-        The images and texts of all `ranks` are negatives; every rank pads its texts to the same length then.
+        The images and texts of all `ranks` are negatives; every rank pads its texts to the same length then. Whole
+        numbers `ids_B` tell images apart: pairs of the same image are no negatives (released code: one pair an image).
         `uniform_2B` draws the hard negatives, of images and of texts, see `draw_hard_negatives`.
         """
         normed_BPD = self.vision_norm(features_BPD.float())
@@ -104,10 +107,13 @@ class Stage1(nn.Module):
         found: dict[str, Tensor] = {}
         if "itc" in losses or "itm" in losses:
             i2t, t2i = (cosines / self._temperature() for cosines in self._cosines(queries, texts, ranks))
+            same_image_BA, offset = same_images(ids_B, ranks), ranks.offset(len(queries))
             if "itc" in losses:
-                found["itc"] = itc_loss(i2t, t2i, offset=ranks.offset(len(queries)), label_smoothing=LABEL_SMOOTHING)
+                found["itc"] = itc_loss(
+                    i2t, t2i, offset=offset, label_smoothing=LABEL_SMOOTHING, same_image_BA=same_image_BA
+                )
             if "itm" in losses:
-                negatives = self._draw_negatives(texts, i2t.detach(), t2i.detach(), uniform_2B, ranks)
+                negatives = self._draw_negatives(texts, same_image_BA, i2t.detach(), t2i.detach(), uniform_2B, ranks)
                 found["itm"] = self._itm_loss(normed_BPD, image, texts, *negatives, ranks)
         if "itg" in losses:
             found["itg"] = self._itg_loss(texts, key_values, ranks)
@@ -126,12 +132,18 @@ class Stage1(nn.Module):
         return image_to_text, text_to_image
 
     def _draw_negatives(
-        self, texts: Texts, i2t_BA: Tensor, t2i_BA: Tensor, uniform_2B: Tensor | None, ranks: Ranks
+        self,
+        texts: Texts,
+        same_image_BA: Tensor | None,
+        i2t_BA: Tensor,
+        t2i_BA: Tensor,
+        uniform_2B: Tensor | None,
+        ranks: Ranks,
     ) -> tuple[Tensor, Texts]:
         """For each text the place of another image among those of all ranks, for each image another text."""
         for_image, for_text = uniform_2B if uniform_2B is not None else (None, None)
         tokens_AT, mask_AT = ranks.gather(texts.tokens), ranks.gather(texts.mask)
-        same_BA = (texts.tokens[:, None] == tokens_AT[None]).all(dim=2)
+        same_BA = equal_pairs(texts.tokens, tokens_AT, same_image_BA)
         offset = ranks.offset(len(i2t_BA))
         chosen = draw_hard_negatives(i2t_BA, same_BA, for_image, offset=offset)
         other_image = draw_hard_negatives(t2i_BA, same_BA, for_text, offset=offset)

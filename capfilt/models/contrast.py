@@ -32,13 +32,16 @@ class Contrast:
     """(B, K), of texts to images."""
     offset: int
     """Column of this rank's first pair."""
+    same_image: Tensor | None = None
+    """(B, K) booleans, True at pairs of the same image; None: an image has no other pair."""
     targets: tuple[Tensor, Tensor] | None = None
     """(B, K) each, of ITC; None for one-hot."""
 
     def loss(self) -> Tensor:
         """ITC's loss."""
         if self.targets is None:
-            return itc_loss(self.i2t.float(), self.t2i.float(), offset=self.offset)
+            i2t, t2i = self.i2t.float(), self.t2i.float()
+            return itc_loss(i2t, t2i, offset=self.offset, same_image_BA=self.same_image)
         return soft_itc_loss(self.i2t, self.t2i, self.targets)
 
     def hard_negatives(
@@ -46,14 +49,25 @@ class Contrast:
     ) -> tuple[Tensor, Tensor]:
         """For each pair another text and another image, (B,) places among all ranks' pairs.
 
-        Drawn by similarity, see `draw_hard_negatives`; images of an equal text are no negatives.
+        Drawn by similarity, see `draw_hard_negatives`; pairs of an equal text or of the same image are no negatives.
         """
         by_text, by_image = uniform_2B if uniform_2B is not None else (None, None)
-        same_text_BA = (tokens_BT[:, None] == all_tokens_AT[None]).all(dim=2)
         num_all = len(all_tokens_AT)
-        other_text = draw_hard_negatives(self.i2t[:, :num_all].detach(), same_text_BA, by_text, offset=self.offset)
-        other_image = draw_hard_negatives(self.t2i[:, :num_all].detach(), same_text_BA, by_image, offset=self.offset)
+        excluded_BA = equal_pairs(tokens_BT, all_tokens_AT, self.same_image)
+        other_text = draw_hard_negatives(self.i2t[:, :num_all].detach(), excluded_BA, by_text, offset=self.offset)
+        other_image = draw_hard_negatives(self.t2i[:, :num_all].detach(), excluded_BA, by_image, offset=self.offset)
         return other_text, other_image
+
+
+def same_images(ids_B: Tensor | None, ranks: Ranks) -> Tensor | None:
+    """(B, A) booleans, True at pairs of the same image; None where images have no ids."""
+    return None if ids_B is None else ids_B[:, None] == ranks.gather(ids_B)[None]
+
+
+def equal_pairs(tokens_BT: Tensor, all_tokens_AT: Tensor, same_image_BK: Tensor | None) -> Tensor:
+    """(B, A) booleans, True at pairs that are no negatives: of an equal text, of the same image."""
+    equal_BA = (tokens_BT[:, None] == all_tokens_AT[None]).all(dim=2)
+    return equal_BA if same_image_BK is None else equal_BA | same_image_BK[:, : len(all_tokens_AT)]
 
 
 class ImageTextContrast(nn.Module):
@@ -80,21 +94,27 @@ class ImageTextContrast(nn.Module):
         """Similarities over temperature (B, A)."""
         return own_BE @ others_AE.T / self.clamped()
 
-    def within_batch(self, embedded: Embedded, ranks: Ranks) -> Contrast:
-        """With the pairs of all ranks' batches, against one-hot targets."""
+    def within_batch(self, embedded: Embedded, ranks: Ranks, ids_B: Tensor | None = None) -> Contrast:
+        """With the pairs of all ranks' batches; `ids_B` tells the images apart."""
         images_BE, texts_BE = embedded
         return Contrast(
             self(images_BE, ranks.gather(texts_BE)), self(texts_BE, ranks.gather(images_BE)),
-            ranks.offset(len(texts_BE)),
+            ranks.offset(len(texts_BE)), same_images(ids_B, ranks),
         )  # fmt: skip
 
     def with_queue(
-        self, embedded: Embedded, slow: Embedded, queue: FeatureQueue, alpha: Tensor | float, ranks: Ranks
+        self,
+        embedded: Embedded,
+        slow: Embedded,
+        queue: FeatureQueue,
+        alpha: Tensor | float,
+        ranks: Ranks,
+        ids_B: Tensor | None = None,
     ) -> Contrast:
         """With what momentum encoders make of all ranks' batches (`slow`: of this rank's) and with their queue.
 
         Targets are soft, `alpha` the weight of the momentum encoders' similarities. The queue holds what is to be
-        pushed after the step.
+        pushed after the step. `ids_B` tells the images apart, also from those of earlier batches.
         """
         (images_BE, texts_BE), (slow_images_BE, slow_texts_BE) = embedded, slow
         slow_images_AE, slow_texts_AE = ranks.gather(slow_images_BE), ranks.gather(slow_texts_BE)
@@ -104,12 +124,15 @@ class ImageTextContrast(nn.Module):
             queued_BK = similarities_to_queue(own_BE, queued_KE, self.clamped())
             return torch.cat([self(own_BE, others_AE).float(), queued_BK], dim=1)
 
-        offset = ranks.offset(len(texts_BE))
+        offset, same_image_BK = ranks.offset(len(texts_BE)), None
+        if ids_B is not None and (same_image_BA := same_images(ids_B, ranks)) is not None:
+            same_image_BK = torch.cat([same_image_BA, queue.same_images(ids_B)], dim=1)
         with torch.no_grad():
             slow_i2t = similarities(slow_images_BE, slow_texts_AE, queued_texts)
             slow_t2i = similarities(slow_texts_BE, slow_images_AE, queued_images)
-        targets = soft_targets(slow_i2t, alpha, offset=offset), soft_targets(slow_t2i, alpha, offset=offset)
+        i2t_targets = soft_targets(slow_i2t, alpha, offset=offset, same_image_BK=same_image_BK)
+        t2i_targets = soft_targets(slow_t2i, alpha, offset=offset, same_image_BK=same_image_BK)
         i2t = similarities(images_BE, slow_texts_AE, queued_texts)
         t2i = similarities(texts_BE, slow_images_AE, queued_images)
-        queue.hold(slow_images_AE, slow_texts_AE)
-        return Contrast(i2t, t2i, offset, targets)
+        queue.hold(slow_images_AE, slow_texts_AE, None if ids_B is None else ranks.gather(ids_B))
+        return Contrast(i2t, t2i, offset, same_image_BK, (i2t_targets, t2i_targets))

@@ -19,7 +19,12 @@ from capfilt.models.ranks import ALONE, Ranks
 
 
 def itc_loss(
-    similarity_i2t_BA: Tensor, similarity_t2i_BA: Tensor, *, offset: int = 0, label_smoothing: float = 0.0
+    similarity_i2t_BA: Tensor,
+    similarity_t2i_BA: Tensor,
+    *,
+    offset: int = 0,
+    label_smoothing: float = 0.0,
+    same_image_BA: Tensor | None = None,
 ) -> Tensor:
     """Image-text contrastive loss (ALBEF §3.2, BLIP §3.2, BLIP-2 §3.1).
 
@@ -28,22 +33,41 @@ def itc_loss(
         similarity_t2i_BA: (B, A) the same for this rank's texts to all images.
         offset: column of this rank's first pair.
         label_smoothing: share of the target spread over all pairs (BLIP-2's released code: 0.1).
+        same_image_BA: (B, A) booleans, True at all pairs of the row's image; they share the target. None: an image has
+            no other pair.
     """
     rows = len(similarity_i2t_BA)
     target = torch.arange(offset, offset + rows, device=similarity_i2t_BA.device)
+    if same_image_BA is not None:
+        target = matching_pairs(same_image_BA)
     i2t = F.cross_entropy(similarity_i2t_BA, target, label_smoothing=label_smoothing)
     t2i = F.cross_entropy(similarity_t2i_BA, target, label_smoothing=label_smoothing)
     return (i2t + t2i) / 2
 
 
-def soft_targets(momentum_similarity_BK: Tensor, alpha: Tensor | float, *, offset: int = 0) -> Tensor:
+def matching_pairs(same_image_BK: Tensor) -> Tensor:
+    """Targets (B, K) of ITC where an image has several pairs: each has an equal share (BLIP's code for retrieval)."""
+    same_BK = same_image_BK.float()
+    return same_BK / same_BK.sum(dim=1, keepdim=True)
+
+
+def soft_targets(
+    momentum_similarity_BK: Tensor,
+    alpha: Tensor | float,
+    *,
+    offset: int = 0,
+    same_image_BK: Tensor | None = None,
+) -> Tensor:
     """Targets (B, K) of ITC: alpha · softmax(similarities of the momentum encoders) + (1 - alpha) · one-hot.
 
     ALBEF §3.3, equations 6 and 7, as BLIP §3.2 takes them over; `offset` is the column of this rank's first pair.
+    With `same_image_BK` `matching_pairs` takes the place of one-hot.
     """
     rows = torch.arange(offset, offset + len(momentum_similarity_BK), device=momentum_similarity_BK.device)
-    one_hot_BK = F.one_hot(rows, momentum_similarity_BK.shape[1])
-    return alpha * momentum_similarity_BK.detach().float().softmax(dim=1) + (1 - alpha) * one_hot_BK
+    hard_BK = F.one_hot(rows, momentum_similarity_BK.shape[1])
+    if same_image_BK is not None:
+        hard_BK = matching_pairs(same_image_BK)
+    return alpha * momentum_similarity_BK.detach().float().softmax(dim=1) + (1 - alpha) * hard_BK
 
 
 def soft_itc_loss(similarity_i2t_BK: Tensor, similarity_t2i_BK: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
@@ -61,8 +85,8 @@ def draw_hard_negatives(
 
     Args:
         similarity_BA: (B, A) similarities over temperature.
-        excluded_BA: (B, A) boolean, True where a column is no negative: equal texts. The released codes exclude the
-            pair itself alone, which is excluded here in any case.
+        excluded_BA: (B, A) boolean, True where a column is no negative: an equal text, another pair of the same image.
+            The released codes exclude the pair itself alone, which is excluded here in any case.
         uniform_B: (B,) numbers in [0, 1) that make the choice (inverse distribution function), so that a draw does
             not depend on what was drawn before; None takes torch's generator.
         offset: column of this rank's first pair.

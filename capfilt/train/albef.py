@@ -25,7 +25,7 @@ from capfilt.models.momentum import MomentumConfig
 from capfilt.models.vit import VisionTransformer, ViTConfig, change_image_size, interpolate_positions
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import AlbefTrainSettings
-from capfilt.train.batches import Batch, Draws, iterate_batches
+from capfilt.train.batches import Batch, Draws, image_ids, iterate_batches
 from capfilt.train.blip import encode_texts
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.optim import ramped_alpha
@@ -165,6 +165,7 @@ class AlbefInputs:
         num_epochs = batch.cursor.num_epochs(self.num_images)
         return {
             "images_BCHW": batch.images.to(device), "tokens_BT": tokens_BT.to(device), "losses": settings.losses,
+            "ids_B": image_ids(batch, device),
             "masked_tokens_BT": masked_BT.to(device), "is_masked_BT": is_masked_BT.to(device),
             "uniform_2B": numbers[:2].to(device), "ranks": self.processes.ranks,
             "alpha": ramped_alpha(settings.alpha, settings.alpha_epochs, num_epochs),

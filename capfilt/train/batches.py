@@ -70,6 +70,11 @@ class Batch:
         return normalise(self.pixels, self.mean, self.std)
 
 
+def image_ids(batch: Batch, device: torch.device) -> Tensor | None:
+    """Numbers (B,) that tell the images of a dataset apart; None where there is no dataset."""
+    return None if batch.rows is None else torch.from_numpy(batch.rows).to(device)
+
+
 class PairDataset(Protocol):
     """Images with their kept captions; what `iterate_batches` needs of a source."""
 

@@ -20,7 +20,7 @@ from capfilt.models.med import Captioner, Filter
 from capfilt.models.momentum import MomentumConfig
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import BlipTrainSettings
-from capfilt.train.batches import Batch, Draws, draw, draw_captions, iterate_batches
+from capfilt.train.batches import Batch, Draws, draw, draw_captions, image_ids, iterate_batches
 from capfilt.train.blip_start import load_part, origin_digest, start_blip
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.optim import ramped_alpha
@@ -176,6 +176,7 @@ class _Inputs:
         }  # fmt: skip
         if self.part.contrast is not None:
             inputs["false_tokens_BT"] = None if false_tokens_BT is None else false_tokens_BT.to(device)
+            inputs["ids_B"] = image_ids(batch, device)
             inputs["uniform_2B"] = draws.uniform(2, len(batch.keys)).to(device)
             num_epochs = batch.cursor.num_epochs(self.dataset.num_shown)
             inputs["alpha"] = ramped_alpha(settings.alpha, settings.alpha_epochs, num_epochs)

@@ -135,9 +135,8 @@ def setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
     A precision `auto` is any: a training goes on in the one it was begun in.
     """
-    new = json.loads(json.dumps(dict(new)))
-    if new.get("autocast") == "auto" and "autocast" in old:
-        new["autocast"] = old["autocast"]
+    begun = {"autocast": old["autocast"]} if new.get("autocast") == "auto" and "autocast" in old else {}
+    new = json.loads(json.dumps({**new, **begun}))
     differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return ", ".join(
         f"another {_DIGESTS[name]}" if name in _DIGESTS else f"{name} {old.get(name)!r} -> {new.get(name)!r}"

@@ -16,7 +16,7 @@ from capfilt.errors import UsageError
 from capfilt.models.blip2 import Stage1
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import QFormerSettings, Stage1Settings
-from capfilt.train.batches import Batch, Draws, PairDataset
+from capfilt.train.batches import Batch, Draws, PairDataset, image_ids
 from capfilt.train.blip2_files import blip2_digest
 from capfilt.train.features import FrozenFeatures, kept_images_digest
 from capfilt.train.loop import TrainSummary, train
@@ -124,6 +124,7 @@ def _train(
         )  # fmt: skip
         return {
             "features_BPD": features(batch), "texts": texts, "losses": settings.losses, "ranks": processes.ranks,
+            "ids_B": image_ids(batch, processes.device),
             "uniform_2B": draws.uniform(2, len(batch.keys)).to(processes.device),
         }  # fmt: skip
 

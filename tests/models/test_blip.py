@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from capfilt.models.blip import Blip, CaptionerLosses, FilterLosses
 from capfilt.models.med import MEDConfig
+from capfilt.models.momentum import MomentumConfig
 from capfilt.models.vit import VisionTransformer, ViTConfig
 
 PAD, CLS, SEP, DEC, ENC = 0, 1, 2, 28, 29
@@ -107,6 +108,24 @@ def test_itm_pairs_against_single_forwards(monkeypatch: pytest.MonkeyPatch) -> N
     target = torch.tensor([1] * 4 + [0] * 8)
     expected = F.cross_entropy(torch.stack(positive + negative), target)
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("with_queue", [False, True])
+def test_pairs_of_the_same_image_are_no_negatives(monkeypatch: pytest.MonkeyPatch, with_queue: bool) -> None:
+    model, (images, tokens) = build(), draw_pairs()
+    model.start_momentum(MomentumConfig(0.5, 6) if with_queue else None)
+    ids = torch.tensor([1, 2, 1, 3])
+    same = ids[:, None] == ids[None]
+    asked: list[torch.Tensor] = []
+
+    def draw(similarity: torch.Tensor, excluded: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        asked.append(excluded)
+        return torch.tensor([1, 2, 3, 0])
+
+    monkeypatch.setattr("capfilt.models.contrast.draw_hard_negatives", draw)
+    found = model(images, tokens, ("itc", "itm"), ids_B=ids)
+    assert [torch.equal(excluded, same) for excluded in asked] == [True, True]
+    assert found["itc"] != model(images, tokens, ("itc",))["itc"]
 
 
 def test_known_false_texts_take_the_place_of_drawn_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,24 @@ def test_itm_has_one_match_and_two_hard_negatives_per_pair(models, batch) -> Non
     assert found == pytest.approx(total / 12, abs=1e-4)
 
 
+@torch.no_grad()
+def test_pairs_of_the_same_image_are_no_negatives(models, batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    (_, stage), (_, features, texts) = models, batch
+    ids = torch.tensor([1, 2, 1, 3])
+    asked: list[torch.Tensor] = []
+
+    def draw(similarity: torch.Tensor, excluded: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        asked.append(excluded)
+        return torch.tensor([1, 2, 3, 0])
+
+    monkeypatch.setattr("capfilt.models.blip2.draw_hard_negatives", draw)
+    shared = stage(features, texts, losses=("itc", "itm"), ids_B=ids)
+    assert [torch.equal(excluded, ids[:, None] == ids[None]) for excluded in asked] == [True, True]
+    other = stage(features, texts, losses=("itc", "itm"), ids_B=torch.arange(4))
+    assert shared["itc"] != other["itc"]
+    assert other["itc"].item() == pytest.approx(stage(features, texts, losses=("itc",))["itc"].item(), rel=1e-5)
+
+
 def test_loss_is_the_plain_sum_and_reaches_every_weight(models, batch) -> None:
     (_, stage), (_, features, texts) = models, batch
     losses = stage(features, texts)

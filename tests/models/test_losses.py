@@ -34,6 +34,23 @@ def test_itc_smooths_over_all_pairs() -> None:
     assert found.item() == pytest.approx(float(sum(rows)) / 2, rel=1e-5)
 
 
+def test_pairs_of_one_image_share_the_target_of_itc() -> None:
+    i2t, t2i = (torch.randn(2, 5, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
+    matches = {0: (1, 3, 4), 1: (2,)}  # the rows' own pairs are 1 and 2
+    total = 0.0
+    for similarity in (i2t, t2i):
+        for row, columns in matches.items():
+            logs = similarity[row].log_softmax(dim=0)
+            total -= sum(float(logs[column]) for column in columns) / len(columns) / 4
+    same = torch.zeros(2, 5, dtype=torch.bool)
+    for row, columns in matches.items():
+        same[row, list(columns)] = True
+    assert itc_loss(i2t, t2i, offset=1, same_image_BA=same).item() == pytest.approx(total, rel=1e-5)
+    alone = torch.eye(5, dtype=torch.bool)[1:3]
+    plain = itc_loss(i2t, t2i, offset=1, label_smoothing=0.1)
+    assert itc_loss(i2t, t2i, offset=1, label_smoothing=0.1, same_image_BA=alone).item() == pytest.approx(plain.item())
+
+
 def test_hard_negatives_follow_softmax_and_leave_out_the_pair() -> None:
     similarity = torch.tensor([[9.0, 1.0, 0.0, 0.0], [2.0, 9.0, 0.0, 1.0]])
     excluded = torch.tensor([[True, False, False, True], [False, True, False, False]])

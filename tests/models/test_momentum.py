@@ -75,8 +75,14 @@ def test_soft_targets_and_loss_are_those_of_the_paper() -> None:
     assert soft_itc_loss(i2t, t2i, targets).item() == pytest.approx(total, rel=1e-5)
 
 
-def test_itc_of_blip_with_a_queue_against_a_plain_loop() -> None:
-    """Two steps: the second one contrasts with the first one's features too, and with no empty place."""
+@pytest.mark.parametrize("ids", [None, ((5, 6, 7, 0), (7, 8, 9, 9))])
+def test_itc_of_blip_with_a_queue_against_a_plain_loop(ids: tuple[tuple[int, ...], ...] | None) -> None:
+    """Two steps: the second one contrasts with the first one's features too, and with no empty place.
+
+    Pairs of one image share the target, those of the first step too.
+    """
+    first_ids, second_ids = (None, None) if ids is None else map(torch.tensor, ids)
+    columns_ids = [*range(4), *range(10, 14)] if ids is None else [*ids[1], *ids[0]]
     model = build()
     model.start_momentum(MomentumConfig(0.5, 6))
     momentum = model.filter_losses.momentum
@@ -85,7 +91,7 @@ def test_itc_of_blip_with_a_queue_against_a_plain_loop() -> None:
     for parameter in model.filter.vision_projection.parameters():
         nn.init.normal_(parameter)
     first_images, first_texts = momentum.embed(images, tokens, mask)
-    model(images, tokens, ("itc",), alpha=0.4)["loss"].backward()
+    model(images, tokens, ("itc",), ids_B=first_ids, alpha=0.4)["loss"].backward()
     momentum.follow(model.filter)
     assert not torch.allclose(momentum.embed(images, tokens, mask)[0], first_images)
 
@@ -104,13 +110,26 @@ def test_itc_of_blip_with_a_queue_against_a_plain_loop() -> None:
         columns = torch.cat([others, queued])
         for row in range(4):
             targets = [0.4 * share for share in softmax(dots(slow[row], columns))]
-            targets[row] += 0.6
+            matches = [column for column in range(8) if columns_ids[column] == columns_ids[row]]
+            for column in matches:
+                targets[column] += 0.6 / len(matches)
             shares = softmax(dots(own[row], columns))
             total -= sum(t * math.log(share) for t, share in zip(targets, shares, strict=True)) / 8
-    found = model(images, tokens, ("itc",), alpha=0.4)["itc"]
+    found = model(images, tokens, ("itc",), ids_B=second_ids, alpha=0.4)["itc"]
     assert found.item() == pytest.approx(total, rel=1e-4)
     found.backward()
     assert all(p.grad is None for p in momentum.parameters())
+
+
+def test_the_queue_knows_images_again_while_it_holds_them() -> None:
+    queue = FeatureQueue(4, 2)
+    for ids in ([3, 4], [5, 3], [6, 7]):
+        queue.hold(torch.ones(2, 2), torch.ones(2, 2), torch.tensor(ids))
+        queue.push()
+    assert queue.same_images(torch.tensor([3, 4, 7])).sum(dim=1).tolist() == [1, 0, 1]
+    queue.hold(torch.ones(4, 2), torch.ones(4, 2))
+    queue.push()
+    assert not queue.same_images(torch.tensor([3, 4, 7])).any()
 
 
 def numbered(number: int) -> tuple[torch.Tensor, torch.Tensor]:
