@@ -64,7 +64,9 @@ RUNS = {
     # Relations are learnt last: half of all scenes have one.
     "pairs": WorldRunSettings(num_scenes=24_000, first_seed=2_000_000, num_groups=2, false_captions_per_scene=4),
 }
-FAST: dict[str, Any] = {"optimizer": "muon", "autocast": "auto", "save_every_steps": 250, "log_every_steps": 25}
+FAST: dict[str, Any] = {
+    "optimizer": "muon", "beta2": 0.98, "autocast": "auto", "save_every_steps": 250, "log_every_steps": 25,
+}  # fmt: skip
 TINY_BLIP: dict[str, Any] = {
     "image_size_px": 64, "patch_size_px": 8, "vision_width": 128, "vision_depth": 4, "text_width": 128,
     "text_depth": 3, "head_width": 32, "max_positions": 64, "embed_dim": 64,

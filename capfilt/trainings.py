@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capfilt.progress import Progress
-from capfilt.settings import AlbefTrainSettings, BlipTrainSettings, Stage1Settings, Stage2Settings, TrainSettings
+from capfilt.settings import (
+    AlbefTrainSettings,
+    BlipTrainSettings,
+    CaptionerTrainSettings,
+    FilterTrainSettings,
+    Stage1Settings,
+    Stage2Settings,
+    TrainSettings,
+)
 from capfilt.settings.checks import require
 
 if TYPE_CHECKING:
@@ -145,11 +153,11 @@ TRAININGS: dict[str, Training] = {
         section=BlipTrainSettings, train=_train_blip, identity=_blip_identity("blip"), unused=UNUSED_BY_BLIP,
     ),
     "captioner": Training(
-        section=BlipTrainSettings, train=_train_captioner, identity=_blip_identity("captioner"),
+        section=CaptionerTrainSettings, train=_train_captioner, identity=_blip_identity("captioner"),
         results={"init": ("blip",)}, needs_init=True, unused=UNUSED_BY_CAPTIONER,
     ),
     "filter": Training(
-        section=BlipTrainSettings, train=_train_filter, identity=_blip_identity("filter"),
+        section=FilterTrainSettings, train=_train_filter, identity=_blip_identity("filter"),
         results={"init": ("blip",)}, needs_init=True, unused=UNUSED_BY_FILTER,
     ),
     "albef": Training(section=AlbefTrainSettings, train=_train_albef, identity=_albef_identity),

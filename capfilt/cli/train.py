@@ -21,7 +21,9 @@ from capfilt.cli.training_options import (
 from capfilt.settings import (
     AlbefTrainSettings,
     BlipTrainSettings,
+    CaptionerTrainSettings,
     ClipTrainSettings,
+    FilterTrainSettings,
     LlmTrainSettings,
     Stage1Settings,
     Stage2Settings,
@@ -93,7 +95,7 @@ FineTuningInit = Annotated[
 
 
 @app.command("captioner")
-@takes_shared_options(BlipTrainSettings)
+@takes_shared_options(CaptionerTrainSettings)
 def captioner(
     runs: Runs,
     init: FineTuningInit,
@@ -101,14 +103,14 @@ def captioner(
     generation: TrainedGeneration = None,
     prompt: Annotated[
         str, typer.Option(metavar="TEXT", help="Text before every caption, without loss.")
-    ] = BlipTrainSettings.prompt,
-    image_size_px: ImageSize = BlipTrainSettings.image_size_px,
-    captions_per_image: CaptionsPerImage = BlipTrainSettings.captions_per_image,
-    max_text_tokens: MaxTextTokens = BlipTrainSettings.max_text_tokens,
+    ] = CaptionerTrainSettings.prompt,
+    image_size_px: ImageSize = CaptionerTrainSettings.image_size_px,
+    captions_per_image: CaptionsPerImage = CaptionerTrainSettings.captions_per_image,
+    max_text_tokens: MaxTextTokens = CaptionerTrainSettings.max_text_tokens,
     **shared: Unpack[SharedOptions],
 ) -> None:
     """Fine-tune a BLIP captioner (LM)."""
-    settings = training_settings(BlipTrainSettings, locals(), UNUSED_BY_CAPTIONER)
+    settings = training_settings(CaptionerTrainSettings, locals(), UNUSED_BY_CAPTIONER)
     from capfilt.train.blip import train_captioner
 
     summary = train_captioner(open_runs(runs, generation), settings, output, open_progress())
@@ -117,19 +119,19 @@ def captioner(
 
 
 @app.command("filter")
-@takes_shared_options(BlipTrainSettings)
+@takes_shared_options(FilterTrainSettings)
 def filter_(
     runs: Runs,
     init: FineTuningInit,
     output: Output,
     generation: TrainedGeneration = None,
-    image_size_px: ImageSize = BlipTrainSettings.image_size_px,
-    known_false: KnownFalse = BlipTrainSettings.known_false,
-    max_text_tokens: MaxTextTokens = BlipTrainSettings.max_text_tokens,
+    image_size_px: ImageSize = FilterTrainSettings.image_size_px,
+    known_false: KnownFalse = FilterTrainSettings.known_false,
+    max_text_tokens: MaxTextTokens = FilterTrainSettings.max_text_tokens,
     **shared: Unpack[SharedOptions],
 ) -> None:
     """Fine-tune a BLIP filter (ITC, ITM)."""
-    settings = training_settings(BlipTrainSettings, locals(), UNUSED_BY_FILTER)
+    settings = training_settings(FilterTrainSettings, locals(), UNUSED_BY_FILTER)
     from capfilt.train.blip import train_filter
 
     summary = train_filter(open_runs(runs, generation), settings, output, open_progress())

@@ -11,7 +11,9 @@ from capfilt.settings.fine_tuning import Blip2CaptionsSettings, Blip2TuningSetti
 from capfilt.settings.generation import GenerationSettings
 from capfilt.settings.training import (
     BlipTrainSettings,
+    CaptionerTrainSettings,
     ClipTrainSettings,
+    FilterTrainSettings,
     FrozenEncoderSettings,
     LlmTrainSettings,
     QFormerSettings,
@@ -30,6 +32,8 @@ __all__ = [
     "Blip2TuningSettings",
     "Blip2VqaSettings",
     "BlipTrainSettings",
+    "CaptionerTrainSettings",
+    "FilterTrainSettings",
     "CaptionSettings",
     "ClipTrainSettings",
     "DownloadSettings",

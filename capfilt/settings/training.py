@@ -87,8 +87,15 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BlipTrainSettings(TrainSettings):
-    """BLIP pre-training (ITC + ITM + LM, BLIP §3.2) and fine-tuning of its captioner or filter (§3.3)."""
+    """BLIP pre-training (ITC + ITM + LM, BLIP §3.2), and what fine-tuning its captioner and filter share with it.
 
+    Deviation: the learning rate falls as a cosine, by step; BLIP's by a tenth an epoch.
+    """
+
+    learning_rate: float = 3e-4
+    """Peak rate (BLIP §4.1: 3e-4 with ViT-B, 2e-4 with ViT-L)."""
+    beta2: float = 0.999
+    """AdamW's second moment (BLIP's released code: torch's own)."""
     init: str = ""
     """What training starts from. Pre-training: the output of `train blip` only; empty for nothing. Fine-tuning: that, a
     BLIP folder or hub id, or `embedded`; in a recipe also `@blip`, what its section [train.blip] trained."""
@@ -102,7 +109,7 @@ class BlipTrainSettings(TrainSettings):
     """Folder or hub id of a BERT-style tokenizer; [DEC] and [ENC] are added where it lacks them (BLIP's released
     code: to bert-base-uncased). Needed where init and text_init are empty."""
     prompt: str = ""
-    """Captioner fine-tuning: text before every caption, without loss (BLIP: "a picture of ")."""
+    """Captioner fine-tuning: text before every caption, without loss."""
     label_smoothing: float = 0.1
     """LM: share of the target spread over the vocabulary (BLIP's released code: 0.1)."""
     losses: tuple[str, ...] = ("itc", "itm", "lm")
@@ -122,7 +129,7 @@ class BlipTrainSettings(TrainSettings):
     """ITM: the hard negative text of an image is one that its manifest drops as `known_false`, where there is one
     (BLIP: always another image's)."""
     max_text_tokens: int = 30
-    """Longest text in tokens, special tokens included (BLIP: 30 in pre-training, 40 in fine-tuning)."""
+    """Longest text in tokens, special tokens included (BLIP's released code: 30 in pre-training)."""
     image_size_px: int | None = None
     """Side of the square input; None: that of what training starts from, and 224 from nothing (BLIP §4.1: 224 in
     pre-training, 384 in fine-tuning). Positions are interpolated where it differs from the start's."""
@@ -163,6 +170,28 @@ class BlipTrainSettings(TrainSettings):
         for name in ("vision_width", "text_width"):
             width = getattr(self, name)
             require(width % self.head_width == 0, name, width, f"a multiple of head_width ({self.head_width})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionerTrainSettings(BlipTrainSettings):
+    """Fine-tuning of a captioner by LM (BLIP §3.3, §5.2)."""
+
+    learning_rate: float = 1e-5
+    """Peak rate (BLIP's released code for captions: 1e-5 with ViT-B, 2e-6 with ViT-L)."""
+    prompt: str = "a picture of "
+    """Text before every caption, without loss (BLIP's released code: "a picture of ")."""
+    max_text_tokens: int = 40
+    """Longest text in tokens, prompt and special tokens included (BLIP's released code: 40)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterTrainSettings(BlipTrainSettings):
+    """Fine-tuning of a filter by ITC and ITM (BLIP §3.3, §5.1)."""
+
+    learning_rate: float = 1e-5
+    """Peak rate (BLIP's released code for retrieval: 1e-5 with ViT-B, 5e-6 with ViT-L)."""
+    max_text_tokens: int = 35
+    """Longest text in tokens, special tokens included (BLIP's released code for retrieval: 35)."""
 
 
 @dataclass(frozen=True, kw_only=True)
