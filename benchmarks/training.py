@@ -19,6 +19,7 @@ from benchmarks.sides import Case, Pass
 from capfilt.models.blip2 import Stage1, Texts
 from capfilt.models.convert_blip2 import EXTRA_STAGE1_KEYS, blip2_config, stage1_names, to_theirs
 from capfilt.models.losses import draw_hard_negatives
+from capfilt.models.packed import packed_copy
 from capfilt.models.qformer import QFormerConfig
 from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.settings import Stage1Settings
@@ -82,13 +83,14 @@ def our_step(case: Case) -> Pass:
     sizes = SIZES[case.size].vision
     vision = VisionTransformer(ViTConfig(**{**vars(sizes), "depth": sizes.depth - 1})).eval().requires_grad_(False)
     vision.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    packed = packed_copy(vision)  # as `capfilt.train.features` computes; the plain one is saved with the result
     stage, (images, texts) = build_stage1(case), draw_batch(case)
     optimizer = build_optimizer(stage.named_parameters(), Stage1Settings())
 
     def step() -> None:
         with fast_cpu():
             with torch.no_grad():
-                features = vision(images)
+                features = packed(images)
             with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bfloat16"):
                 losses = stage(features, texts)
             optimizer.zero_grad(set_to_none=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 from capfilt.data.commit import fingerprint
 from capfilt.data.manifest import iterate_manifest
 from capfilt.data.rundir import RunDir
+from capfilt.models.packed import packed_copy
 from capfilt.models.vit import VisionTransformer
 from capfilt.progress import Progress
 from capfilt.settings import FrozenEncoderSettings
@@ -57,6 +58,7 @@ class FrozenFeatures:
         rows = np.arange(len(dataset.keys)) if image_rows is None else image_rows
         self._shown, self._place = np.unique(rows, return_inverse=True)  # rows read; row → place in the cache
         self._cache: Tensor | None = None
+        self._packed: VisionTransformer | None = None
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -76,6 +78,7 @@ class FrozenFeatures:
         """Fills the cache, if there is to be one, and opens the stream; its batches hold no pixels then."""
         if self.fits and self._cache is None:
             self._cache = self._open_file() if self._settings.feature_cache_dir else self._encode_all()
+            self._packed = None
         preparation = self._encoder.preparation
         return iterate_batches(
             self._dataset, self._settings, cursor, ranks=self._ranks,
@@ -91,8 +94,10 @@ class FrozenFeatures:
         return self._cache[torch.from_numpy(self._place[batch.rows])].to(self._device)
 
     def _encode(self, images_BCHW: Tensor) -> Tensor:
+        if self._packed is None:
+            self._packed = packed_copy(self._encoder.vision)
         with torch.autocast(self._device.type, enabled=False):  # with and without a cache alike
-            return self._encoder.vision(images_BCHW.to(self._device))
+            return self._packed(images_BCHW.to(self._device))
 
     @torch.no_grad()
     def _encode_places(self, places: np.ndarray) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from capfilt.models.packed import Activation, PackedLinear, activated, pack_linears
+from capfilt.models.packed import Activation, PackedLinear, activated, pack_linears, packed_copy
+from capfilt.models.vit import VisionTransformer, ViTConfig
 
 SIZES = [(32, 96), (768, 2304), (768, 3072), (3072, 768), (768, 256), (768, 2)]
 ACTIVATIONS: list[Activation] = ["gelu", "silu"]
@@ -78,3 +79,21 @@ def test_half_precision_stays_plain() -> None:
     model = nn.Sequential(nn.Linear(4, 4, dtype=torch.float16)).requires_grad_(False)
     pack_linears(model)
     assert type(model[0]) is nn.Linear
+
+
+@torch.no_grad()
+def test_a_packed_copy_computes_alike_and_leaves_the_module_as_it_is() -> None:
+    needs_packing(torch.float32)
+    config = ViTConfig(image_size_px=16, patch_size_px=8, width=32, depth=2, num_heads=2, mlp_width=64)
+    vision = VisionTransformer(config).eval().requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in vision.state_dict().items()}
+    packed, images = packed_copy(vision), torch.randn(3, 3, 16, 16)
+    assert not any(type(part) is nn.Linear for part in packed.modules())
+    assert not any(isinstance(part, PackedLinear) for part in vision.modules())
+    torch.testing.assert_close(packed(images), vision(images), atol=1e-5, rtol=0)
+    after = vision.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    shared = {tensor.data_ptr() for tensor in packed.state_dict().values()}
+    assert shared <= {tensor.data_ptr() for tensor in after.values()}
+    assert shared
