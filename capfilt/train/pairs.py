@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -87,12 +88,31 @@ class _ShardRows:
 @dataclass(frozen=True)
 class _Index:
     shards: list[_ShardRows]
-    keys: list[str]
-    texts: pa.StringArray
+    keys: pa.LargeStringArray
+    texts: pa.LargeStringArray
+    """As the manifest has them: they are cleaned when they are drawn."""
     first_text: np.ndarray
     """int64 (rows + 1): captions of row r are texts[first_text[r] : first_text[r + 1]]."""
     false_texts: dict[tuple[int, str], list[str]]
     """Captions that are known to be false, by number of the shard and key."""
+
+
+class _Texts(Sequence[str]):
+    """Strings that stay in Arrow's memory: a hundred million of Python's would take gigabytes."""
+
+    def __init__(self, array: pa.LargeStringArray) -> None:
+        self._array = array
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        found = self._array[place]
+        return found.to_pylist() if isinstance(place, slice) else found.as_py()
 
 
 class RunPairs:
@@ -103,11 +123,11 @@ class RunPairs:
         self._run_weights = run_weights
         self._size_px = image_size_px
         self._groups = list(_group_shards(index.shards))
-        self._shard_of_row = np.repeat(np.arange(len(index.shards)), [s.num_rows for s in index.shards])
+        self._first_rows = np.array([shard.first for shard in index.shards])
         self._decoded: np.ndarray | None = None
         self._encoded: OrderedDict[int, dict[str, bytes]] = OrderedDict()
         self._pool = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
-        self.keys: Sequence[str] = index.keys
+        self.keys: Sequence[str] = _Texts(index.keys)
 
     @property
     def num_bytes_decoded(self) -> int:
@@ -124,11 +144,11 @@ class RunPairs:
 
     def captions_of(self, row: int) -> list[str]:
         first, end = self._index.first_text[row : row + 2]
-        return self._index.texts[first:end].to_pylist()
+        return [clean_caption(text) for text in self._index.texts[first:end].to_pylist()]
 
     def false_captions_of(self, row: int) -> list[str]:
         """Captions of an image that are known to be false; none where they were not read."""
-        return self._index.false_texts.get((int(self._shard_of_row[row]), self.keys[row]), [])
+        return self._index.false_texts.get((self._shard_of(row), self.keys[row]), [])
 
     def order(self, seed: int, epoch: int, num_ranks: int = 1, batch_size: int = 1) -> np.ndarray:
         """In memory any order; streamed, groups of shards in random order, shuffled within a group.
@@ -154,9 +174,9 @@ class RunPairs:
         if not self._run_weights:
             return np.arange(len(self.keys))
         times = np.zeros(len(self.keys), np.int64)
-        numbers = np.array([shard.number for shard in self._index.shards])[self._shard_of_row]
         for number, weight in enumerate(self._run_weights):
-            rows = np.flatnonzero(numbers == number)
+            own = [shard for shard in self._index.shards if shard.number == number]
+            rows = np.arange(own[0].first, own[-1].first + own[-1].num_rows) if own else np.arange(0)
             num_more = round((weight - int(weight)) * len(rows))
             times[rows] = int(weight)
             times[rng.permutation(rows)[:num_more]] += 1
@@ -186,9 +206,12 @@ class RunPairs:
         sizes = [self._size_px] * len(rows)
         return np.stack(list(self._pool.map(_decode_one, keys, encoded, sizes, views or [None] * len(rows))))
 
+    def _shard_of(self, row: int) -> int:
+        return int(np.searchsorted(self._first_rows, row, side="right")) - 1
+
     def _bytes_of(self, row: int) -> bytes:
         """The encoded picture; its shard is read whole when first needed, and given up for later ones."""
-        number = int(self._shard_of_row[row])
+        number = self._shard_of(row)
         if number not in self._encoded:
             while len(self._encoded) >= max(len(group) for group in self._groups):
                 self._encoded.popitem(last=False)
@@ -203,9 +226,10 @@ def _is_known_false(table: pa.Table) -> pa.ChunkedArray:
 
 def _read_index(runs: Sequence[RunDir | str | Path], known_false: bool) -> _Index:
     shards: list[_ShardRows] = []
-    keys: list[str] = []
+    keys: list[pa.Array] = []
     texts: list[pa.Array] = []
     counts: list[np.ndarray] = []
+    num_rows = 0
     false_texts: dict[tuple[int, str], list[str]] = {}
     columns = ["key", "text", "kept", "drop_reason"]
     numbered = ((n, *found) for n, run in enumerate(runs) for found in iterate_manifest([run], columns))
@@ -215,19 +239,17 @@ def _read_index(runs: Sequence[RunDir | str | Path], known_false: bool) -> _Inde
             continue
         for row in rows.filter(_is_known_false(rows)).to_pylist() if known_false else []:
             false_texts.setdefault((len(shards), row["key"]), []).append(clean_caption(row["text"]))
-        shard_keys, first, count = np.unique(
-            table["key"].to_numpy(zero_copy_only=False), return_index=True, return_counts=True
-        )
-        by_place = np.argsort(first)  # keys stand as in the shard, the captions of one key side by side
-        shards.append(_ShardRows(run, number, shard, len(keys), len(shard_keys)))
-        keys.extend(shard_keys[by_place].tolist())
-        counts.append(count[by_place])
-        texts.append(pa.array([clean_caption(text) for text in table["text"].to_pylist()], pa.string()))
+        runs_of_keys = pc.run_end_encode(table["key"].combine_chunks())  # the captions of a key stand side by side
+        shards.append(_ShardRows(run, number, shard, num_rows, len(runs_of_keys.values)))
+        num_rows += len(runs_of_keys.values)
+        keys.append(runs_of_keys.values.cast(pa.large_string()))
+        counts.append(np.diff(runs_of_keys.run_ends.to_numpy(), prepend=0))
+        texts.append(table["text"].combine_chunks().cast(pa.large_string()))
     if not keys:
         names = ", ".join(str(run.path if isinstance(run, RunDir) else run) for run in runs)
         raise UsageError(f"No kept pair in {names}. Lower the threshold: `capfilt select RUN --threshold 0.3`.")
     first_text = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-    return _Index(shards, keys, pa.concat_arrays(texts), first_text, false_texts)
+    return _Index(shards, pa.concat_arrays(keys), pa.concat_arrays(texts), first_text, false_texts)
 
 
 def _group_shards(shards: Sequence[_ShardRows]) -> Iterator[list[int]]:

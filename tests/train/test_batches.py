@@ -241,6 +241,12 @@ def test_runs_are_shown_as_often_as_their_weights_say(run: RunDir, tmp_path: Pat
         read_pairs([run.path, other.path], image_size_px=16, run_weights=(1.0,))
 
 
+def test_a_run_that_keeps_nothing_adds_nothing(run: RunDir, tmp_path: Path) -> None:
+    empty = small_models.save_run(tmp_path / "empty", [3], drop_every=1)
+    dataset = read_pairs([empty.path, run.path], image_size_px=16, run_weights=(2.0, 1.0))
+    assert sorted(dataset.order(0, 0).tolist()) == list(range(len(read_pairs([run.path], image_size_px=16).keys)))
+
+
 def test_an_image_shown_twice_in_an_epoch_gets_another_draw(tmp_path: Path) -> None:
     run = small_models.save_run(tmp_path / "run", [40])
     dataset = read_pairs([run.path], image_size_px=16, run_weights=(2.0,))
