@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from capfilt.models.contrast import equal_pairs, same_images
 from capfilt.models.llms import LanguageModel
-from capfilt.models.losses import draw_hard_negatives, itc_loss, itm_loss, lm_loss
+from capfilt.models.losses import cosines, draw_hard_negatives, itc_loss, itm_loss, lm_loss
 from capfilt.models.med import LanguageModelHead, MEDConfig
 from capfilt.models.qformer import ImageKeyValues, KeyValue, QFormer, QFormerConfig, join_images, select_images
 from capfilt.models.ranks import ALONE, Ranks
@@ -32,8 +32,6 @@ from capfilt.models.vit import VisionTransformer
 
 LABEL_SMOOTHING = 0.1
 """Of ITC and ITG (released code; the paper does not say)."""
-TEMPERATURE_RANGE = (0.001, 0.5)
-"""Bounds of the learned temperature (BLIP's; BLIP-2's code has none)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +104,7 @@ class Stage1(nn.Module):
         queries, key_values = self.qformer.encode_queries(image)
         found: dict[str, Tensor] = {}
         if "itc" in losses or "itm" in losses:
-            i2t, t2i = (cosines / self._temperature() for cosines in self._cosines(queries, texts, ranks))
+            i2t, t2i = (found / self.temperature for found in self._cosines(queries, texts, ranks))
             same_image_BA, offset = same_images(ids_B, ranks), ranks.offset(len(queries))
             if "itc" in losses:
                 found["itc"] = itc_loss(
@@ -119,17 +117,14 @@ class Stage1(nn.Module):
             found["itg"] = self._itg_loss(texts, key_values, ranks)
         return {"loss": torch.stack(list(found.values())).sum(), **found}
 
-    def _temperature(self) -> Tensor:
-        return self.temperature.clamp(*TEMPERATURE_RANGE)
-
     def _cosines(self, queries_BQD: Tensor, texts: Texts, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """Cosines (B, A) of own images with all texts and of own texts with all images; best query counts."""
         images_BQE, texts_BE = self.embed_queries(queries_BQD), self.embed_texts(texts)
-        image_to_text = (images_BQE @ ranks.gather(texts_BE).T).amax(dim=1)
+        image_to_text = cosines(images_BQE, ranks.gather(texts_BE)).amax(dim=1)
         if ranks.num_ranks == 1:
             return image_to_text, image_to_text.T
-        text_to_image = torch.einsum("be,aqe->baq", texts_BE, ranks.gather(images_BQE)).amax(dim=2)
-        return image_to_text, text_to_image
+        of_all_AQB = cosines(ranks.gather(images_BQE), texts_BE)
+        return image_to_text, of_all_AQB.amax(dim=1).T
 
     def _draw_negatives(
         self,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from capfilt.models.losses import draw_hard_negatives, itc_loss, soft_itc_loss, soft_targets
+from capfilt.models.losses import cosines, draw_hard_negatives, itc_loss, soft_itc_loss, soft_targets
 from capfilt.models.momentum import FeatureQueue, similarities_to_queue
 from capfilt.models.ranks import Ranks
 
@@ -40,8 +40,7 @@ class Contrast:
     def loss(self) -> Tensor:
         """ITC's loss."""
         if self.targets is None:
-            i2t, t2i = self.i2t.float(), self.t2i.float()
-            return itc_loss(i2t, t2i, offset=self.offset, same_image_BA=self.same_image)
+            return itc_loss(self.i2t, self.t2i, offset=self.offset, same_image_BA=self.same_image)
         return soft_itc_loss(self.i2t, self.t2i, self.targets)
 
     def hard_negatives(
@@ -70,8 +69,18 @@ def equal_pairs(tokens_BT: Tensor, all_tokens_AT: Tensor, same_image_BK: Tensor 
     return equal_BA if same_image_BK is None else equal_BA | same_image_BK[:, : len(all_tokens_AT)]
 
 
+TEMPERATURE_RANGE = (0.001, 0.5)
+"""Bounds of ITC's learned temperature (ALBEF's and BLIP's released codes; BLIP-2's has none)."""
+
+
+@torch.no_grad()
+def bound_temperature(temperature: Tensor) -> None:
+    """After a step: back into the bounds. Clamped in the forward pass it would have no gradient there, and stay."""
+    temperature.clamp_(*TEMPERATURE_RANGE)
+
+
 class ImageTextContrast(nn.Module):
-    """The learned temperature of ITC (0.07 at first, kept in 0.001 to 0.5, as ALBEF's and BLIP's released codes do)."""
+    """The learned temperature of ITC, 0.07 at first; training calls `bound_temperature` after each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,18 +90,15 @@ class ImageTextContrast(nn.Module):
     def start_at(self, temperature: float) -> None:
         """Go on from the temperature of an earlier training."""
         self.temperature.fill_(temperature)
+        bound_temperature(self.temperature)
 
     def value(self) -> float:
         """The temperature as a number, to be saved."""
-        return self.clamped().item()
-
-    def clamped(self) -> Tensor:
-        """The temperature within its bounds."""
-        return self.temperature.clamp(0.001, 0.5)
+        return self.temperature.item()
 
     def forward(self, own_BE: Tensor, others_AE: Tensor) -> Tensor:
         """Similarities over temperature (B, A)."""
-        return own_BE @ others_AE.T / self.clamped()
+        return cosines(own_BE, others_AE) / self.temperature
 
     def within_batch(self, embedded: Embedded, ranks: Ranks, ids_B: Tensor | None = None) -> Contrast:
         """With the pairs of all ranks' batches; `ids_B` tells the images apart."""
@@ -121,8 +127,8 @@ class ImageTextContrast(nn.Module):
         queued_images, queued_texts = queue.features()
 
         def similarities(own_BE: Tensor, others_AE: Tensor, queued_KE: Tensor) -> Tensor:
-            queued_BK = similarities_to_queue(own_BE, queued_KE, self.clamped())
-            return torch.cat([self(own_BE, others_AE).float(), queued_BK], dim=1)
+            queued_BK = similarities_to_queue(own_BE, queued_KE, self.temperature)
+            return torch.cat([self(own_BE, others_AE), queued_BK], dim=1)
 
         offset, same_image_BK = ranks.offset(len(texts_BE)), None
         if ids_B is not None and (same_image_BA := same_images(ids_B, ranks)) is not None:

@@ -18,6 +18,15 @@ from torch.nn import functional as F
 from capfilt.models.ranks import ALONE, Ranks
 
 
+def cosines(own_BE: Tensor, others_AE: Tensor) -> Tensor:
+    """Cosines (B, A) of embeddings of unit length, float32 under autocast too.
+
+    In bfloat16 logits of ITC are off by up to 0.1, and with them its targets and the hard negatives drawn.
+    """
+    with torch.autocast(own_BE.device.type, enabled=False):
+        return own_BE.float() @ others_AE.float().T
+
+
 def itc_loss(
     similarity_i2t_BA: Tensor,
     similarity_t2i_BA: Tensor,

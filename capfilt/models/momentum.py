@@ -19,6 +19,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from capfilt.models.losses import cosines
+
 NEVER = -1e4
 """Similarity over temperature of what is not there: far below that of any two features (at least -1 / 0.001)."""
 
@@ -54,7 +56,7 @@ def follow(slow: nn.Module, fast: nn.Module, rate: float) -> None:
 def similarities_to_queue(features_BE: Tensor, queued_KE: Tensor, temperature: Tensor) -> Tensor:
     """(B, K) over temperature, float32; NEVER at places where nothing was put yet."""
     empty_K = queued_KE.square().sum(dim=1) == 0
-    return (features_BE @ queued_KE.T / temperature).float().masked_fill(empty_K, NEVER)
+    return (cosines(features_BE, queued_KE) / temperature).masked_fill(empty_K, NEVER)
 
 
 class FeatureQueue(nn.Module):

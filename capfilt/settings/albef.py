@@ -13,16 +13,18 @@ class AlbefTrainSettings(TrainSettings):
     """ALBEF pre-training (ITC + ITM + MLM with momentum distillation, ALBEF §3)."""
 
     learning_rate: float = 1e-4
-    """Peak rate (ALBEF §3.5: 1e-4, after 1,000 steps of warm-up)."""
+    """Peak rate (ALBEF §3.5: 1e-4)."""
     min_learning_rate: float = 1e-5
     """Rate at the end of the cosine (ALBEF §3.5: 1e-5)."""
+    warmup_steps: int = 1000
+    """Linear warm-up from zero (ALBEF §3.5: 1,000 steps)."""
     weight_decay: float = 0.02
     """Decay of matrices (ALBEF §3.5: 0.02); vectors (norms, biases) have none."""
     beta2: float = 0.999
     """AdamW's second moment (ALBEF's released code: AdamW's own 0.999)."""
-    random_crop: float = 0.5
-    """Smallest share of the area a random resized crop keeps; 1 for no crop (ALBEF's released code: 0.5, in
-    pre-training 0.2 with RandAugment)."""
+    random_crop: float = 0.2
+    """Smallest share of the area a random resized crop keeps; 1 for no crop (ALBEF's released code: 0.2, with
+    RandAugment, which is not done here)."""
     random_flip: bool = True
     """Mirror half of the images, as ALBEF's released code does; wrong where captions say left and right."""
     init: str = ""
@@ -51,8 +53,8 @@ class AlbefTrainSettings(TrainSettings):
     """Epochs over which alpha rises from 0 (ALBEF §3.5 and its released code: the first)."""
     dropout: float = 0.1
     """New one: dropout in the text and fusion encoder (BERT: 0.1)."""
-    max_text_tokens: int = 30
-    """Longest text in tokens, special tokens included (ALBEF's released code: 25, in fine-tuning 30)."""
+    max_text_tokens: int = 25
+    """Longest text in tokens, special tokens included (ALBEF's released code: 25 in pre-training)."""
     image_size_px: int | None = None
     """Side of the square input; None: that of `init`, and 256 for a new one (ALBEF §3.5: 256 in pre-training, 384 in
     fine-tuning). Positions are interpolated where it differs from the start's."""

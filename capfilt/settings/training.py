@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from capfilt.settings.checks import DEVICES, DTYPES, require
-
-if TYPE_CHECKING:
-    pass
 
 IMAGE_ENCODER_LAYERS = ("auto", "second-last", "last")
 
@@ -190,6 +186,8 @@ class FilterTrainSettings(BlipTrainSettings):
 
     learning_rate: float = 1e-5
     """Peak rate (BLIP's released code for retrieval: 1e-5 with ViT-B, 5e-6 with ViT-L)."""
+    alpha_epochs: float = 1.0
+    """ITC: epochs over which alpha rises from 0 (BLIP's released code for retrieval: 1)."""
     max_text_tokens: int = 35
     """Longest text in tokens, special tokens included (BLIP's released code for retrieval: 35)."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.models.albef import Albef, AlbefConfig, AlbefLosses
+from capfilt.models.contrast import bound_temperature
 from capfilt.models.convert_albef import from_bert
 from capfilt.models.convert_blip2 import State
 from capfilt.models.masking import NUM_DRAWS, MaskingConfig, mask_tokens
@@ -26,11 +27,11 @@ from capfilt.models.vit import VisionTransformer, ViTConfig, change_image_size, 
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import AlbefTrainSettings
 from capfilt.train.batches import Batch, Draws, image_ids, iterate_batches
-from capfilt.train.blip import encode_texts
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.optim import ramped_alpha
 from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.processes import Processes, join_processes
+from capfilt.train.tokens import refuse_longer_texts, tokenise
 from capfilt.weights.albef import LoadedAlbef, load_trainable_albef, refuse_unlike_original, save_albef
 from capfilt.weights.find import SIDE_FILES, find_model_dir
 from capfilt.weights.model_files import (
@@ -63,7 +64,7 @@ def train_albef(
     torch.manual_seed(settings.seed)
     progress = progress or NullProgress()
     start, digest = _start(settings)
-    _refuse_longer_texts(settings, start.model.config)
+    refuse_longer_texts(settings.max_text_tokens, start.model.config.max_positions)
     if settings.save_original:
         refuse_unlike_original(start.model)
     objective = build_objective(start, settings)
@@ -76,7 +77,7 @@ def train_albef(
 
     def save(folder: Path) -> None:
         momentum = None if objective.momentum is None else objective.momentum.state_dict()
-        temperature = objective.contrast.clamped().detach()
+        temperature = objective.contrast.temperature.detach()
         saved = replace(start, model=objective.model, temperature=temperature, momentum=momentum)
         save_albef(folder, saved, original=settings.save_original)
 
@@ -117,8 +118,7 @@ def build_objective(start: LoadedAlbef, settings: AlbefTrainSettings) -> AlbefLo
     """
     config = MomentumConfig(settings.momentum, settings.queue_size) if settings.momentum else None
     objective = AlbefLosses(start.model, config)
-    with torch.no_grad():
-        objective.contrast.temperature.copy_(start.temperature)
+    objective.contrast.start_at(start.temperature.item())
     if objective.momentum is not None and start.momentum is not None:
         copy = objective.momentum.model
         weights = {n.removeprefix("model."): t for n, t in start.momentum.items() if n.startswith("model.")}
@@ -130,7 +130,10 @@ def build_objective(start: LoadedAlbef, settings: AlbefTrainSettings) -> AlbefLo
 
 
 def follow_model(objective: AlbefLosses) -> None:
-    """After a step: the momentum encoders go the model's way, and the queue takes their features."""
+    """After a step: the momentum encoders go the model's way, the queue takes their features, the temperature is kept
+    in its bounds.
+    """
+    bound_temperature(objective.contrast.temperature)
     if objective.momentum is not None:
         objective.momentum.follow(objective.model)
 
@@ -155,7 +158,7 @@ class AlbefInputs:
 
     def __call__(self, batch: Batch, draws: Draws) -> dict[str, Any]:
         settings, device = self.settings, self.processes.device
-        tokens_BT = encode_texts(
+        tokens_BT, _ = tokenise(
             self.tokenizer, batch.texts, settings.max_text_tokens, to_the_longest=self.processes.num == 1
         )
         num_texts, num_tokens = tokens_BT.shape
@@ -177,14 +180,6 @@ class AlbefInputs:
             mask_token_id=tokenizer.mask_token_id, special_token_ids=tuple(tokenizer.all_special_ids),
             vocab_size=len(tokenizer), share=self.settings.mlm_share,
         )  # fmt: skip
-
-
-def _refuse_longer_texts(settings: AlbefTrainSettings, config: AlbefConfig) -> None:
-    if settings.max_text_tokens > config.max_positions:
-        raise UsageError(
-            f"max_text_tokens is {settings.max_text_tokens}; expected at most {config.max_positions}, the positions of "
-            "the model. Lower --max-text-tokens."
-        )
 
 
 def _start_from_init(settings: AlbefTrainSettings) -> tuple[LoadedAlbef, str]:

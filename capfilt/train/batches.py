@@ -177,7 +177,7 @@ def _plan(dataset: PairDataset, settings: TrainSettings, cursor: Cursor, ranks: 
     size = own * ranks.num_ranks
     while True:
         order = dataset.order(settings.seed, epoch, ranks.num_ranks, own)
-        times = _times_shown(order)
+        times = _times_shown(order, len(dataset.keys))
         while position + size <= len(order):
             first = position + ranks.offset(own)
             position += size
@@ -185,8 +185,10 @@ def _plan(dataset: PairDataset, settings: TrainSettings, cursor: Cursor, ranks: 
         epoch, position = epoch + 1, 0
 
 
-def _times_shown(order: np.ndarray) -> np.ndarray:
-    """How often each entry stood there before: zeros where none repeats."""
+def _times_shown(order: np.ndarray, num_rows: int) -> np.ndarray:
+    """How often each entry, one of so many, stood there before: zeros where none repeats."""
+    if len(order) <= num_rows and not np.bincount(order, minlength=num_rows).max(initial=0) > 1:
+        return np.zeros(len(order), np.int8)
     by_row = np.argsort(order, kind="stable")
     ordered = order[by_row]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from capfilt.data.rundir import RunDir
 from capfilt.models.blip import CaptionerLosses, FilterLosses, FineTuning
+from capfilt.models.contrast import bound_temperature
 from capfilt.models.med import Captioner, Filter
 from capfilt.models.momentum import MomentumConfig
 from capfilt.progress import NullProgress, Progress
@@ -26,6 +27,7 @@ from capfilt.train.loop import TrainSummary, train
 from capfilt.train.optim import ramped_alpha
 from capfilt.train.pairs import RunPairs, read_pairs, runs_digest
 from capfilt.train.processes import Processes, join_processes
+from capfilt.train.tokens import refuse_longer_texts, tokenise
 from capfilt.weights.blip import LoadedBlip, save_blip
 
 RunDirs = Sequence[RunDir | str | Path]
@@ -112,6 +114,7 @@ def _train(
     save: Callable[[Path], None],
 ) -> TrainSummary:
     """The shared part: data, device, tokens; then the loop."""
+    refuse_longer_texts(settings.max_text_tokens, _positions_of(start))
     progress = progress or NullProgress()
     processes = join_processes(settings)
     part.objective.to(processes.device).train()
@@ -122,7 +125,9 @@ def _train(
     inputs = _Inputs(dataset, settings, start.tokenizer, part, processes)
     momentum = part.contrast.momentum if part.contrast else None
 
-    def follow(_step: int) -> None:
+    def after_step(_step: int) -> None:
+        if part.contrast is not None:
+            bound_temperature(part.contrast.contrast.temperature)
         if momentum is not None:
             assert part.contrast is not None
             momentum.follow(part.contrast.model)
@@ -142,9 +147,14 @@ def _train(
         name=f"train {part.name}",
         extra_tensors=lambda: {f"momentum.{n}": t for n, t in momentum.state_dict().items()} if momentum else {},
         fields={"input": runs_digest(run_dirs), "origin_sha256": origin_digest(settings, part.name)},
-        after_step=follow,
+        after_step=after_step,
         some_unused=part.name == "blip" and set(settings.losses) != {"itc", "itm", "lm"},
     )  # fmt: skip
+
+
+def _positions_of(start: LoadedBlip) -> int:
+    text = start.model.decoder if isinstance(start.model, Captioner) else start.model.encoder
+    return text.config.max_positions
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,7 @@ class _Inputs:
         texts = _captions_of(self.dataset, batch, settings)
         false_texts = _false_captions_of(self.dataset, batch, settings)
         prompt = settings.prompt.strip() + " " if settings.prompt.strip() else ""
-        tokens_NT = encode_texts(
+        tokens_NT, _ = tokenise(
             self.tokenizer, [prompt + text for text in texts + false_texts], settings.max_text_tokens,
             to_the_longest=self.processes.num == 1,
         )  # fmt: skip
@@ -203,10 +213,3 @@ def _false_captions_of(dataset: RunPairs, batch: Batch, settings: BlipTrainSetti
         known = dataset.false_captions_of(row)
         texts.append(known[draw(settings.seed, batch.cursor.epoch, key, "false") % len(known)] if known else "")
     return texts
-
-
-def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, to_the_longest: bool = True) -> Tensor:
-    """[CLS] … [SEP] of each text: (B, T) token ids, padded to the longest or to `max_tokens`."""
-    padding = "longest" if to_the_longest else "max_length"
-    encoded = tokenizer(texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt")
-    return encoded.input_ids

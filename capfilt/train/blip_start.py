@@ -170,6 +170,8 @@ def _new_vision(settings: BlipTrainSettings) -> VisionTransformer:
     side = settings.image_size_px or DEFAULT_IMAGE_SIZE_PX
     if settings.vision_init:
         return build_vision(load_vit_start(settings.vision_init, image_size_px=side))
+    if side % settings.patch_size_px:
+        raise UsageError(f"image_size_px is {side}; expected a multiple of the patch, {settings.patch_size_px}.")
     sizes = ViTConfig(
         image_size_px=side, patch_size_px=settings.patch_size_px, width=settings.vision_width,
         depth=settings.vision_depth, num_heads=settings.vision_width // settings.head_width,

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError, RunLockedError
+from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError, RunLockedError, UsageError
 from capfilt.train.processes import fill_tensor, full_tensor
 
 FORMAT_VERSION = 1
@@ -37,6 +37,9 @@ _DIGESTS = {
     "qformer_init_sha256": "start of the Q-Former", "init_sha256": "result of stage 1", "llm_sha256": "language model",
 }  # fmt: skip
 """Field of a training that is a digest → what it is of."""
+_OWN_FILES = (".lock", "metrics.jsonl", "losses.png", "tensorboard")
+"""Of a training that has no checkpoint yet."""
+_LOG_SUFFIXES = (".log", ".txt", ".out", ".err")
 _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 
 
@@ -52,6 +55,27 @@ def lock_output(output_dir: Path) -> Iterator[None]:
                 f"Another training writes to {output_dir}. Wait for it, or give another --output."
             ) from None
         yield
+
+
+def refuse_foreign_files(output_dir: Path) -> None:
+    """UsageError where `output_dir` holds what no training put there, and what a finished one might replace.
+
+    A log that the user keeps there stays.
+    """
+    if (output_dir / "training.json").exists() or (output_dir / "checkpoints").is_dir():
+        return
+    foreign = sorted(
+        entry.name
+        for entry in output_dir.iterdir()
+        if entry.name not in _OWN_FILES
+        and not entry.name.startswith(".staging-")
+        and (entry.is_dir() or entry.suffix not in _LOG_SUFFIXES)
+    )
+    if foreign:
+        raise UsageError(
+            f"{output_dir} holds other files ({', '.join(foreign[:5])}{', …' if len(foreign) > 5 else ''}); expected a "
+            "new folder, or one of an earlier training. Give another --output."
+        )
 
 
 def save_checkpoint(

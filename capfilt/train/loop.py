@@ -45,6 +45,7 @@ from capfilt.train.checkpoint import (
     load_checkpoint,
     lock_output,
     publish_files,
+    refuse_foreign_files,
     refuse_other_settings,
     save_checkpoint,
 )
@@ -137,9 +138,10 @@ def train(
     `rate_scales`: what the learning rate of a weight is multiplied by, by its name in `objective`; 1 for others.
     `save(folder)` writes the finished model's files.
 
-    Raises FingerprintMismatchError where `output_dir` holds another training, RunLockedError where one is at
-    work, CapfiltError on a loss that is not finite. SIGINT and SIGTERM save a checkpoint (or the finished
-    model, where it is being written) first, then raise KeyboardInterrupt (exit code 130) and SystemExit(143).
+    Raises FingerprintMismatchError where `output_dir` holds another training, UsageError where other files,
+    RunLockedError where a training is at work, CapfiltError on a loss that is not finite. SIGINT and SIGTERM save a
+    checkpoint (or the finished model, where it is being written) first, then raise KeyboardInterrupt (exit code 130)
+    and SystemExit(143).
     """
     progress = progress if progress and processes.is_main else NullProgress()
     with _lock(output_dir, processes), fast_cpu(), _deferred_signals() as caught:
@@ -312,6 +314,7 @@ def _lock(output_dir: Path, processes: Processes) -> Iterator[None]:
         yield
         return
     with lock_output(output_dir):
+        refuse_foreign_files(output_dir)
         processes.wait()
         yield
 

@@ -136,7 +136,10 @@ class RunPairs:
     @property
     def num_shown(self) -> int:
         """Images of an epoch: each as often as the weight of its run says."""
-        return len(self._shown(np.random.default_rng(0)))
+        if not self._run_weights:
+            return len(self.keys)
+        rows_and_weights = ((len(self._rows_of(number)), weight) for number, weight in enumerate(self._run_weights))
+        return sum(int(weight) * num + _num_more(weight, num) for num, weight in rows_and_weights)
 
     @property
     def in_memory(self) -> bool:
@@ -175,12 +178,15 @@ class RunPairs:
             return np.arange(len(self.keys))
         times = np.zeros(len(self.keys), np.int64)
         for number, weight in enumerate(self._run_weights):
-            own = [shard for shard in self._index.shards if shard.number == number]
-            rows = np.arange(own[0].first, own[-1].first + own[-1].num_rows) if own else np.arange(0)
-            num_more = round((weight - int(weight)) * len(rows))
+            rows = self._rows_of(number)
             times[rows] = int(weight)
-            times[rng.permutation(rows)[:num_more]] += 1
+            times[rng.permutation(rows)[: _num_more(weight, len(rows))]] += 1
         return np.repeat(np.arange(len(self.keys)), times)
+
+    def _rows_of(self, number: int) -> np.ndarray:
+        """The rows of a run, which follow each other."""
+        own = [shard for shard in self._index.shards if shard.number == number]
+        return np.arange(own[0].first, own[-1].first + own[-1].num_rows) if own else np.arange(0)
 
     def decode_all(self, progress: Progress) -> None:
         """Decodes every picture once, at image_size_px, shard by shard."""
@@ -218,6 +224,11 @@ class RunPairs:
             self._encoded[number] = _read_shard(self._index.shards[number], self.keys)
         self._encoded.move_to_end(number)
         return self._encoded[number][self.keys[row]]
+
+
+def _num_more(weight: float, num_rows: int) -> int:
+    """Images that a fraction of a run's weight shows once more."""
+    return round((weight - int(weight)) * num_rows)
 
 
 def _is_known_false(table: pa.Table) -> pa.ChunkedArray:

@@ -39,6 +39,7 @@ from capfilt.train.blip2_files import (
     read_blip2,
 )
 from capfilt.train.clip_tower import save_clip_tower
+from capfilt.train.tokens import tokenise
 from capfilt.weights.image_encoders import CLIP_TOWER_DIR, ImageEncoder
 from capfilt.weights.llms import build_llm, llm_for_blip2
 from capfilt.weights.model_files import ImagePreparation
@@ -69,9 +70,8 @@ def encode_texts(
     tokenizer: Any, texts: list[str], max_tokens: int, device: torch.device, *, to_the_longest: bool = True
 ) -> Texts:
     """[CLS] … [SEP], padded to the longest or to `max_tokens`."""
-    padding = "longest" if to_the_longest else "max_length"
-    encoded = tokenizer(texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt")
-    return Texts(tokens=encoded.input_ids.to(device), mask=encoded.attention_mask.bool().to(device))
+    tokens_BT, mask_BT = tokenise(tokenizer, texts, max_tokens, to_the_longest=to_the_longest)
+    return Texts(tokens=tokens_BT.to(device), mask=mask_BT.to(device))
 
 
 def save_stage1(folder: Path, encoder: ImageEncoder, stage: Stage1, tokenizer: Any, embed_dim: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.models.blip2 import Stage1
+from capfilt.models.contrast import bound_temperature
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import QFormerSettings, Stage1Settings
 from capfilt.train.batches import Batch, Draws, PairDataset, image_ids
@@ -24,6 +25,7 @@ from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.pretrained import copy_start, find_qformer_start, load_qformer_start
 from capfilt.train.processes import join_processes
 from capfilt.train.saved import SavedStage1, encode_texts, load_stage1, save_stage1
+from capfilt.train.tokens import refuse_longer_texts
 from capfilt.weights.devices import choose_dtype
 from capfilt.weights.image_encoders import image_encoder_digest, load_image_encoder
 from capfilt.weights.model_files import weights_digest
@@ -113,6 +115,7 @@ def _train(
     fields: Mapping[str, Any],
     images_digest: str | None,
 ) -> TrainSummary:
+    refuse_longer_texts(settings.max_text_tokens, model.stage.qformer.config.max_positions)
     processes = join_processes(settings)
     encoder, stage = model.encoder, model.stage.train()
     features = FrozenFeatures(encoder, dataset, settings, processes, progress, images_digest)
@@ -139,6 +142,7 @@ def _train(
         progress=progress,
         name="stage1",
         fields={**stage1_identity(settings), **fields},
+        after_step=lambda _step: bound_temperature(stage.temperature),
         some_unused=set(settings.losses) != {"itc", "itm", "itg"},
     )
 

@@ -47,6 +47,7 @@ def test_an_image_is_the_same_in_any_batch(num_queries: int) -> None:
     assert torch.equal(attend_by_products(gaps, key, value), found)
 
 
+@needs_bfloat16
 def test_products_are_taken_for_inference_in_bfloat16_alone() -> None:
     query, key, value = draw(10)
     assert not gains_by_products(query), "gradients are computed"

@@ -202,6 +202,14 @@ def test_starting_from_nothing_needs_a_tokenizer(world_run: RunDir, tmp_path: Pa
         train_blip([world_run.path], TINY, tmp_path / "out")
 
 
+def test_sizes_that_do_not_fit_are_refused(world_run: RunDir, tokenizer_dir: Path, tmp_path: Path) -> None:
+    settings = replace(TINY, tokenizer=str(tokenizer_dir))
+    with pytest.raises(UsageError, match="image_size_px is 33; expected a multiple of the patch, 8"):
+        train_blip([world_run], replace(settings, image_size_px=33), tmp_path / "out")
+    with pytest.raises(UsageError, match="max_text_tokens is 30; expected at most 20, the positions of the model"):
+        train_blip([world_run], replace(settings, max_positions=20), tmp_path / "out")
+
+
 def test_the_tokenizer_of_bert_gets_the_tokens_of_blip(world_run: RunDir, tmp_path: Path) -> None:
     """As BLIP's code has it: [DEC] is bos and follows the 30,522 tokens of bert-base-uncased, then [ENC]."""
     factories.save_tokenizer(tmp_path / "bert", factories.read_bert_vocabulary())

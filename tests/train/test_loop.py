@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from capfilt.errors import CapfiltError, FingerprintMismatchError
+from capfilt.errors import CapfiltError, FingerprintMismatchError, UsageError
 from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.settings import TrainSettings
 from capfilt.train.batches import Batch, Draws, from_arrays, iterate_batches
@@ -270,6 +270,20 @@ def test_weights_take_their_share_of_every_steps_rate(optimizer: str) -> None:
                 share = 0.5 ** (3 - int(name.split(".")[2]))
             assert rates[id(parameter)] == pytest.approx(0.1 * share), name
         assert len(rates) == len(list(model.parameters()))
+
+
+def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
+    for name in ("run.json", "captioner/config.json"):
+        file = tmp_path / name.replace("/", "-") / name
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+        with pytest.raises(UsageError, match=f"holds other files \\({name.split('/')[0]}\\)"):
+            run_training(tmp_path / name.replace("/", "-"))
+        assert file.read_text() == "{}"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "train.log").write_text("begun")
+    run_training(tmp_path / "new")
+    assert (tmp_path / "new" / "train.log").read_text() == "begun"
 
 
 def test_bfloat16_products_give_about_the_same_training(tmp_path: Path) -> None:
