@@ -71,8 +71,9 @@ def train_albef(
     processes = join_processes(settings)
     objective.to(processes.device).train()
     dataset = read_pairs(
-        run_dirs, image_size_px=start.preparation.image_size_px, run_weights=settings.run_weights, progress=progress
-    )
+        run_dirs, image_size_px=start.preparation.image_size_px, smallest_crop=settings.random_crop,
+        run_weights=settings.run_weights, progress=progress,
+    )  # fmt: skip
     inputs = AlbefInputs(settings, start.tokenizer, processes, dataset.num_shown)
 
     def save(folder: Path) -> None:

@@ -61,6 +61,8 @@ class Batch:
     rows: np.ndarray | None = None
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    image_ids: np.ndarray | None = None
+    """Of the dataset, see `PairDataset.image_ids`."""
 
     @cached_property
     def images(self) -> Tensor:
@@ -72,13 +74,15 @@ class Batch:
 
 def image_ids(batch: Batch, device: torch.device) -> Tensor | None:
     """Numbers (B,) that tell the images of a dataset apart; None where there is no dataset."""
-    return None if batch.rows is None else torch.from_numpy(batch.rows).to(device)
+    return None if batch.image_ids is None else torch.from_numpy(batch.image_ids).to(device)
 
 
 class PairDataset(Protocol):
     """Images with their kept captions; what `iterate_batches` needs of a source."""
 
     keys: Sequence[str]
+    image_ids: np.ndarray
+    """int64, one for each row, 0 or more: equal where rows show equal pictures."""
 
     def order(self, seed: int, epoch: int, num_ranks: int = 1, batch_size: int = 1) -> np.ndarray:
         """The rows of an epoch, int64, pure in the arguments; may show some more than once, or not at all.
@@ -114,6 +118,7 @@ class ArrayPairs:
         if not len(images_NHWC) == len(captions) == len(keys):
             raise ValueError(f"{len(images_NHWC)} images, {len(captions)} caption lists, {len(keys)} keys")
         self.images, self.captions, self.keys = images_NHWC, captions, keys
+        self.image_ids = np.arange(len(keys))
 
     def order(self, seed: int, epoch: int, num_ranks: int = 1, batch_size: int = 1) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(len(self.keys))
@@ -233,7 +238,7 @@ def _assemble(
     for row, name in zip(rows, _names(dataset, plan), strict=True):
         captions = dataset.captions_of(row)
         texts.append(captions[draw(settings.seed, plan.epoch, name, "caption") % len(captions)])
-    return Batch(pixels, texts, keys, plan.following, plan.rows, mean, std)
+    return Batch(pixels, texts, keys, plan.following, plan.rows, mean, std, dataset.image_ids[plan.rows])
 
 
 def _views(dataset: PairDataset, settings: TrainSettings, plan: _Plan) -> list[View] | None:
@@ -299,12 +304,13 @@ def draw_view(seed: int, smallest_area: float, flip: bool) -> View:
     return View(left, top, width, height, flip and rng.random() < 0.5)
 
 
-def crop_arrays(pixels_BSSC: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
-    """Each square uint8 image cut as its view says and scaled back to its size; all as they are for None."""
-    if views is None:
+def crop_arrays(pixels_BSSC: np.ndarray, views: Sequence[View] | None, size_px: int | None = None) -> np.ndarray:
+    """Each square uint8 image cut as its view says, whole for None, and scaled to `size_px`, None for its own size."""
+    side_px: int = size_px or pixels_BSSC.shape[1]
+    if views is None and side_px == pixels_BSSC.shape[1]:
         return pixels_BSSC
-    size_px = pixels_BSSC.shape[1]
-    return np.stack([to_square(Image.fromarray(p), size_px, v) for p, v in zip(pixels_BSSC, views, strict=True)])
+    shown = views or [View()] * len(pixels_BSSC)
+    return np.stack([to_square(Image.fromarray(p), side_px, v) for p, v in zip(pixels_BSSC, shown, strict=True)])
 
 
 def to_square(image: Image.Image, size_px: int, view: View | None = None) -> np.ndarray:

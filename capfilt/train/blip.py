@@ -119,8 +119,8 @@ def _train(
     processes = join_processes(settings)
     part.objective.to(processes.device).train()
     dataset = read_pairs(
-        run_dirs, image_size_px=start.preparation.image_size_px, run_weights=settings.run_weights, progress=progress,
-        known_false=settings.known_false,
+        run_dirs, image_size_px=start.preparation.image_size_px, smallest_crop=settings.random_crop,
+        run_weights=settings.run_weights, progress=progress, known_false=settings.known_false,
     )  # fmt: skip
     inputs = _Inputs(dataset, settings, start.tokenizer, part, processes)
     momentum = part.contrast.momentum if part.contrast else None

@@ -55,7 +55,10 @@ def train_blip2_captions(
     progress = progress or NullProgress()
     model = load_start(init, llm, settings)
     side, prompt = model.encoder.preparation.image_size_px, settings.prompt.strip()
-    dataset = read_pairs(run_dirs, image_size_px=side, run_weights=settings.run_weights, progress=progress)
+    dataset = read_pairs(
+        run_dirs, image_size_px=side, smallest_crop=settings.random_crop, run_weights=settings.run_weights,
+        progress=progress,
+    )  # fmt: skip
     data = _Data(
         dataset=dataset,
         digest=runs_digest(run_dirs),

@@ -61,8 +61,9 @@ def train_clip(
     """
     progress = progress or NullProgress()
     dataset = read_pairs(
-        run_dirs, image_size_px=settings.image_size_px, run_weights=settings.run_weights, progress=progress
-    )
+        run_dirs, image_size_px=settings.image_size_px, smallest_crop=settings.random_crop,
+        run_weights=settings.run_weights, progress=progress,
+    )  # fmt: skip
     fields = {"input": runs_digest(run_dirs), "tokenizer_sha256": weights_digest(tokenizer_dir)}
     return train_clip_on(dataset, tokenizer_dir, settings, output_dir, progress=progress, fields=fields)
 

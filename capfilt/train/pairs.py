@@ -7,6 +7,7 @@ the pictures fit as uint8, else streamed from a few shards at a time.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ def read_pairs(
     runs: Sequence[RunDir | str | Path],
     *,
     image_size_px: int,
+    smallest_crop: float = 1.0,
     run_weights: Sequence[float] = (),
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
     progress: Progress | None = None,
@@ -47,7 +49,8 @@ def read_pairs(
     """The images of `runs` that have a kept caption; an image without one is left out.
 
     An epoch shows the images of a run as often as its weight says (once without weights). With `known_false` the
-    captions that were dropped as such are read too.
+    captions that were dropped as such are read too. `smallest_crop` is the smallest share of an image's area that is
+    asked for: pictures in memory are held so large that no crop is scaled up.
 
     Raises UsageError for a run without a manifest or with nothing kept, and for another number of weights than runs;
     CorruptionError for damaged shards.
@@ -56,7 +59,8 @@ def read_pairs(
         raise UsageError(
             f"{len(run_weights)} weights for {len(runs)} runs; give one for each: --set run_weights=1,0.5."
         )
-    dataset = RunPairs(_read_index(runs, known_false), image_size_px, run_weights)
+    held_px = math.ceil(image_size_px / math.sqrt(smallest_crop))
+    dataset = RunPairs(_read_index(runs, known_false), image_size_px, run_weights, held_px)
     if dataset.num_bytes_decoded <= memory_limit_bytes:
         dataset.decode_all(progress or NullProgress())
     return dataset
@@ -93,6 +97,8 @@ class _Index:
     """As the manifest has them: they are cleaned when they are drawn."""
     first_text: np.ndarray
     """int64 (rows + 1): captions of row r are texts[first_text[r] : first_text[r + 1]]."""
+    image_ids: np.ndarray
+    """int64 (rows,): of the pictures' content, so that copies under other keys or in other runs are known."""
     false_texts: dict[tuple[int, str], list[str]]
     """Captions that are known to be false, by number of the shard and key."""
 
@@ -118,20 +124,23 @@ class _Texts(Sequence[str]):
 class RunPairs:
     """A dataset over shards; see `PairDataset`."""
 
-    def __init__(self, index: _Index, image_size_px: int, run_weights: Sequence[float] = ()) -> None:
+    def __init__(
+        self, index: _Index, image_size_px: int, run_weights: Sequence[float] = (), held_px: int | None = None
+    ) -> None:
         self._index = index
         self._run_weights = run_weights
-        self._size_px = image_size_px
+        self._size_px, self._held_px = image_size_px, held_px or image_size_px
         self._groups = list(_group_shards(index.shards))
         self._first_rows = np.array([shard.first for shard in index.shards])
         self._decoded: np.ndarray | None = None
         self._encoded: OrderedDict[int, dict[str, bytes]] = OrderedDict()
         self._pool = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
         self.keys: Sequence[str] = _Texts(index.keys)
+        self.image_ids = index.image_ids
 
     @property
     def num_bytes_decoded(self) -> int:
-        return len(self.keys) * self._size_px**2 * 3
+        return len(self.keys) * self._held_px**2 * 3
 
     @property
     def num_shown(self) -> int:
@@ -189,12 +198,12 @@ class RunPairs:
         return np.arange(own[0].first, own[-1].first + own[-1].num_rows) if own else np.arange(0)
 
     def decode_all(self, progress: Progress) -> None:
-        """Decodes every picture once, at image_size_px, shard by shard."""
-        decoded = np.empty((len(self.keys), self._size_px, self._size_px, 3), np.uint8)
+        """Decodes every picture once, as large as it is held, shard by shard."""
+        decoded = np.empty((len(self.keys), self._held_px, self._held_px, 3), np.uint8)
         progress.start("images", len(self.keys), "image")
         for shard in self._index.shards:
             rows = np.arange(shard.first, shard.first + shard.num_rows)
-            decoded[rows] = self._decode(rows, None)
+            decoded[rows] = self._decode(rows, None, self._held_px)
             progress.advance(shard.num_rows)
         progress.finish()
         self._encoded.clear()
@@ -203,13 +212,13 @@ class RunPairs:
     def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
         """uint8 (B, S, S, 3); crops of images that are not in memory are cut from the full resolution."""
         if self._decoded is None:
-            return self._decode(rows, views)
-        return crop_arrays(self._decoded[rows], views)
+            return self._decode(rows, views, self._size_px)
+        return crop_arrays(self._decoded[rows], views, self._size_px)
 
-    def _decode(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
+    def _decode(self, rows: np.ndarray, views: Sequence[View] | None, size_px: int) -> np.ndarray:
         encoded = [self._bytes_of(int(row)) for row in rows]
         keys = [self.keys[row] for row in rows]
-        sizes = [self._size_px] * len(rows)
+        sizes = [size_px] * len(rows)
         return np.stack(list(self._pool.map(_decode_one, keys, encoded, sizes, views or [None] * len(rows))))
 
     def _shard_of(self, row: int) -> int:
@@ -240,9 +249,10 @@ def _read_index(runs: Sequence[RunDir | str | Path], known_false: bool) -> _Inde
     keys: list[pa.Array] = []
     texts: list[pa.Array] = []
     counts: list[np.ndarray] = []
+    image_ids: list[np.ndarray] = []
     num_rows = 0
     false_texts: dict[tuple[int, str], list[str]] = {}
-    columns = ["key", "text", "kept", "drop_reason"]
+    columns = ["key", "text", "sha256", "kept", "drop_reason"]
     numbered = ((n, *found) for n, run in enumerate(runs) for found in iterate_manifest([run], columns))
     for number, run, shard, rows in numbered:
         table = rows.filter(rows["kept"])
@@ -255,12 +265,21 @@ def _read_index(runs: Sequence[RunDir | str | Path], known_false: bool) -> _Inde
         num_rows += len(runs_of_keys.values)
         keys.append(runs_of_keys.values.cast(pa.large_string()))
         counts.append(np.diff(runs_of_keys.run_ends.to_numpy(), prepend=0))
+        image_ids.append(_numbers_of(table["sha256"].take(runs_of_keys.run_ends.to_numpy() - 1)))
         texts.append(table["text"].combine_chunks().cast(pa.large_string()))
     if not keys:
         names = ", ".join(str(run.path if isinstance(run, RunDir) else run) for run in runs)
         raise UsageError(f"No kept pair in {names}. Lower the threshold: `capfilt select RUN --threshold 0.3`.")
     first_text = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-    return _Index(shards, pa.concat_arrays(keys), pa.concat_arrays(texts), first_text, false_texts)
+    return _Index(
+        shards, pa.concat_arrays(keys), pa.concat_arrays(texts), first_text, np.concatenate(image_ids), false_texts
+    )
+
+
+def _numbers_of(digests: pa.ChunkedArray) -> np.ndarray:
+    """int64, 0 or more: the first 63 bits of sha256s in hexadecimal."""
+    beginnings = "".join(pc.utf8_slice_codeunits(digests, 0, 16).to_pylist())
+    return (np.frombuffer(bytes.fromhex(beginnings), ">u8") >> np.uint64(1)).astype(np.int64)
 
 
 def _group_shards(shards: Sequence[_ShardRows]) -> Iterator[list[int]]:

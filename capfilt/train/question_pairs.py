@@ -72,6 +72,7 @@ class QuestionPairs:
         self._files, self._image_of_row = _images_of(questions)
         _, first = np.unique(self._image_of_row, return_index=True)
         self.image_rows: np.ndarray = first[self._image_of_row]
+        self.image_ids = self.image_rows
         """int64 (rows,): the first row about the same image."""
         self._size_px = image_size_px
         self._decoded: np.ndarray | None = None

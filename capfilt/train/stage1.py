@@ -41,7 +41,10 @@ def train_stage1(
     progress = progress or NullProgress()
     model = start_stage1(settings)
     side = model.encoder.preparation.image_size_px
-    dataset = read_pairs(run_dirs, image_size_px=side, run_weights=settings.run_weights, progress=progress)
+    dataset = read_pairs(
+        run_dirs, image_size_px=side, smallest_crop=settings.random_crop, run_weights=settings.run_weights,
+        progress=progress,
+    )  # fmt: skip
     fields = {"input": runs_digest(run_dirs)}
     return _train(model, dataset, settings, output_dir, progress, fields, kept_images_digest(run_dirs))
 

@@ -52,7 +52,10 @@ def train_stage2(
     progress = progress or NullProgress()
     model = load_start(init_dir, llm, settings)
     side = model.encoder.preparation.image_size_px
-    dataset = read_pairs(run_dirs, image_size_px=side, run_weights=settings.run_weights, progress=progress)
+    dataset = read_pairs(
+        run_dirs, image_size_px=side, smallest_crop=settings.random_crop, run_weights=settings.run_weights,
+        progress=progress,
+    )  # fmt: skip
     fields = {"input": runs_digest(run_dirs), **stage2_identity(init_dir, llm, settings)}
     return _train(model, dataset, settings, output_dir, progress, fields, kept_images_digest(run_dirs))
 

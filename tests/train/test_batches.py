@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from capfilt.curate.human_captions import write_human_manifest
+from capfilt.curate.import_shards import import_shards
+from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.errors import CorruptionError, UsageError
 from capfilt.models.ranks import ALONE, Ranks
@@ -32,6 +37,7 @@ from capfilt.train.batches import (
     iterate_batches,
 )
 from capfilt.train.pairs import RunPairs, read_pairs, runs_digest
+from tests.curate.test_import_shards import write_foreign
 from tests.train import small_models
 
 SETTINGS = TrainSettings(batch_size=8, seed=3)
@@ -239,6 +245,45 @@ def test_runs_are_shown_as_often_as_their_weights_say(run: RunDir, tmp_path: Pat
     assert Cursor(1, 83).num_epochs(dataset.num_shown) == 2.0
     with pytest.raises(UsageError, match="1 weights for 2 runs"):
         read_pairs([run.path, other.path], image_size_px=16, run_weights=(1.0,))
+
+
+def test_equal_pictures_have_one_id_whatever_their_keys_and_runs(run: RunDir, tmp_path: Path) -> None:
+    dataset = read_pairs([run.path, run.path], image_size_px=16)
+    half = len(dataset.keys) // 2
+    assert dataset.image_ids.min() >= 0
+    assert np.array_equal(dataset.image_ids[:half], dataset.image_ids[half:])
+    rows = read_manifest([run], ["key", "sha256"], kept_only=True).to_pylist()
+    digests = {row["key"]: row["sha256"] for row in rows}
+    same_digest = [[digests[a] == digests[b] for b in dataset.keys[:half]] for a in dataset.keys[:half]]
+    ids = dataset.image_ids[:half]
+    assert np.array_equal(ids[:, None] == ids[None], np.array(same_digest))
+    batch = next(iterate_batches(dataset, SETTINGS))
+    assert batch.image_ids is not None
+    assert np.array_equal(batch.image_ids, dataset.image_ids[batch.rows])
+
+
+def test_crops_of_pictures_in_memory_are_as_sharp_as_those_of_files(tmp_path: Path) -> None:
+    """Fine stripes: a picture that was made small first has lost them."""
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::8] = stripes[:, 1::8] = stripes[:, 2::8] = stripes[:, 3::8] = 255
+    encoded = io.BytesIO()
+    Image.fromarray(stripes).save(encoded, "PNG")
+    write_foreign(tmp_path / "0.tar", [("a.png", encoded.getvalue()), ("a.txt", b"stripes")])
+    run = RunDir.create(tmp_path / "run")
+    import_shards([str(tmp_path / "0.tar")], run)
+    write_human_manifest(run)
+    quarter = [View(0.25, 0.25, 0.5, 0.5)]
+    row = np.array([0])
+    from_file = read_pairs([run], image_size_px=16, memory_limit_bytes=0).read_pixels(row, quarter).astype(int)
+    held = read_pairs([run], image_size_px=16, smallest_crop=0.25)
+    assert held.num_bytes_decoded == 32 * 32 * 3
+    assert held.in_memory
+    shrunken = read_pairs([run], image_size_px=16)
+    error = np.abs(held.read_pixels(row, quarter) - from_file).mean()
+    assert error < 0.3 * np.abs(shrunken.read_pixels(row, quarter) - from_file).mean()
+    whole = read_pairs([run], image_size_px=16, memory_limit_bytes=0).read_pixels(row, None).astype(int)
+    assert held.read_pixels(row, None).shape == (1, 16, 16, 3)
+    assert np.abs(held.read_pixels(row, None) - whole).mean() < 12
 
 
 def test_a_run_that_keeps_nothing_adds_nothing(run: RunDir, tmp_path: Path) -> None:
