@@ -22,7 +22,7 @@ from capfilt.evaluate.caption_metrics import score_captions
 from capfilt.evaluate.labelled_scores import area_under_curve
 from capfilt.evaluate.ranking import match_ranks, recall_at
 from capfilt.evaluate.retrieval import evaluate_retrieval
-from capfilt.evaluate.retrieval_models import BlipRetrieval, RetrievalOptions
+from capfilt.evaluate.retrieval_models import RetrievalOptions, load_retrieval_model
 from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
 from capfilt.train.generate import Generator
 from capfilt.train.llm import continue_texts
@@ -79,11 +79,11 @@ def measure_greedy(folder: Path, num_scenes: int) -> Figures:
 
 
 def measure_retrieval(folder: Path, num_scenes: int, k_test: int) -> Figures:
-    """R@1 both ways of a BLIP filter among captions that state every fact: by ITC, and with the k best by ITM."""
+    """R@1 both ways among captions that state every fact: by ITC, and with the k best by ITM; any retrieval model."""
     scenes = unseen_scenes(num_scenes)
     rng = np.random.default_rng(29)
     texts = [full_caption(scene, rng) for scene in scenes]
-    model = BlipRetrieval(str(folder), RetrievalOptions())
+    model = load_retrieval_model(str(folder), RetrievalOptions())
     report, _ = evaluate_retrieval(model, [picture(scene) for scene in scenes], texts, k_test=k_test)
     assert report.itm is not None
     figures: Figures = {}

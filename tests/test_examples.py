@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +20,8 @@ import torch
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
+from capfilt.settings import BlipTrainSettings
+from capfilt.train.blip import train_blip, train_captioner, train_filter
 from capfilt.weights.find import EMBEDDED_DIR, EMBEDDED_FOLDERS
 from tests import factories
 from tests.curate.test_import_shards import write_foreign
@@ -167,3 +170,27 @@ def test_photographs_from_tars_to_figures(tmp_path: Path, capsys: pytest.Capture
         assert json.loads((run / "photographs.json").read_text()) == found
         assert script.main([*command, "--smoke", "--steps", "4", "--threads", "1"]) == 3
     assert "photographs:" in capsys.readouterr().err
+
+
+def test_the_world_s_trainings_are_measured_as_far_as_they_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_models.save_run(tmp_path / "pairs", [8])
+    settings = BlipTrainSettings(
+        tokenizer=str(small_models.save_bert(tmp_path / "bert")), image_size_px=16, patch_size_px=8, vision_width=16,
+        vision_depth=1, text_width=16, text_depth=1, head_width=8, embed_dim=8, max_positions=64, max_steps=1,
+        batch_size=4, queue_size=4,
+    )  # fmt: skip
+    train_blip([tmp_path / "pairs"], settings, tmp_path / "blip")
+    run, tuning = tmp_path / "run", replace(settings, init=str(tmp_path / "blip"), tokenizer="")
+    with loaded("measure_world") as script:
+        assert script.main([str(run), "--threads", "1"]) == 1
+        assert "no training is done" in capsys.readouterr().err
+        train_captioner([tmp_path / "pairs"], tuning, run / "captioner")
+        train_filter([tmp_path / "pairs"], tuning, run / "filter")
+        assert script.main([str(run), "--unseen", "6", "--threads", "1"]) == 0
+    found = json.loads((run / "figures.json").read_text())
+    assert list(found) == ["captioner", "filter"]
+    assert found["captioner"]["captions true"] == 0, "after one step"
+    assert 0 <= found["filter"]["text to image R@1, ITM"] <= 1
+    assert "| filter | AUC against one changed fact |" in capsys.readouterr().out
