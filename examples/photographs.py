@@ -47,8 +47,8 @@ K_TEST = 128
 
 SETTINGS = BlipTrainSettings(
     image_size_px=112, patch_size_px=16, vision_width=384, vision_depth=6, captions_per_image=2, queue_size=4096,
-    random_crop=0.4, random_flip=True, optimizer="muon", beta2=0.98, autocast="auto", batch_size=64, learning_rate=1e-3,
-    min_learning_rate=1e-5, save_every_steps=100, log_every_steps=25,
+    dropout=0.0, random_crop=0.4, random_flip=True, optimizer="muon", beta2=0.98, autocast="auto", batch_size=64,
+    learning_rate=1e-3, min_learning_rate=1e-5, save_every_steps=100, log_every_steps=25,
 )  # fmt: skip
 SMOKE = replace(
     SETTINGS, image_size_px=32, patch_size_px=16, vision_width=32, vision_depth=1, head_width=16, queue_size=16,

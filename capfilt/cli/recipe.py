@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,7 @@ def run(
     chosen = read_recipe(recipe)
     path = run_dir_of(chosen, run)
     if dry_run:
-        _show_plan(chosen, recipe, path, generation, as_json)
+        _show_plan(replace(chosen, trainings=()) if curate_only else chosen, recipe, path, generation, as_json)
         return
     progress = open_progress()
     results = {}

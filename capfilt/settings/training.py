@@ -106,6 +106,9 @@ class BlipTrainSettings(TrainSettings):
     code: to bert-base-uncased). Needed where init and text_init are empty."""
     prompt: str = ""
     """Captioner fine-tuning: text before every caption, without loss."""
+    dropout: float = 0.1
+    """Dropout in text encoder and decoder (BLIP's released configurations: 0.1; here not on attention weights, so that
+    the fused kernels can be used)."""
     label_smoothing: float = 0.1
     """LM: share of the target spread over the vocabulary (BLIP's released code: 0.1)."""
     losses: tuple[str, ...] = ("itc", "itm", "lm")
@@ -148,7 +151,8 @@ class BlipTrainSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "0 or more, less than 1")
+        for name in ("dropout", "label_smoothing"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more, less than 1")
         known = ("itc", "itm", "lm")
         odd = not self.losses or any(name not in known for name in self.losses)
         require(not odd, "losses", self.losses, f"some of {', '.join(known)}")

@@ -23,7 +23,7 @@ from capfilt.models.convert_albef import from_bert
 from capfilt.models.convert_blip2 import State
 from capfilt.models.masking import NUM_DRAWS, MaskingConfig, mask_tokens
 from capfilt.models.momentum import MomentumConfig
-from capfilt.models.vit import VisionTransformer, ViTConfig, change_image_size, interpolate_positions
+from capfilt.models.vit import change_image_size, interpolate_positions
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import AlbefTrainSettings
 from capfilt.train.batches import Batch, Draws, image_ids, iterate_batches
@@ -32,6 +32,7 @@ from capfilt.train.optim import ramped_alpha
 from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.processes import Processes, join_processes
 from capfilt.train.tokens import refuse_longer_texts, tokenise
+from capfilt.train.towers import bert_sizes, find_bert, new_vision, sizes_from_settings
 from capfilt.weights.albef import LoadedAlbef, load_trainable_albef, refuse_unlike_original, save_albef
 from capfilt.weights.find import SIDE_FILES, find_model_dir
 from capfilt.weights.model_files import (
@@ -43,7 +44,6 @@ from capfilt.weights.model_files import (
     tokenizer_digest,
     weights_digest,
 )
-from capfilt.weights.vit import build_vision, load_vit_start
 
 DEFAULT_IMAGE_SIZE_PX = 256
 """Of a new one (ALBEF §3.5: 256 in pre-training)."""
@@ -168,7 +168,7 @@ class AlbefInputs:
         masked_BT, is_masked_BT = mask_tokens(tokens_BT, by_token_3BT, self._masking())
         num_epochs = batch.cursor.num_epochs(self.num_images)
         return {
-            "images_BCHW": batch.images.to(device), "tokens_BT": tokens_BT.to(device), "losses": settings.losses,
+            "images_BCHW": batch.images_on(device), "tokens_BT": tokens_BT.to(device), "losses": settings.losses,
             "ids_B": image_ids(batch, device),
             "masked_tokens_BT": masked_BT.to(device), "is_masked_BT": is_masked_BT.to(device),
             "uniform_2B": numbers[:2].to(device), "ranks": self.processes.ranks,
@@ -209,7 +209,7 @@ def _at_image_size(loaded: LoadedAlbef, image_size_px: int) -> LoadedAlbef:
 def _start_anew(settings: AlbefTrainSettings) -> tuple[LoadedAlbef, str]:
     """A new model: at random, or its parts from published weights; and what identifies those."""
     image_size_px = settings.image_size_px or DEFAULT_IMAGE_SIZE_PX
-    vision, vision_digest = _new_vision(settings, image_size_px)
+    vision, vision_digest = new_vision(settings, DEFAULT_IMAGE_SIZE_PX)
     config, tokenizer, weights, text_digest = _new_text(settings, vision.config.width)
     model = Albef(vision, config, embed_dim=settings.embed_dim)
     if weights:
@@ -221,38 +221,17 @@ def _start_anew(settings: AlbefTrainSettings) -> tuple[LoadedAlbef, str]:
     return start, " ".join(part for part in (text_digest, vision_digest) if part)
 
 
-def _new_vision(settings: AlbefTrainSettings, image_size_px: int) -> tuple[VisionTransformer, str]:
-    if settings.vision_init:
-        start = load_vit_start(settings.vision_init, image_size_px=image_size_px)
-        return build_vision(start), start.digest
-    if image_size_px % settings.patch_size_px:
-        raise UsageError(
-            f"image_size_px is {image_size_px}; expected a multiple of the patch, {settings.patch_size_px}."
-        )
-    sizes = ViTConfig(
-        image_size_px=image_size_px, patch_size_px=settings.patch_size_px, width=settings.vision_width,
-        depth=settings.vision_depth, num_heads=settings.vision_width // settings.head_width,
-        mlp_width=4 * settings.vision_width,
-    )  # fmt: skip
-    return VisionTransformer(sizes), ""
-
-
 def _new_text(settings: AlbefTrainSettings, vision_width: int) -> tuple[AlbefConfig, Any, State, str]:
     """Sizes, tokenizer and first weights (none from nothing) of the text side, and what identifies their files."""
-    depth = settings.text_depth + settings.fusion_depth
     shared: dict[str, Any] = {
-        "depth": depth, "text_depth": settings.text_depth, "vision_width": vision_width, "dropout": settings.dropout,
+        "text_depth": settings.text_depth, "vision_width": vision_width, "dropout": settings.dropout,
     }  # fmt: skip
+    depth = settings.text_depth + settings.fusion_depth
     if settings.text_init:
-        folder = find_model_dir(settings.text_init, "BERT to start from", embedded=None)
-        tokenizer, sizes, state = _bert_tokenizer(folder), read_config(folder), read_weights(folder)
-        if sizes.get("hidden_act", "gelu") != "gelu":
-            raise UsageError(f"{folder} uses {sizes['hidden_act']!r}; expected 'gelu', as BERT has. Give a BERT.")
-        config = AlbefConfig(
-            vocab_size=sizes["vocab_size"], width=sizes["hidden_size"], num_heads=sizes["num_attention_heads"],
-            mlp_width=sizes["intermediate_size"], max_positions=sizes["max_position_embeddings"],
-            layer_norm_eps=sizes.get("layer_norm_eps", 1e-12), **_token_ids(tokenizer), **shared,
-        )  # fmt: skip
+        folder = find_bert(settings.text_init)
+        tokenizer, state = _bert_tokenizer(folder), read_weights(folder)
+        sizes = {**bert_sizes(folder), "depth": depth, "vocab_size": read_config(folder)["vocab_size"]}
+        config = AlbefConfig(**sizes, **_token_ids(tokenizer), **shared)
         return config, tokenizer, from_bert(state, config), weights_digest(folder)
     if not settings.tokenizer:
         raise UsageError(
@@ -261,10 +240,8 @@ def _new_text(settings: AlbefTrainSettings, vision_width: int) -> tuple[AlbefCon
         )
     folder = find_model_dir(settings.tokenizer, "tokenizer", patterns=SIDE_FILES)
     tokenizer = _bert_tokenizer(folder)
-    config = AlbefConfig(
-        vocab_size=len(tokenizer), width=settings.text_width, num_heads=settings.text_width // settings.head_width,
-        mlp_width=4 * settings.text_width, max_positions=settings.max_positions, **_token_ids(tokenizer), **shared,
-    )  # fmt: skip
+    sizes = {**sizes_from_settings(settings, depth), "vocab_size": len(tokenizer)}
+    config = AlbefConfig(**sizes, **_token_ids(tokenizer), **shared)
     return config, tokenizer, {}, tokenizer_digest(folder)
 
 

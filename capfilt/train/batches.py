@@ -15,8 +15,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -28,9 +27,6 @@ from capfilt.errors import UsageError
 from capfilt.models.ranks import ALONE, Ranks
 from capfilt.settings import TrainSettings
 from capfilt.weights.model_files import CLIP_MEAN, CLIP_STD
-
-NUM_DECODERS = 2
-"""Threads that decode or crop; pictures are decoded one batch ahead of the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +59,16 @@ class Batch:
     std: tuple[float, ...] = CLIP_STD
     image_ids: np.ndarray | None = None
     """Of the dataset, see `PairDataset.image_ids`."""
+    names: list[str] = field(default_factory=list)
+    """What the draws of each sample go by: its key, and the time where it is shown again in an epoch."""
+    places: list[str] = field(default_factory=list)
+    """Where people find each sample."""
 
-    @cached_property
-    def images(self) -> Tensor:
-        """float32 (B, 3, H, W), normalised; computed when first asked for."""
+    def images_on(self, device: torch.device | str) -> Tensor:
+        """float32 (B, 3, H, W), normalised on the device, where the pixels go as bytes."""
         if isinstance(self.pixels, Tensor):
-            return self.pixels
-        return normalise(self.pixels, self.mean, self.std)
+            return self.pixels.to(device)
+        return normalise(self.pixels, self.mean, self.std, device)
 
 
 def image_ids(batch: Batch, device: torch.device) -> Tensor | None:
@@ -93,6 +92,14 @@ class PairDataset(Protocol):
 
     def captions_of(self, row: int) -> list[str]:
         """The kept captions of an image, at least one."""
+        ...
+
+    def place_of(self, row: int) -> str:
+        """Where people find a sample: its key, and its run where there are several."""
+        ...
+
+    def open(self) -> None:
+        """Called before pixels are read again and again: those that fit into memory may be decoded, with progress."""
         ...
 
     def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
@@ -125,6 +132,12 @@ class ArrayPairs:
 
     def captions_of(self, row: int) -> list[str]:
         return list(self.captions[row])
+
+    def place_of(self, row: int) -> str:
+        return self.keys[row]
+
+    def open(self) -> None:
+        pass
 
     def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
         return crop_arrays(self.images[rows], views)
@@ -164,6 +177,7 @@ def iterate_batches(
     if not with_pixels:
         no_pixels = np.empty((0, 0, 0, 3), np.uint8)
         return (_assemble(dataset, settings, plan, no_pixels, mean, std) for plan in plans)
+    dataset.open()
     return _read_ahead(dataset, settings, plans, mean, std)
 
 
@@ -235,10 +249,13 @@ def _assemble(
     rows: list[int] = plan.rows.tolist()
     keys = [dataset.keys[row] for row in rows]
     texts = []
-    for row, name in zip(rows, _names(dataset, plan), strict=True):
+    names = _names(dataset, plan)
+    for row, name in zip(rows, names, strict=True):
         captions = dataset.captions_of(row)
         texts.append(captions[draw(settings.seed, plan.epoch, name, "caption") % len(captions)])
-    return Batch(pixels, texts, keys, plan.following, plan.rows, mean, std, dataset.image_ids[plan.rows])
+    places = [dataset.place_of(row) for row in rows]
+    ids = dataset.image_ids[plan.rows]
+    return Batch(pixels, texts, keys, plan.following, plan.rows, mean, std, ids, names, places)
 
 
 def _views(dataset: PairDataset, settings: TrainSettings, plan: _Plan) -> list[View] | None:
@@ -325,10 +342,12 @@ def to_square(image: Image.Image, size_px: int, view: View | None = None) -> np.
     return pixels[:, ::-1] if view.mirrored else pixels
 
 
-def normalise(pixels_BHWC: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (B, H, W, 3) → float32 (B, 3, H, W), (value / 255 - mean) / std."""
-    scale = torch.tensor([1.0 / (255.0 * s) for s in std]).view(1, 3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
-    pixels = torch.from_numpy(np.ascontiguousarray(pixels_BHWC))
+def normalise(
+    pixels_BHWC: np.ndarray, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
+) -> Tensor:
+    """uint8 (B, H, W, 3) → float32 (B, 3, H, W), (value / 255 - mean) / std, computed on the device."""
+    scale = torch.tensor([1.0 / (255.0 * s) for s in std], device=device).view(1, 3, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, 3, 1, 1)
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels_BHWC)).to(device)
     images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return images.mul_(scale).add_(shift)

@@ -169,8 +169,8 @@ class _Inputs:
 
     def __call__(self, batch: Batch, draws: Draws) -> dict[str, Any]:
         settings, device = self.settings, self.processes.device
-        texts = _captions_of(self.dataset, batch, settings)
-        false_texts = _false_captions_of(self.dataset, batch, settings)
+        texts = captions_of(self.dataset, batch, settings)
+        false_texts = false_captions_of(self.dataset, batch, settings)
         prompt = settings.prompt.strip() + " " if settings.prompt.strip() else ""
         tokens_NT, _ = tokenise(
             self.tokenizer, [prompt + text for text in texts + false_texts], settings.max_text_tokens,
@@ -181,7 +181,7 @@ class _Inputs:
             false_tokens_BT = tokens_NT[len(texts) :].clone()
             false_tokens_BT[torch.tensor([not text for text in false_texts])] = self.tokenizer.pad_token_id
         inputs: dict[str, Any] = {
-            "images_BCHW": batch.images.to(device), "tokens_RT": tokens_NT[: len(texts)].to(device),
+            "images_BCHW": batch.images_on(device), "tokens_RT": tokens_NT[: len(texts)].to(device),
             "losses": settings.losses, "ranks": self.processes.ranks,
         }  # fmt: skip
         if self.part.contrast is not None:
@@ -193,23 +193,23 @@ class _Inputs:
         return inputs
 
 
-def _captions_of(dataset: RunPairs, batch: Batch, settings: BlipTrainSettings) -> list[str]:
+def captions_of(dataset: RunPairs, batch: Batch, settings: BlipTrainSettings) -> list[str]:
     """The texts of a batch, or several for each image, side by side."""
     if settings.captions_per_image == 1 or batch.rows is None:
         return batch.texts
     texts: list[str] = []
-    for row, key in zip(batch.rows.tolist(), batch.keys, strict=True):
-        seed = draw(settings.seed, batch.cursor.epoch, key, "captions")
+    for row, name in zip(batch.rows.tolist(), batch.names, strict=True):
+        seed = draw(settings.seed, batch.cursor.epoch, name, "captions")
         texts += draw_captions(dataset.captions_of(row), settings.captions_per_image, seed)
     return texts
 
 
-def _false_captions_of(dataset: RunPairs, batch: Batch, settings: BlipTrainSettings) -> list[str]:
+def false_captions_of(dataset: RunPairs, batch: Batch, settings: BlipTrainSettings) -> list[str]:
     """A caption known to be false of each image, "" where none is; an empty list if they are not asked for."""
     if not settings.known_false or batch.rows is None:
         return []
     texts: list[str] = []
-    for row, key in zip(batch.rows.tolist(), batch.keys, strict=True):
+    for row, name in zip(batch.rows.tolist(), batch.names, strict=True):
         known = dataset.false_captions_of(row)
-        texts.append(known[draw(settings.seed, batch.cursor.epoch, key, "false") % len(known)] if known else "")
+        texts.append(known[draw(settings.seed, batch.cursor.epoch, name, "false") % len(known)] if known else "")
     return texts

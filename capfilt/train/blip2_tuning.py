@@ -84,7 +84,7 @@ def train_blip2_vqa(
     progress = progress or NullProgress()
     model = load_start(init, llm, settings)
     side, frame = model.encoder.preparation.image_size_px, settings.prompt.strip() or model.stage.llm.question_prompt
-    dataset = read_question_pairs(files, image_size_px=side, progress=progress)
+    dataset = read_question_pairs(files, image_size_px=side, smallest_crop=settings.random_crop, progress=progress)
 
     def prompts_of(batch: Batch) -> list[str]:
         assert batch.rows is not None, "a dataset's batches carry rows"
@@ -203,4 +203,4 @@ def _trained_inputs(
             data.dataset, settings, cursor, ranks=processes.ranks, mean=preparation.mean, std=preparation.std
         )  # fmt: skip
 
-    return open_batches, lambda batch: {"images_BCHW": batch.images.to(processes.device)}
+    return open_batches, lambda batch: {"images_BCHW": batch.images_on(processes.device)}

@@ -16,20 +16,20 @@ from capfilt.models.blip import Blip
 from capfilt.models.convert_blip import Kind, med_from_bert
 from capfilt.models.convert_blip2 import head_start
 from capfilt.models.med import Captioner, Filter, MEDConfig
-from capfilt.models.vit import VisionTransformer, ViTConfig, change_image_size
+from capfilt.models.vit import VisionTransformer, change_image_size
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.pretrained import copy_start
+from capfilt.train.towers import bert_sizes, find_bert, new_vision, sizes_from_settings
 from capfilt.weights.blip import LoadedBlip, blip_digest, load_trainable_blip
 from capfilt.weights.find import SIDE_FILES, find_model_dir
 from capfilt.weights.model_files import (
     ImagePreparation,
     load_tokenizer,
-    read_config,
     read_weights,
     tokenizer_digest,
     weights_digest,
 )
-from capfilt.weights.vit import build_vision, load_vit_start
+from capfilt.weights.vit import load_vit_start
 
 DEFAULT_IMAGE_SIZE_PX = 224
 """From nothing (BLIP §4.1: 224 in pre-training)."""
@@ -45,7 +45,7 @@ def start_blip(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
 def origin_digest(settings: BlipTrainSettings, part: str) -> str:
     """What training starts from: both parts, one, or the tokenizer alone."""
     if not settings.init:
-        named = [weights_digest(_text_dir(settings.text_init))] if settings.text_init else []
+        named = [weights_digest(find_bert(settings.text_init))] if settings.text_init else []
         named += [load_vit_start(settings.vision_init).digest] if settings.vision_init else []
         return " ".join([*named, tokenizer_digest(_tokenizer_dir(settings.tokenizer or settings.text_init))])
     paths = _both_parts(settings.init).values() if part == "blip" else [part_of(settings.init, part)]
@@ -56,13 +56,9 @@ def _tokenizer_dir(name: str) -> Path:
     return find_model_dir(name, "tokenizer", patterns=SIDE_FILES)
 
 
-def _text_dir(name: str) -> Path:
-    return find_model_dir(name, "BERT to start from", embedded=None)
-
-
 def load_part(settings: BlipTrainSettings, part: Kind) -> LoadedBlip:
     """The captioner or filter that fine-tuning starts from, for images of the size asked for."""
-    start = load_trainable_blip(part_of(settings.init, part), part)
+    start = load_trainable_blip(part_of(settings.init, part), part, settings.dropout)
     return _at_image_size(start, settings.image_size_px)
 
 
@@ -104,8 +100,10 @@ def _both_parts(init: str) -> dict[Kind, Path]:
 
 def _start_from_init(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
     """Both parts of an earlier `train blip`; what they share must be equal."""
-    loaded = {part: load_trainable_blip(folder, part) for part, folder in _both_parts(settings.init).items()}
-    parts = {part: _at_image_size(start, settings.image_size_px) for part, start in loaded.items()}
+    parts = {
+        part: _at_image_size(load_trainable_blip(folder, part, settings.dropout), settings.image_size_px)
+        for part, folder in _both_parts(settings.init).items()
+    }
     captioner, filter_model = parts["captioner"].model, parts["filter"].model
     assert isinstance(captioner, Captioner)
     assert isinstance(filter_model, Filter)
@@ -153,7 +151,7 @@ def _start_anew(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
             "from, a BERT to start from (google-bert/bert-base-uncased), or a tokenizer to start from nothing."
         )
     tokenizer = _blip_tokenizer(settings.tokenizer or settings.text_init)
-    vision = _new_vision(settings)
+    vision, _ = new_vision(settings, DEFAULT_IMAGE_SIZE_PX)
     model = Blip(
         vision,
         _text_sizes(settings, tokenizer, vision.config.width),
@@ -161,51 +159,20 @@ def _start_anew(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
         label_smoothing=settings.label_smoothing,
     )
     if settings.text_init:
-        _copy_bert(model, _text_dir(settings.text_init))
+        _copy_bert(model, find_bert(settings.text_init))
     return model, LoadedBlip(model.captioner, tokenizer, ImagePreparation(vision.config.image_size_px))
-
-
-def _new_vision(settings: BlipTrainSettings) -> VisionTransformer:
-    """A published ViT (BLIP §4.1: DeiT's or ViT's, pre-trained on ImageNet), or one of the settings' sizes."""
-    side = settings.image_size_px or DEFAULT_IMAGE_SIZE_PX
-    if settings.vision_init:
-        return build_vision(load_vit_start(settings.vision_init, image_size_px=side))
-    if side % settings.patch_size_px:
-        raise UsageError(f"image_size_px is {side}; expected a multiple of the patch, {settings.patch_size_px}.")
-    sizes = ViTConfig(
-        image_size_px=side, patch_size_px=settings.patch_size_px, width=settings.vision_width,
-        depth=settings.vision_depth, num_heads=settings.vision_width // settings.head_width,
-        mlp_width=4 * settings.vision_width,
-    )  # fmt: skip
-    return VisionTransformer(sizes)
 
 
 def _text_sizes(settings: BlipTrainSettings, tokenizer: Any, vision_width: int) -> MEDConfig:
     """Those of the BERT to start from, else of the settings."""
     names = tokenizer.get_vocab()
-    special: dict[str, Any] = {
-        "vocab_size": len(tokenizer), "vision_width": vision_width,
-        "pad_token_id": tokenizer.pad_token_id, "sep_token_id": tokenizer.sep_token_id,
-        "dec_token_id": names["[DEC]"], "enc_token_id": names["[ENC]"],
-    }  # fmt: skip
-    if not settings.text_init:
-        return MEDConfig(
-            width=settings.text_width, depth=settings.text_depth, max_positions=settings.max_positions,
-            num_heads=settings.text_width // settings.head_width, mlp_width=4 * settings.text_width, **special,
-        )  # fmt: skip
-    folder = _text_dir(settings.text_init)
-    sizes = read_config(folder)
-    sizes = sizes.get("text_config", sizes)
-    if sizes.get("hidden_act", "gelu") != "gelu":
-        raise UsageError(f"{folder} uses {sizes['hidden_act']!r}; expected 'gelu', as BERT has. Give a BERT.")
-    try:
-        return MEDConfig(
-            width=sizes["hidden_size"], depth=sizes["num_hidden_layers"], num_heads=sizes["num_attention_heads"],
-            mlp_width=sizes["intermediate_size"], max_positions=sizes["max_position_embeddings"],
-            layer_norm_eps=sizes.get("layer_norm_eps", 1e-12), **special,
-        )  # fmt: skip
-    except KeyError as error:
-        raise UsageError(f"{folder}/config.json has no {error}; expected that of a BERT.") from None
+    named = bert_sizes(find_bert(settings.text_init)) if settings.text_init else None
+    return MEDConfig(
+        vocab_size=len(tokenizer), vision_width=vision_width, dropout=settings.dropout,
+        pad_token_id=tokenizer.pad_token_id, sep_token_id=tokenizer.sep_token_id,
+        dec_token_id=names["[DEC]"], enc_token_id=names["[ENC]"],
+        **(named or sizes_from_settings(settings, settings.text_depth)),
+    )  # fmt: skip
 
 
 def _copy_bert(model: Blip, folder: Path) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError, RunLockedError, UsageError
 from capfilt.train.processes import fill_tensor, full_tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NUM_KEPT = 2
 _DIGESTS = {
     "input": "input (other pairs or texts)", "tokenizer_sha256": "tokenizer",

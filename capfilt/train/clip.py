@@ -86,7 +86,7 @@ def train_clip_on(
 
     def prepare(batch: Batch, _draws: Draws) -> dict[str, Any]:
         tokens_BT = _encode(tokenizer, batch.texts, settings, device)
-        return {"images_BCHW": batch.images.to(device), "tokens_BT": tokens_BT, "ranks": processes.ranks}
+        return {"images_BCHW": batch.images_on(device), "tokens_BT": tokens_BT, "ranks": processes.ranks}
 
     def clamp_temperature(_step: int) -> None:
         with torch.no_grad():

@@ -55,8 +55,10 @@ class FrozenFeatures:
         self._encoder, self._dataset, self._settings = encoder, dataset, settings
         self._device, self._ranks = processes.device, processes.ranks
         self._progress, self._images_digest = progress, images_digest
-        rows = np.arange(len(dataset.keys)) if image_rows is None else image_rows
-        self._shown, self._place = np.unique(rows, return_inverse=True)  # rows read; row → place in the cache
+        self._shown = np.arange(len(dataset.keys))  # rows read
+        self._place = self._shown  # row → place in the cache
+        if image_rows is not None:
+            self._shown, self._place = np.unique(image_rows, return_inverse=True)
         self._cache: Tensor | None = None
         self._packed: VisionTransformer | None = None
 
@@ -89,7 +91,7 @@ class FrozenFeatures:
     def __call__(self, batch: Batch) -> Tensor:
         """Features (B, 1 + P, D) of the batch's images, on the device."""
         if self._cache is None:
-            return self._encode(batch.images)
+            return self._encode(batch.images_on(self._device))
         assert batch.rows is not None, "a dataset's batches carry rows"
         return self._cache[torch.from_numpy(self._place[batch.rows])].to(self._device)
 
@@ -97,13 +99,14 @@ class FrozenFeatures:
         if self._packed is None:
             self._packed = packed_copy(self._encoder.vision)
         with torch.autocast(self._device.type, enabled=False):  # with and without a cache alike
-            return self._packed(images_BCHW.to(self._device))
+            return self._packed(images_BCHW)
 
     @torch.no_grad()
     def _encode_places(self, places: np.ndarray) -> Tensor:
         """Features of the images at places of the cache."""
         preparation = self._encoder.preparation
-        images = normalise(self._dataset.read_pixels(self._shown[places], None), preparation.mean, preparation.std)
+        pixels = self._dataset.read_pixels(self._shown[places], None)
+        images = normalise(pixels, preparation.mean, preparation.std, self._device)
         return self._encode(images).to("cpu", self.stored_dtype)
 
     def _shape(self) -> tuple[int, int, int]:
@@ -111,18 +114,25 @@ class FrozenFeatures:
         return len(self._shown), sizes.num_patches + 1, sizes.width
 
     def _encode_all(self) -> Tensor:
-        num_images = len(self._shown)
+        """Each process encodes its part and gets those of the others."""
+        num_images, num_ranks = len(self._shown), self._ranks.num_ranks
         cache = torch.empty(self._shape(), dtype=self.stored_dtype)
         megabytes = round(cache.nbytes / 1e6)
         self._progress.start("features", num_images, "image")
-        for first in range(0, num_images, BATCH_SIZE):
-            places = np.arange(first, min(first + BATCH_SIZE, num_images))
-            cache[first : first + len(places)] = self._encode_places(places)
-            self._progress.advance(len(places), cache_megabytes=megabytes)
+        for first in range(0, num_images, BATCH_SIZE * num_ranks):
+            own = first + self._ranks.offset(BATCH_SIZE) + np.arange(BATCH_SIZE)
+            if num_ranks == 1:
+                own = own[own < num_images]
+            encoded = self._encode_places(np.minimum(own, num_images - 1)).view(torch.uint8)
+            of_all = self._ranks.gather(encoded.to(self._device)).cpu().view(cache.dtype)
+            part = cache[first : first + len(of_all)]
+            part.copy_(of_all[: len(part)])
+            self._progress.advance(len(part), cache_megabytes=megabytes)
         self._progress.finish()
         return cache
 
     def _open_file(self) -> Tensor:
+        """Those on disk; one process writes them, while the others wait."""
         assert self._settings.feature_cache_dir is not None
         directory = Path(self._settings.feature_cache_dir).expanduser()
         file = FeatureFile(directory, self._digest(), self._shape(), self.stored_dtype)

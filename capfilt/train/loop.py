@@ -17,17 +17,14 @@ each step together.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -36,8 +33,7 @@ from torch import Tensor, nn
 from capfilt.errors import CapfiltError
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import TrainSettings
-from capfilt.train.batches import Batch, Cursor, Draws
-from capfilt.train.blocks import compile_blocks, recompute_blocks
+from capfilt.train.batches import Batch, Cursor
 from capfilt.train.checkpoint import (
     file_digests,
     find_checkpoint,
@@ -49,13 +45,14 @@ from capfilt.train.checkpoint import (
     refuse_other_settings,
     save_checkpoint,
 )
-from capfilt.train.cpu import fast_bfloat16_attention, fast_cpu
-from capfilt.train.optim import build_optimizer, learning_rate_at, set_learning_rate
-from capfilt.train.processes import Processes, global_norm, make_whole
+from capfilt.train.cpu import fast_cpu
+from capfilt.train.optim import learning_rate_at, set_learning_rate
+from capfilt.train.processes import Processes, launched_autocast, make_whole
 from capfilt.train.records import Records
+from capfilt.train.signals import deferred_signals, raise_signal
+from capfilt.train.step import Live, Prepare, make_live, take_step
 from capfilt.weights.devices import choose_fast_dtype, name_dtype
 
-Prepare = Callable[[Batch, Draws], Mapping[str, Any]]
 OpenBatches = Callable[[Cursor], Iterator[Batch]]
 
 UNBOUND_SETTINGS = (
@@ -64,9 +61,6 @@ UNBOUND_SETTINGS = (
     "image_encoder", "qformer_init", "init", "text_init", "vision_init", "tokenizer", "llm",  # by digest in `fields`
 )  # fmt: skip
 """Settings that may change between a training and its resumption."""
-
-SMALLEST_LOSS_SCALE = 1.0
-"""float16: gradients that overflow at this scale of the loss are no passing overflow any more."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +83,15 @@ class _Running:
     last_losses: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
-    num_steps: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
     num_images: int = 0
     since: float = field(default_factory=time.monotonic)
 
     def add(self, losses: Mapping[str, float], num_images: int) -> None:
+        """A step's; what a step lacks (a norm that overflowed) is averaged over the others."""
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.num_steps += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.num_images += num_images
 
     def flush(self) -> float:
@@ -104,10 +99,10 @@ class _Running:
         now = time.monotonic()
         rate = self.num_images / max(now - self.since, 1e-9)
         self.seconds += now - self.since
-        if self.num_steps:
-            self.last_losses = {name: value / self.num_steps for name, value in self.sums.items()}
+        if self.sums:
+            self.last_losses = {name: value / self.counts[name] for name, value in self.sums.items()}
             self.first_losses = self.first_losses or self.last_losses
-        self.sums, self.num_steps, self.num_images, self.since = {}, 0, 0, now
+        self.sums, self.counts, self.num_images, self.since = {}, {}, 0, now
         return rate
 
 
@@ -144,14 +139,14 @@ def train(
     and SystemExit(143).
     """
     progress = progress if progress and processes.is_main else NullProgress()
-    with _lock(output_dir, processes), fast_cpu(), _deferred_signals() as caught:
+    with _lock(output_dir, processes), fast_cpu(), deferred_signals() as caught:
         settings = _with_precision(settings, output_dir, processes.device)
         identity = {**binding_settings(settings), "num_processes": processes.num, **(fields or {})}
         done = _finished(output_dir, identity)
         _refuse_other_starts(processes, {"finished": done is not None, "fields": identity})
         if done is not None:
             return done
-        live = _make_live(objective, prepare, settings, processes, extra_tensors, some_unused, rate_scales)
+        live = make_live(objective, prepare, settings, processes, extra_tensors, some_unused, rate_scales)
         start, cursor, running = _resume(output_dir, live, identity)
         _refuse_other_starts(processes, {"step": start, "cursor": asdict(cursor)})
         records = Records(output_dir, active=processes.is_main, tensorboard=settings.tensorboard)
@@ -161,22 +156,20 @@ def train(
         progress.advance(start, already=True)
         for step in range(start, settings.max_steps):
             set_learning_rate(live.optimizer, rate := learning_rate_at(step, settings))
-            taken = _take_step(live, batches, step, caught)
+            taken = take_step(live, batches, step, caught)
             if after_step is not None:
                 after_step(step)
             running.add(taken.values, taken.num_images)
             step += 1
-            if step % settings.log_every_steps == 0 or step == settings.max_steps:
-                per_second = running.flush()
-                averages = {**running.last_losses, "learning_rate": rate, "images_per_second": round(per_second, 2)}
-                records.add({"step": step, **averages})
-                progress.advance(0, images_per_second=per_second)
+            is_last = step == settings.max_steps
+            if step % settings.log_every_steps == 0 or is_last:
+                _log(running, step, rate, records, progress)
             shown: dict[str, Any] = {**taken.values, "lr": f"{rate:.1e}"}
             progress.advance(1, **shown)
-            if step % settings.save_every_steps == 0 or step == settings.max_steps or taken.stop:
+            if step % settings.save_every_steps == 0 or is_last or taken.stop:
                 _save(output_dir, live, step, taken.cursor, identity, running)
             if taken.stop:
-                _raise_signal(caught[0] if caught else signal.SIGTERM)
+                raise_signal(caught[0] if caught else signal.SIGTERM)
         progress.finish()
         summary = _summary(running, settings, processes)
         make_whole(objective)
@@ -187,123 +180,21 @@ def train(
         return summary
 
 
-@dataclass
-class _Live:
-    """What a step works on."""
-
-    module: nn.Module
-    prepare: Prepare
-    parameters: dict[str, nn.Parameter]
-    extra_tensors: Callable[[], Mapping[str, Tensor]]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    settings: TrainSettings
-    processes: Processes
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the optimizer's state."""
-        return {**self.parameters, **self.extra_tensors()}
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """What a step did: losses and gradient norm, averaged over batches and processes, and where the stream is."""
-
-    values: dict[str, float]
-    num_images: int
-    cursor: Cursor
-    stop: bool
-    """Whether one of the processes was asked to stop."""
-
-
-def _make_live(
-    objective: nn.Module,
-    prepare: Prepare,
-    settings: TrainSettings,
-    processes: Processes,
-    extra_tensors: Callable[[], Mapping[str, Tensor]],
-    some_unused: bool,
-    rate_scales: Mapping[str, float] | None,
-) -> _Live:
-    if settings.recompute:
-        recompute_blocks(objective)
-    if settings.compile:
-        compile_blocks(objective)
-    module = processes.wrap(objective, some_unused=some_unused)
-    parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    optimizer = build_optimizer(parameters.items(), settings, rate_scales)
-    scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.autocast == "float16")
-    return _Live(module, prepare, parameters, extra_tensors, optimizer, scaler, settings, processes)
-
-
-def _take_step(live: _Live, batches: Iterator[Batch], step: int, caught: Sequence[int]) -> _Taken:
-    """One update. Where it is refused the weights stay as they are."""
-    settings, scaler, processes = live.settings, live.scaler, live.processes
-    live.optimizer.zero_grad(set_to_none=True)
-    taken: list[Batch] = []
-    found: list[dict[str, Tensor]] = []
-    for part in range(settings.accumulation_steps):
-        taken.append(batch := next(batches))
-        draws = Draws(settings.seed, step, part, processes.ranks)
-        draws.reseed()
-        inputs = live.prepare(batch, draws)
-        with processes.accumulating(live.module, is_last=part + 1 == settings.accumulation_steps):
-            with _precision(settings, processes.device):
-                losses = live.module(**inputs)
-            scaler.scale(losses["loss"] / settings.accumulation_steps).backward()
-        found.append({name: value.detach().float() for name, value in losses.items()})
-    scaler.unscale_(live.optimizer)
-    norm = _clip(live.parameters, settings.clip_grad_norm)
-    averages = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
-    keys = [key for batch in taken for key in batch.keys]
-    values, stops = _agree({**averages, "grad_norm": norm}, keys, step, live, stop=bool(caught))
-    scaler.step(live.optimizer)
-    scaler.update()
-    return _Taken(values, len(keys) * processes.num, taken[-1].cursor, stops)
-
-
-def _agree(
-    values: Mapping[str, Tensor], keys: list[str], step: int, live: _Live, *, stop: bool
-) -> tuple[dict[str, float], bool]:
-    """The values averaged over the processes, and whether one of them is to stop.
-
-    CapfiltError on every process where one's are not finite; an overflow that float16 passes over is none.
-    """
-    asked = torch.tensor(float(stop), device=live.processes.device)
-    own = torch.stack([*(value.to(asked.device) for value in values.values()), asked])
-    by_process = live.processes.gather_values(own).tolist()
-    names = list(values)
-    scaled = live.scaler.is_enabled() and live.scaler.get_scale() >= SMALLEST_LOSS_SCALE
-    checked = len(names) - 1 if scaled else len(names)  # the gradient norm is the last
-    is_bad = [not all(math.isfinite(value) for value in row[:checked]) for row in by_process]
-    if any(is_bad):
-        rows = live.processes.gather_objects(keys)
-        odd_keys = [key for row, bad in zip(rows, is_bad, strict=True) if bad for key in row]
-        bad_row = by_process[is_bad.index(True)]
-        raise CapfiltError(_non_finite_message(dict(zip(names, bad_row, strict=False)), step, odd_keys))
-    averages = [sum(column) / len(by_process) for column in zip(*by_process, strict=True)]
-    found = dict(zip(names, averages, strict=False))
-    return {name: value for name, value in found.items() if math.isfinite(value)}, averages[-1] > 0
-
-
-@contextmanager
-def _precision(settings: TrainSettings, device: torch.device) -> Iterator[None]:
-    """Matrix products as `settings.autocast` says; the weights stay float32."""
-    if settings.autocast == "float32":
-        yield
-        return
-    on_cpu = device.type == "cpu"
-    kind = torch.bfloat16 if settings.autocast == "bfloat16" else torch.float16
-    with torch.autocast(device.type, kind), fast_bfloat16_attention() if on_cpu else nullcontext():
-        yield
+def _log(running: _Running, step: int, rate: float, records: Records, progress: Progress) -> None:
+    per_second = running.flush()
+    averages = {**running.last_losses, "learning_rate": rate, "images_per_second": round(per_second, 2)}
+    records.add({"step": step, **averages})
+    progress.advance(0, images_per_second=per_second)
 
 
 def _with_precision(settings: TrainSettings, output_dir: Path, device: torch.device) -> TrainSettings:
-    """The settings with a precision in the place of `auto`: that of the training in `output_dir`, else the fastest."""
-    if settings.autocast != "auto":
-        return settings
-    begun = find_fields(output_dir) or {}
-    return replace(settings, autocast=begun.get("autocast") or name_dtype(choose_fast_dtype("auto", device)))
+    """The settings with the launcher's precision, and in the place of `auto` that of the training in `output_dir`, else
+    the fastest.
+    """
+    autocast = launched_autocast(settings)
+    if autocast == "auto":
+        autocast = (find_fields(output_dir) or {}).get("autocast") or name_dtype(choose_fast_dtype("auto", device))
+    return replace(settings, autocast=autocast)
 
 
 @contextmanager
@@ -324,28 +215,7 @@ def binding_settings(settings: TrainSettings) -> dict[str, Any]:
     return {k: v for k, v in asdict(settings).items() if k not in UNBOUND_SETTINGS}
 
 
-def _clip(parameters: Mapping[str, nn.Parameter], max_norm: float) -> Tensor:
-    """Global norm of the gradients before clipping; 0 for `max_norm` measures without clipping."""
-    norm = global_norm(parameters)
-    if max_norm:
-        nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
-    return norm
-
-
-def _non_finite_message(values: Mapping[str, float], step: int, keys: list[str]) -> str:
-    losses = {name: value for name, value in values.items() if name != "grad_norm"}
-    if all(math.isfinite(value) for value in losses.values()):
-        what = f"gradient norm ({values['grad_norm']})"
-    else:
-        what = f"loss ({', '.join(f'{name} {value:.4g}' for name, value in losses.items())})"
-    return (
-        f"Step {step + 1}: the {what} is not finite; the weights were left as they were. "
-        f"Keys of the batch: {', '.join(keys)}. The last checkpoint is kept: look at those samples "
-        f"in the run's shards (KEY.jpg, KEY.txt), or train with a lower --learning-rate into another --output."
-    )
-
-
-def _resume(output_dir: Path, live: _Live, identity: Mapping[str, Any]) -> tuple[int, Cursor, _Running]:
+def _resume(output_dir: Path, live: Live, identity: Mapping[str, Any]) -> tuple[int, Cursor, _Running]:
     found = find_checkpoint(output_dir)
     if found is None:
         return 0, Cursor(), _Running()
@@ -354,7 +224,7 @@ def _resume(output_dir: Path, live: _Live, identity: Mapping[str, Any]) -> tuple
     load_checkpoint(path, tensors=live.tensors(), optimizer=live.optimizer)
     live.scaler.load_state_dict(state["scaler"])
     running = _Running(state["first_losses"], state["last_losses"], state["seconds"])
-    running.sums, running.num_steps = state["open_sums"], state["open_steps"]
+    running.sums, running.counts = state["open_sums"], state["open_counts"]
     return state["step"], Cursor(**state["cursor"]), running
 
 
@@ -370,12 +240,12 @@ def _refuse_other_starts(processes: Processes, start: Mapping[str, Any]) -> None
 
 
 def _save(
-    output_dir: Path, live: _Live, step: int, cursor: Cursor, identity: Mapping[str, Any], running: _Running
+    output_dir: Path, live: Live, step: int, cursor: Cursor, identity: Mapping[str, Any], running: _Running
 ) -> None:
     state = {
         "step": step, "cursor": asdict(cursor), "fields": dict(identity),
         "first_losses": running.first_losses, "last_losses": running.last_losses,
-        "open_sums": running.sums, "open_steps": running.num_steps,
+        "open_sums": running.sums, "open_counts": running.counts,
         "seconds": running.seconds + time.monotonic() - running.since,
         "scaler": live.scaler.state_dict(),
     }  # fmt: skip
@@ -418,32 +288,3 @@ def _finished(output_dir: Path, identity: Mapping[str, Any]) -> TrainSummary | N
     record = json.loads(path.read_text())
     refuse_other_settings(record, identity, output_dir)
     return TrainSummary(**{**record["summary"], "already_done": True})
-
-
-@contextmanager
-def _deferred_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that what is under way ends and is saved, then raises; main thread only."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        if caught:  # asked twice: leave at once, without saving
-            _raise_signal(number)
-        caught.append(number)
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-    if caught:  # none of the steps after it raised it: it came while the finished model was written
-        _raise_signal(caught[0])
-
-
-def _raise_signal(number: int) -> None:
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(143)

@@ -7,17 +7,17 @@ the pictures fit as uint8, else streamed from a few shards at a time.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from capfilt.data.captions import clean_caption
 from capfilt.data.images import ImageRefused, decode_image
@@ -25,11 +25,9 @@ from capfilt.data.manifest import iterate_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.data.shards import read_samples
 from capfilt.errors import CorruptionError, UsageError
-from capfilt.progress import NullProgress, Progress
-from capfilt.train.batches import NUM_DECODERS, View, crop_arrays, to_square
-
-MEMORY_LIMIT_BYTES = 2 << 30
-"""Decoded pictures are held in memory up to this many bytes (2 GiB: 175,000 pictures of 64 px)."""
+from capfilt.progress import Progress
+from capfilt.train.batches import View
+from capfilt.train.pictures import MEMORY_LIMIT_BYTES, Decode, Pictures
 
 SHUFFLED_SAMPLES = 4000
 """When streaming, samples are shuffled within as many shards as hold about this many; their encoded bytes are
@@ -49,8 +47,8 @@ def read_pairs(
     """The images of `runs` that have a kept caption; an image without one is left out.
 
     An epoch shows the images of a run as often as its weight says (once without weights). With `known_false` the
-    captions that were dropped as such are read too. `smallest_crop` is the smallest share of an image's area that is
-    asked for: pictures in memory are held so large that no crop is scaled up.
+    captions that were dropped as such are read too. Size, crop and limit are those of `Pictures`: none is read before
+    it is asked for.
 
     Raises UsageError for a run without a manifest or with nothing kept, and for another number of weights than runs;
     CorruptionError for damaged shards.
@@ -59,11 +57,10 @@ def read_pairs(
         raise UsageError(
             f"{len(run_weights)} weights for {len(runs)} runs; give one for each: --set run_weights=1,0.5."
         )
-    held_px = math.ceil(image_size_px / math.sqrt(smallest_crop))
-    dataset = RunPairs(_read_index(runs, known_false), image_size_px, run_weights, held_px)
-    if dataset.num_bytes_decoded <= memory_limit_bytes:
-        dataset.decode_all(progress or NullProgress())
-    return dataset
+    return RunPairs(
+        _read_index(runs, known_false), run_weights, image_size_px=image_size_px, smallest_crop=smallest_crop,
+        memory_limit_bytes=memory_limit_bytes, progress=progress,
+    )  # fmt: skip
 
 
 def runs_digest(runs: Sequence[RunDir | str | Path]) -> str:
@@ -124,23 +121,17 @@ class _Texts(Sequence[str]):
 class RunPairs:
     """A dataset over shards; see `PairDataset`."""
 
-    def __init__(
-        self, index: _Index, image_size_px: int, run_weights: Sequence[float] = (), held_px: int | None = None
-    ) -> None:
+    def __init__(self, index: _Index, run_weights: Sequence[float] = (), **pictures: Any) -> None:
+        """`pictures` are the options of `Pictures`."""
         self._index = index
         self._run_weights = run_weights
-        self._size_px, self._held_px = image_size_px, held_px or image_size_px
         self._groups = list(_group_shards(index.shards))
         self._first_rows = np.array([shard.first for shard in index.shards])
-        self._decoded: np.ndarray | None = None
+        self._is_one_run = index.shards[0].number == index.shards[-1].number
         self._encoded: OrderedDict[int, dict[str, bytes]] = OrderedDict()
-        self._pool = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
         self.keys: Sequence[str] = _Texts(index.keys)
         self.image_ids = index.image_ids
-
-    @property
-    def num_bytes_decoded(self) -> int:
-        return len(self.keys) * self._held_px**2 * 3
+        self.pictures = Pictures(len(self.keys), self._find, **pictures)
 
     @property
     def num_shown(self) -> int:
@@ -149,10 +140,6 @@ class RunPairs:
             return len(self.keys)
         rows_and_weights = ((len(self._rows_of(number)), weight) for number, weight in enumerate(self._run_weights))
         return sum(int(weight) * num + _num_more(weight, num) for num, weight in rows_and_weights)
-
-    @property
-    def in_memory(self) -> bool:
-        return self._decoded is not None
 
     def captions_of(self, row: int) -> list[str]:
         first, end = self._index.first_text[row : row + 2]
@@ -169,7 +156,7 @@ class RunPairs:
         """
         rng = np.random.default_rng((seed, epoch))
         shown = self._shown(rng)
-        if self.in_memory:
+        if self.pictures.in_memory:
             return rng.permutation(shown)
         shards, parts = self._index.shards, []
         for group in rng.permutation(len(self._groups)):
@@ -197,29 +184,21 @@ class RunPairs:
         own = [shard for shard in self._index.shards if shard.number == number]
         return np.arange(own[0].first, own[-1].first + own[-1].num_rows) if own else np.arange(0)
 
-    def decode_all(self, progress: Progress) -> None:
-        """Decodes every picture once, as large as it is held, shard by shard."""
-        decoded = np.empty((len(self.keys), self._held_px, self._held_px, 3), np.uint8)
-        progress.start("images", len(self.keys), "image")
-        for shard in self._index.shards:
-            rows = np.arange(shard.first, shard.first + shard.num_rows)
-            decoded[rows] = self._decode(rows, None, self._held_px)
-            progress.advance(shard.num_rows)
-        progress.finish()
-        self._encoded.clear()
-        self._decoded = decoded
+    def place_of(self, row: int) -> str:
+        if self._is_one_run:
+            return self.keys[row]
+        return f"{self.keys[row]} of {self._index.shards[self._shard_of(row)].run.path}"
+
+    def open(self) -> None:
+        self.pictures.open()
+        if self.pictures.in_memory:
+            self._encoded.clear()
 
     def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
-        """uint8 (B, S, S, 3); crops of images that are not in memory are cut from the full resolution."""
-        if self._decoded is None:
-            return self._decode(rows, views, self._size_px)
-        return crop_arrays(self._decoded[rows], views, self._size_px)
+        return self.pictures.read(rows, views)
 
-    def _decode(self, rows: np.ndarray, views: Sequence[View] | None, size_px: int) -> np.ndarray:
-        encoded = [self._bytes_of(int(row)) for row in rows]
-        keys = [self.keys[row] for row in rows]
-        sizes = [size_px] * len(rows)
-        return np.stack(list(self._pool.map(_decode_one, keys, encoded, sizes, views or [None] * len(rows))))
+    def _find(self, row: int) -> Decode:
+        return partial(_decode, self.keys[row], self._bytes_of(row))
 
     def _shard_of(self, row: int) -> int:
         return int(np.searchsorted(self._first_rows, row, side="right")) - 1
@@ -303,9 +282,8 @@ def _read_shard(rows: _ShardRows, keys: Sequence[str]) -> dict[str, bytes]:
     return found
 
 
-def _decode_one(key: str, encoded: bytes, size_px: int, view: View | None) -> np.ndarray:
+def _decode(key: str, encoded: bytes) -> Image.Image:
     try:
-        image = decode_image(encoded)
+        return decode_image(encoded)
     except ImageRefused as refused:
         raise CorruptionError(f"The picture of {key!r} was committed but cannot be decoded: {refused}.") from refused
-    return to_square(image, size_px, view)

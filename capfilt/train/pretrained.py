@@ -19,6 +19,7 @@ from capfilt.models.convert_blip2 import State, find_text_encoder, text_encoder_
 from capfilt.models.qformer import QFormerConfig
 from capfilt.settings import QFormerSettings
 from capfilt.train.saved import dec_token_id_of
+from capfilt.train.towers import bert_sizes
 from capfilt.weights.find import find_model_dir
 from capfilt.weights.image_encoders import is_open_clip
 from capfilt.weights.model_files import load_tokenizer, read_config, read_weights
@@ -38,30 +39,25 @@ class QFormerStart:
 def load_qformer_start(settings: QFormerSettings, vision_width: int) -> QFormerStart:
     """Sizes, tokenizer and first weights of the Q-Former from BERT or a BLIP model's text encoder."""
     folder = find_qformer_start(settings)
-    whole = read_config(folder)
-    sizes = whole.get("text_config", whole)
+    config = read_config(folder)
+    text_config = config.get("text_config", config)
     state = read_weights(folder)
     tokenizer = load_tokenizer(folder)
-    dec_token_id = dec_token_id_of(tokenizer, sizes.get("bos_token_id"))
+    dec_token_id = dec_token_id_of(tokenizer, text_config.get("bos_token_id"))
     rows = state[find_text_encoder(state) + "embeddings.word_embeddings.weight"].shape[0]
-    config = QFormerConfig(
+    sizes = QFormerConfig(
         num_queries=settings.num_queries,
-        width=sizes.get("hidden_size", 768),
-        depth=sizes.get("num_hidden_layers", 12),
-        num_heads=sizes.get("num_attention_heads", 12),
-        mlp_width=sizes.get("intermediate_size", 3072),
         vision_width=vision_width,
         cross_attention_every=settings.cross_attention_every,
         vocab_size=max(rows, dec_token_id + 1),
-        max_positions=sizes.get("max_position_embeddings", 512),
-        layer_norm_eps=sizes.get("layer_norm_eps", 1e-12),
         dropout=settings.dropout,
-        pad_token_id=sizes.get("pad_token_id") or 0,
+        pad_token_id=text_config.get("pad_token_id") or 0,
+        **bert_sizes(folder),
     )
     if not settings.init_weights:
-        return QFormerStart(config, tokenizer, dec_token_id, {}, {})
-    weights, head = text_encoder_start(state, config, cross_attention=settings.init_cross_attention)
-    return QFormerStart(config, tokenizer, dec_token_id, weights, head)
+        return QFormerStart(sizes, tokenizer, dec_token_id, {}, {})
+    weights, head = text_encoder_start(state, sizes, cross_attention=settings.init_cross_attention)
+    return QFormerStart(sizes, tokenizer, dec_token_id, weights, head)
 
 
 def find_qformer_start(settings: QFormerSettings) -> Path:

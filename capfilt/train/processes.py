@@ -101,9 +101,10 @@ def join_processes(settings: TrainSettings) -> Processes:
     UsageError for weights that are to be shared out by an optimizer or in a precision that cannot.
     """
     sharding = "full" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else settings.sharding
-    if sharding == "full" and (settings.optimizer != "adamw" or settings.autocast == "float16"):
+    autocast = launched_autocast(settings)
+    if sharding == "full" and (settings.optimizer != "adamw" or autocast == "float16"):
         raise UsageError(
-            f"sharding 'full' with optimizer {settings.optimizer!r} and autocast {settings.autocast!r}; expected "
+            f"sharding 'full' with optimizer {settings.optimizer!r} and autocast {autocast!r}; expected "
             f"adamw, and float32 or bfloat16. Leave --sharding away, or change the other."
         )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -112,6 +113,23 @@ def join_processes(settings: TrainSettings) -> Processes:
     ranks = Ranks(state.process_index, state.num_processes, _gather)
     device = cast(torch.device, state.device)
     return Processes(torch.device("cpu") if device.type == "cpu" else device, ranks, sharding)
+
+
+def launched_autocast(settings: TrainSettings) -> str:
+    """The settings' `autocast`, or what `accelerate launch --mixed_precision` says where they say float32.
+
+    UsageError where the launcher's is another one than the settings', or one that we do not compute in.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched == "no":
+        return settings.autocast
+    names = {"bf16": "bfloat16", "fp16": "float16"}
+    if launched not in names or settings.autocast not in ("float32", "auto", names[launched]):
+        raise UsageError(
+            f"accelerate launches with mixed precision {launched!r} and autocast is {settings.autocast!r}; expected "
+            f"bf16 or fp16, and no other one in the settings. Leave --mixed_precision away and give --autocast."
+        )
+    return names[launched]
 
 
 @cache

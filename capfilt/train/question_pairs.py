@@ -10,20 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from capfilt.data.commit import file_sha256
 from capfilt.data.image_sources import ImageFile
 from capfilt.data.images import ImageRefused, decode_image
 from capfilt.data.questions import Question, read_questions
 from capfilt.errors import UsageError
-from capfilt.progress import NullProgress, Progress
-from capfilt.train.batches import NUM_DECODERS, View, crop_arrays, to_square
-from capfilt.train.pairs import MEMORY_LIMIT_BYTES
+from capfilt.progress import Progress
+from capfilt.train.batches import View
+from capfilt.train.pictures import MEMORY_LIMIT_BYTES, Decode, Pictures
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,11 @@ def read_question_pairs(
     files: Sequence[QuestionFiles],
     *,
     image_size_px: int,
+    smallest_crop: float = 1.0,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
     progress: Progress | None = None,
 ) -> QuestionPairs:
-    """The questions of all files.
+    """The questions of all files; size, crop and limit are those of `Pictures`.
 
     Raises UsageError where a question has no answers, no image, or the id of another one.
     """
@@ -55,17 +58,19 @@ def read_question_pairs(
                     "once. Give each file once."
                 )
             questions[str(question.id)] = question
-    dataset = QuestionPairs(list(questions.values()), image_size_px)
-    if dataset.num_bytes_decoded <= memory_limit_bytes:
-        dataset.decode_all(progress or NullProgress())
-    return dataset
+    return QuestionPairs(
+        list(questions.values()), image_size_px=image_size_px, smallest_crop=smallest_crop,
+        memory_limit_bytes=memory_limit_bytes, progress=progress,
+    )  # fmt: skip
 
 
 class QuestionPairs:
     """A dataset of questions, whose captions are answers; see `PairDataset`."""
 
-    def __init__(self, questions: Sequence[Question], image_size_px: int) -> None:
-        """Raises UsageError where one of the questions has no answers, or its image is not there."""
+    def __init__(self, questions: Sequence[Question], **pictures: Any) -> None:
+        """`pictures` are the options of `Pictures`.
+
+        Raises UsageError where one of the questions has no answers, or its image is not there."""
         self.keys: Sequence[str] = [str(question.id) for question in questions]
         self._texts = [question.text for question in questions]
         self._answers = _answers_of(questions)
@@ -74,13 +79,7 @@ class QuestionPairs:
         self.image_rows: np.ndarray = first[self._image_of_row]
         self.image_ids = self.image_rows
         """int64 (rows,): the first row about the same image."""
-        self._size_px = image_size_px
-        self._decoded: np.ndarray | None = None
-        self._pool = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
-
-    @property
-    def num_bytes_decoded(self) -> int:
-        return len(self._files) * self._size_px**2 * 3
+        self.pictures = Pictures(len(self._files), self._find, **pictures)
 
     def question_of(self, row: int) -> str:
         """The question, as its file has it."""
@@ -93,23 +92,14 @@ class QuestionPairs:
     def order(self, seed: int, epoch: int, num_ranks: int = 1, batch_size: int = 1) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(len(self.keys))
 
-    def decode_all(self, progress: Progress) -> None:
-        """Decodes every picture once."""
-        numbers = range(len(self._files))
-        decoded = np.empty((len(numbers), self._size_px, self._size_px, 3), np.uint8)
-        progress.start("images", len(numbers), "image")
-        for number, pixels in zip(numbers, self._pool.map(self._decode, numbers), strict=True):
-            decoded[number] = pixels
-            progress.advance(1)
-        progress.finish()
-        self._decoded = decoded
+    def place_of(self, row: int) -> str:
+        return self.keys[row]
+
+    def open(self) -> None:
+        self.pictures.open()
 
     def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
-        """uint8 (B, S, S, 3); crops of images that are not in memory are cut from the full resolution."""
-        numbers = self._image_of_row[rows]
-        if self._decoded is not None:
-            return crop_arrays(self._decoded[numbers], views)
-        return np.stack(list(self._pool.map(self._decode, numbers.tolist(), views or [None] * len(rows))))
+        return self.pictures.read(self._image_of_row[rows], views)
 
     def digest(self) -> str:
         """sha256 over questions, answers, and the images' names and sizes: a training goes on only with the same."""
@@ -125,15 +115,17 @@ class QuestionPairs:
         digests = (file_sha256(file.path) for file in self._files)
         return hashlib.sha256(json.dumps(list(digests)).encode()).hexdigest()
 
-    def _decode(self, number: int, view: View | None = None) -> np.ndarray:
-        file = self._files[number]
-        try:
-            image = decode_image(file.read())
-        except (ImageRefused, OSError) as error:
-            raise UsageError(
-                f"The image {file.name} cannot be read: {error}. Fetch it again, or take its questions out."
-            ) from error
-        return to_square(image, self._size_px, view)
+    def _find(self, number: int) -> Decode:
+        return partial(_decode, self._files[number])
+
+
+def _decode(file: ImageFile) -> Image.Image:
+    try:
+        return decode_image(file.read())
+    except (ImageRefused, OSError) as error:
+        raise UsageError(
+            f"The image {file.name} cannot be read: {error}. Fetch it again, or take its questions out."
+        ) from error
 
 
 def _answers_of(questions: Sequence[Question]) -> list[tuple[str, ...]]:

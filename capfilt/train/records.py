@@ -28,12 +28,16 @@ class Records:
         self._path = output_dir / METRICS_FILE
         self._plot = output_dir / PLOT_FILE
         self._active = active
-        self._curves = _open_tensorboard(output_dir / "tensorboard") if active and tensorboard else None
+        self._curves_dir = output_dir / "tensorboard" if active and tensorboard else None
+        self._writer = _find_tensorboard() if self._curves_dir else None
+        self._curves: Any = None
 
     def go_on(self, step: int) -> None:
-        """Drops the lines of steps that will be taken again; all of them at step 0."""
+        """Drops the lines and the curves of steps that will be taken again; all of them at step 0."""
         if not self._active:
             return
+        if self._writer is not None:
+            self._curves = self._writer(str(self._curves_dir), purge_step=step + 1)
         lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         self._path.write_text("".join(kept))
@@ -78,9 +82,9 @@ def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _open_tensorboard(folder: Path) -> Any:
+def _find_tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError("--tensorboard needs the package tensorboard: pip install 'capfilt[tensorboard]'.") from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter

@@ -128,8 +128,10 @@ def digest_vision(vision: VisionTransformer, preparation: ImagePreparation) -> s
     return digest.hexdigest()
 
 
-def load_trainable_blip(path: Path, kind: Kind) -> LoadedBlip:
+def load_trainable_blip(path: Path, kind: Kind, dropout: float = 0.0) -> LoadedBlip:
     """Read a captioner or filter to train it, in float32, from a folder in transformers' layout or an original .pth.
+
+    `dropout` is that of the text side in training.
 
     Raises UsageError naming every missing and unknown weight, or the file that is lacking.
     """
@@ -140,6 +142,7 @@ def load_trainable_blip(path: Path, kind: Kind) -> LoadedBlip:
     else:
         state, sizes, side_dir = read_weights(path), read_sizes(path), path
         preparation, temperature = read_preparation(path, sizes[0].image_size_px), _read_temperature(path)
+    sizes = (sizes[0], replace(sizes[1], dropout=dropout), sizes[2])
     model = _build(kind, sizes)
     model.load_state_dict(_our_weights(state, kind, model, sizes))
     return LoadedBlip(model, _load_tokenizer(side_dir, sizes[1]), preparation, temperature=temperature)

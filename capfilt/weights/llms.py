@@ -6,6 +6,8 @@ and back to the part of a BLIP-2.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,8 @@ def load_llm(
         raise UsageError(f"{path} is a {config.model_type!r}; the language model must be one of {', '.join(LLMS)}.")
     _refuse_projection(path, config)
     _, theirs = LLMS[config.model_type]
-    logging.disable_progress_bar()  # transformers' own; ours is shown
-    model, info = theirs.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    with _silenced():
+        model, info = theirs.from_pretrained(path, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise UsageError(f"{path} lacks {len(info['missing_keys'])} weights of its model, such as {names}.")
@@ -59,18 +61,36 @@ def build_llm(
 ) -> LanguageModel:
     """A frozen OPT or T5 of a BLIP-2's `language_model.…` weights, their prefix taken off; None keeps their precision.
 
-    Raises UsageError for another family, and for weights that are missing or unknown.
+    No second copy of the weights is made where they have that precision already.
+
+    Raises UsageError for another family, and for weights that are missing, unknown or of other shapes.
     """
     if config.model_type not in LLMS:
         raise UsageError(f"The BLIP-2 holds a {config.model_type!r}; expected one of {', '.join(LLMS)}.")
     _, theirs = LLMS[config.model_type]
-    model = theirs(config)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = set(model.state_dict()) - set(_without_tied(model.state_dict()))
-    odd = sorted((set(missing) - tied) | set(unexpected))
-    if odd:
+    dtype = dtype or next(iter(state.values())).dtype
+    try:
+        with _silenced():
+            model, info = theirs.from_pretrained(
+                None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
+            )
+    except RuntimeError as error:
+        raise UsageError(f"The language model's weights are not those of its config: {error}") from error
+    if odd := sorted(info["missing_keys"] | info["unexpected_keys"]):
         raise UsageError(f"The language model lacks or does not know {len(odd)} weights, such as {odd[0]!r}.")
-    return wrap_llm(model.to(device=device, dtype=dtype or next(iter(state.values())).dtype), tokenizer)
+    return wrap_llm(model.to(device), tokenizer)
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without transformers' bars and tables: what is wrong is said by us."""
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def llm_for_blip2(llm: LanguageModel, image_token_id: int) -> tuple[Any, State]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,11 @@ def arrays():
 
 
 def same(one: Batch, other: Batch) -> bool:
-    return one.keys == other.keys and one.texts == other.texts and torch.equal(one.images, other.images)
+    return (
+        one.keys == other.keys
+        and one.texts == other.texts
+        and torch.equal(one.images_on("cpu"), other.images_on("cpu"))
+    )
 
 
 @given(st.integers(1, 6), st.integers(1, 15), st.integers(0, 2**64 - 1))
@@ -74,8 +79,8 @@ def test_captions_of_an_image_are_drawn_evenly(num_captions: int, number: int, s
 def test_images_are_normalised(arrays) -> None:
     batch = take(arrays, 1)[0]
     expected = (arrays.images[batch.rows] / 255.0 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
-    np.testing.assert_allclose(batch.images.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
-    assert batch.images.dtype == torch.float32
+    np.testing.assert_allclose(batch.images_on("cpu").permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
+    assert batch.images_on("cpu").dtype == torch.float32
 
 
 def test_an_epoch_holds_every_image_once_and_drops_the_incomplete_batch(arrays) -> None:
@@ -115,7 +120,7 @@ def test_crops_and_flips_are_pure_and_within_the_image(arrays) -> None:
     settings = TrainSettings(batch_size=8, random_crop=0.5, random_flip=True)
     one, other = take(arrays, 2, settings=settings), take(arrays, 2, settings=settings)
     assert all(same(a, b) for a, b in zip(one, other, strict=True))
-    assert not torch.equal(one[0].images, take(arrays, 1, settings=TrainSettings(batch_size=8))[0].images)
+    assert not same(one[0], take(arrays, 1, settings=TrainSettings(batch_size=8))[0])
     for seed, smallest_area in itertools.product(range(300), (0.5, 0.9)):
         view = draw_view(seed, smallest_area, True)
         assert view.left >= 0 <= view.top
@@ -148,8 +153,9 @@ def test_streamed_pictures_are_those_held_in_memory(run: RunDir, monkeypatch: py
     monkeypatch.setattr(pairs, "SHUFFLED_SAMPLES", 50)
     held = read_pairs([run], image_size_px=16)
     streamed = read_pairs([run], image_size_px=16, memory_limit_bytes=0)
-    assert held.in_memory
-    assert not streamed.in_memory
+    held.open()
+    assert held.pictures.in_memory
+    assert not streamed.pictures.in_memory
     rows = np.array([70, 3, 40, 41, 0])
     np.testing.assert_array_equal(held.read_pixels(rows, None), streamed.read_pixels(rows, None))
     batches = take(streamed, 12)
@@ -189,8 +195,10 @@ def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
     data = bytearray(tar.read_bytes())
     data[3000] ^= 1
     tar.write_bytes(data)
-    with pytest.raises(CorruptionError, match="00000"):
-        read_pairs([run], image_size_px=16)
+    for limit in (0, 1 << 30):
+        dataset = read_pairs([run], image_size_px=16, memory_limit_bytes=limit)
+        with pytest.raises(CorruptionError, match="00000"):
+            next(iterate_batches(dataset, SETTINGS))
 
 
 @pytest.fixture
@@ -276,9 +284,10 @@ def test_crops_of_pictures_in_memory_are_as_sharp_as_those_of_files(tmp_path: Pa
     row = np.array([0])
     from_file = read_pairs([run], image_size_px=16, memory_limit_bytes=0).read_pixels(row, quarter).astype(int)
     held = read_pairs([run], image_size_px=16, smallest_crop=0.25)
-    assert held.num_bytes_decoded == 32 * 32 * 3
-    assert held.in_memory
+    assert held.pictures.num_bytes_decoded == 32 * 32 * 3
+    assert held.pictures.in_memory
     shrunken = read_pairs([run], image_size_px=16)
+    held.open(), shrunken.open()
     error = np.abs(held.read_pixels(row, quarter) - from_file).mean()
     assert error < 0.3 * np.abs(shrunken.read_pixels(row, quarter) - from_file).mean()
     whole = read_pairs([run], image_size_px=16, memory_limit_bytes=0).read_pixels(row, None).astype(int)
@@ -301,6 +310,18 @@ def test_an_image_shown_twice_in_an_epoch_gets_another_draw(tmp_path: Path) -> N
     assert Counter(key for key, _ in seen.elements()) == Counter(dict.fromkeys(dataset.keys, 2))
     both = sum(len({text for k, text in seen if k == key}) == 2 for key in dataset.keys)
     assert 8 <= both <= 32, "two captions each: about half of the images show both"
+
+
+def test_a_sample_is_named_with_its_run_where_there_are_several(run: RunDir, tmp_path: Path) -> None:
+    other = small_models.save_run(tmp_path / "other", [5])
+    alone = next(iterate_batches(read_pairs([run], image_size_px=16), SETTINGS))
+    assert alone.places == alone.keys
+    dataset = read_pairs([run, other], image_size_px=16)
+    both = next(iterate_batches(dataset, replace(SETTINGS, batch_size=len(dataset.keys))))
+    assert both.rows is not None
+    first_of_other = len(read_pairs([run], image_size_px=16).keys)
+    for row, key, place in zip(both.rows, both.keys, both.places, strict=True):
+        assert place == f"{key} of {other.path if row >= first_of_other else run.path}"
 
 
 def test_draws_are_those_of_one_process_and_of_no_other_step() -> None:

@@ -22,8 +22,9 @@ from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.errors import FingerprintMismatchError, UsageError
 from capfilt.settings import BlipTrainSettings
-from capfilt.train.blip import train_blip, train_captioner, train_filter
-from capfilt.train.blip_start import start_blip
+from capfilt.train.batches import iterate_batches
+from capfilt.train.blip import captions_of, train_blip, train_captioner, train_filter
+from capfilt.train.blip_start import load_part, start_blip
 from capfilt.train.pairs import read_pairs
 from capfilt.weights.blip import load_blip, load_trainable_blip
 from capfilt.world.tokenizers import build_bert_tokenizer
@@ -35,7 +36,7 @@ from tests.train import small_models
 TINY = BlipTrainSettings(
     image_size_px=32, patch_size_px=8, vision_width=32, vision_depth=1, text_width=32, text_depth=1, head_width=16,
     max_positions=48, embed_dim=16, max_steps=12, warmup_steps=2, batch_size=8, learning_rate=3e-3,
-    log_every_steps=4, label_smoothing=0.0, queue_size=64,
+    log_every_steps=4, dropout=0.0, label_smoothing=0.0, queue_size=64,
 )  # fmt: skip
 
 
@@ -120,6 +121,46 @@ def test_the_prompt_is_the_captioners_alone(
         plain = training([world_run], chosen, tmp_path / part / "plain").first_losses
         prompted = training([world_run], replace(chosen, prompt="a picture of "), tmp_path / part / "prompted")
         assert (prompted.first_losses["loss"] == plain["loss"]) == (part != "captioner")
+
+
+def test_dropout_is_that_of_the_settings_and_saved(world_run: RunDir, pre_trained: Path, tmp_path: Path) -> None:
+    settings = replace(TINY, init=str(pre_trained), max_steps=1, log_every_steps=1, dropout=0.3)
+    losses = [
+        train_captioner([world_run], replace(settings, dropout=dropout), tmp_path / str(dropout)).first_losses["lm"]
+        for dropout in (0.3, 0.0)
+    ]
+    assert losses[0] != losses[1]
+    config = json.loads((tmp_path / "0.3" / "config.json").read_text())["text_config"]
+    assert config["hidden_dropout_prob"] == 0.3
+    part, both = load_part(settings, "filter"), start_blip(settings)[0]
+    for module in (part.model, both):
+        rates = {child.p for child in module.modules() if isinstance(child, torch.nn.Dropout)}
+        assert rates == {0.3}
+
+
+def test_what_is_done_is_said_without_a_look_at_the_pictures(
+    world_run: RunDir, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world_run.path, tmp_path / "run")
+    settings = replace(TINY, tokenizer=str(tokenizer_dir), max_steps=1)
+    done = train_blip([tmp_path / "run"], settings, tmp_path / "out")
+    for tar in (tmp_path / "run" / "shards").glob("*.tar"):
+        tar.write_bytes(b"")
+    assert train_blip([tmp_path / "run"], settings, tmp_path / "out") == replace(done, already_done=True)
+
+
+def test_an_image_shown_again_is_decoded_with_other_captions(tmp_path: Path) -> None:
+    run = write_world_run(tmp_path / "run", WorldRunSettings(num_scenes=24))
+    settings = replace(TINY, captions_per_image=2, run_weights=(2.0,), batch_size=24)
+    dataset = read_pairs([run], image_size_px=32, run_weights=(2.0,))
+    stream = iterate_batches(dataset, settings)
+    drawn: dict[str, list[tuple[str, ...]]] = {}
+    for batch in (next(stream), next(stream)):
+        texts = captions_of(dataset, batch, settings)
+        for place, key in enumerate(batch.keys):
+            drawn.setdefault(key, []).append(tuple(texts[2 * place : 2 * place + 2]))
+    assert {len(pairs) for pairs in drawn.values()} == {2}
+    assert sum(first != second for first, second in drawn.values()) > 12
 
 
 def test_known_false_captions_and_several_captions_change_the_losses(tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def run_training(
 
     def prepare(batch: Batch, draws: Draws) -> dict[str, Any]:
         target = torch.tensor([float(len(text)) for text in batch.texts])
-        return {"images": batch.images, "target": target, "step": draws.step}
+        return {"images": batch.images_on("cpu"), "target": target, "step": draws.step}
 
     def save(target: Path) -> None:
         while_saving()

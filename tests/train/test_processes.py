@@ -18,7 +18,7 @@ from transformers import Blip2ForImageTextRetrieval
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.settings import TrainSettings
-from capfilt.train.processes import join_processes
+from capfilt.train.processes import join_processes, launched_autocast
 from tests.train import ranks_worker, small_models
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +129,33 @@ def test_two_processes_train_as_one_with_twice_the_batch(run: RunDir, blip_start
 def test_what_cannot_be_shared_out_is_refused() -> None:
     with pytest.raises(UsageError, match="sharding 'full' with optimizer 'muon'"):
         join_processes(TrainSettings(device="cpu", sharding="full", optimizer="muon"))
+
+
+def test_the_launcher_s_precision_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `accelerate launch --mixed_precision` hands it on."""
+    for launched, named, expected in (
+        ("no", "float16", "float16"), ("bf16", "float32", "bfloat16"), ("bf16", "auto", "bfloat16"),
+        ("fp16", "float16", "float16"),
+    ):  # fmt: skip
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        assert launched_autocast(TrainSettings(autocast=named)) == expected
+    for launched, named in (("fp16", "bfloat16"), ("fp8", "float32")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        with pytest.raises(UsageError, match=f"mixed precision '{launched}' and autocast is '{named}'"):
+            join_processes(TrainSettings(device="cpu", autocast=named))
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_in_its_precision(run: RunDir, blip_start: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    options = command(run, blip_start, output, 8, max_steps=2)[1:]
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "bf16", "--num_processes", "1"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", *options],
+        env=environment(), capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((output / "training.json").read_text())["fields"]["autocast"] == "bfloat16"
 
 
 @pytest.mark.slow

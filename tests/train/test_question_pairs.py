@@ -36,7 +36,7 @@ def one_image(tmp_path: Path) -> ImageFile:
 def test_an_answer_is_drawn_as_often_as_people_gave_it(one_image: ImageFile) -> None:
     people = Answers(("red",) * 6 + (" maroon ",) * 3 + ("",), "other", "what color")
     questions = [Question(number, 1, "what color is it?", people, one_image) for number in range(2)]
-    dataset = QuestionPairs(questions, 8)
+    dataset = QuestionPairs(questions, image_size_px=8)
     batches = iterate_batches(dataset, TrainSettings(batch_size=2), with_pixels=False)
     drawn = Counter(text for _ in range(1500) for text in next(batches).texts)
     assert drawn.keys() == {"red", "maroon"}
@@ -52,6 +52,7 @@ def test_pictures_questions_and_answers_belong_together(files: QuestionFiles, me
     }
     assert dataset.keys == [str(entry["question_id"]) for entry in asked]
     rows = np.array([4, 0, 7])
+    dataset.open()
     pixels = dataset.read_pixels(rows, None)
     for place, row in enumerate(rows.tolist()):
         picture = Image.open(files.images_dir / asked[row]["file_name"]).convert("RGB")
@@ -67,7 +68,7 @@ def test_digests_are_of_what_is_trained_on(files: QuestionFiles, one_image: Imag
     first, again = (read_question_pairs([files], image_size_px=24) for _ in range(2))
     assert (first.digest(), first.images_digest()) == (again.digest(), again.images_digest())
     yes, no = (Answers((answer,) * 10, "yes/no", "is it") for answer in ("yes", "no"))
-    one, other = (QuestionPairs([Question(1, 1, "is it red?", a, one_image)], 8) for a in (yes, no))
+    one, other = (QuestionPairs([Question(1, 1, "is it red?", a, one_image)], image_size_px=8) for a in (yes, no))
     assert one.digest() != other.digest()
     assert one.images_digest() == other.images_digest()
 
@@ -77,10 +78,10 @@ def test_what_cannot_be_trained_on_is_refused(files: QuestionFiles, one_image: I
     (tmp_path / "text.png").write_text("no picture")
     text, gone = ImageFile(tmp_path / "text.png"), ImageFile(tmp_path / "gone.png")
     with pytest.raises(UsageError, match=r"1 of 2 questions have no answers, the first 8; expected answers to each"):
-        QuestionPairs([Question(7, 1, "a?", people, one_image), Question(8, 1, "b?", None, one_image)], 8)
+        QuestionPairs([Question(7, 1, "a?", people, one_image), Question(8, 1, "b?", None, one_image)], image_size_px=8)
     with pytest.raises(UsageError, match=r"1 of 2 images are not there, the first .*gone\.png\. Give the folder"):
-        QuestionPairs([Question(7, 1, "a?", people, one_image), Question(8, 2, "b?", people, gone)], 8)
+        QuestionPairs([Question(7, 1, "a?", people, one_image), Question(8, 2, "b?", people, gone)], image_size_px=8)
     with pytest.raises(UsageError, match=r"The image .*text\.png cannot be read: .*Fetch it again"):
-        QuestionPairs([Question(7, 1, "a?", people, text)], 8).read_pixels(np.array([0]), None)
+        QuestionPairs([Question(7, 1, "a?", people, text)], image_size_px=8).read_pixels(np.array([0]), None)
     with pytest.raises(UsageError, match="has the question 0, which another file has too"):
         read_question_pairs([files, files], image_size_px=24)

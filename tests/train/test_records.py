@@ -70,6 +70,19 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(line["step"], line["loss"]) for line in lines_of(5)]
 
 
+def test_curves_of_steps_taken_again_are_dropped(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path, lines_of(5), tensorboard=True)
+    records = Records(tmp_path, tensorboard=True)
+    records.go_on(30)
+    records.add({**lines_of(4)[3], "loss": 7.0})
+    records.finish()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    kept = [(line["step"], line["loss"]) for line in lines_of(5)[:3]]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [*kept, (40, 7.0)]
+
+
 def test_without_tensorboard_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UsageError, match=r"capfilt\[tensorboard\]"):

@@ -1,0 +1,67 @@
+"""The towers that a new model starts with: a Vision Transformer, and the sizes of a BERT.
+
+In: settings, folders in transformers' layout. Out: modules and sizes, and what identifies the files that were read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from capfilt.errors import UsageError
+from capfilt.models.vit import VisionTransformer, ViTConfig
+from capfilt.settings import AlbefTrainSettings, BlipTrainSettings
+from capfilt.weights.find import find_model_dir
+from capfilt.weights.model_files import read_config
+from capfilt.weights.vit import build_vision, load_vit_start
+
+
+def new_vision(
+    settings: BlipTrainSettings | AlbefTrainSettings, default_image_size_px: int
+) -> tuple[VisionTransformer, str]:
+    """The published ViT that the settings name, or one of their sizes; and the digest of its file, "" without one.
+
+    Raises UsageError for an image that patches do not fill, and what `load_vit_start` raises.
+    """
+    side = settings.image_size_px or default_image_size_px
+    if settings.vision_init:
+        start = load_vit_start(settings.vision_init, image_size_px=side)
+        return build_vision(start), start.digest
+    if side % settings.patch_size_px:
+        raise UsageError(f"image_size_px is {side}; expected a multiple of the patch, {settings.patch_size_px}.")
+    sizes = ViTConfig(
+        image_size_px=side, patch_size_px=settings.patch_size_px, width=settings.vision_width,
+        depth=settings.vision_depth, num_heads=settings.vision_width // settings.head_width,
+        mlp_width=4 * settings.vision_width,
+    )  # fmt: skip
+    return VisionTransformer(sizes), ""
+
+
+def find_bert(name: str) -> Path:
+    """The folder of a BERT; UsageError where there is none."""
+    return find_model_dir(name, "BERT to start from", embedded=None)
+
+
+def bert_sizes(folder: Path) -> dict[str, Any]:
+    """width, depth, num_heads, mlp_width, max_positions and layer_norm_eps of a BERT, or of a BLIP's text encoder.
+
+    What its config.json leaves out is BERT-base's, as in transformers. UsageError for another activation than BERT's.
+    """
+    config = read_config(folder)
+    sizes = config.get("text_config", config)
+    if sizes.get("hidden_act", "gelu") != "gelu":
+        raise UsageError(f"{folder} uses {sizes['hidden_act']!r}; expected 'gelu', as BERT has. Give a BERT.")
+    return {
+        "width": sizes.get("hidden_size", 768), "depth": sizes.get("num_hidden_layers", 12),
+        "num_heads": sizes.get("num_attention_heads", 12), "mlp_width": sizes.get("intermediate_size", 3072),
+        "max_positions": sizes.get("max_position_embeddings", 512),
+        "layer_norm_eps": sizes.get("layer_norm_eps", 1e-12),
+    }  # fmt: skip
+
+
+def sizes_from_settings(settings: BlipTrainSettings | AlbefTrainSettings, depth: int) -> dict[str, Any]:
+    """The same sizes of a text side from nothing."""
+    return {
+        "width": settings.text_width, "depth": depth, "num_heads": settings.text_width // settings.head_width,
+        "mlp_width": 4 * settings.text_width, "max_positions": settings.max_positions,
+    }  # fmt: skip
