@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GenerationConfig, OPTForCausalLM, T5ForConditionalGeneration
 
 from capfilt.errors import UsageError
@@ -180,8 +181,8 @@ class T5(nn.Module):
         tokens, mask = encoded
         inputs, mask = _prepend(visual_BQW, self.model.get_input_embeddings()(tokens), mask)
         target, target_mask = self._encode_batch(targets, visual_BQW.device, MAX_TOKENS)
-        labels = target.masked_fill(~target_mask, -100)
-        output = self.model(inputs_embeds=inputs, attention_mask=mask, labels=labels, use_cache=False)
+        shifted = F.pad(target[:, :-1], (1, 0), value=self.model.config.decoder_start_token_id)
+        output = self.model(inputs_embeds=inputs, attention_mask=mask, decoder_input_ids=shifted, use_cache=False)
         return lm_loss(output.logits[target_mask], target[target_mask], label_smoothing=0.0, ranks=ranks)
 
     @torch.no_grad()

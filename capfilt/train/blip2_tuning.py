@@ -27,10 +27,10 @@ from capfilt.models.blip2 import Blip2FineTuning
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Blip2CaptionsSettings, Blip2TuningSettings, Blip2VqaSettings
 from capfilt.train.batches import Batch, Cursor, Draws, PairDataset, iterate_batches
-from capfilt.train.features import FrozenFeatures, kept_images_digest
+from capfilt.train.features import FrozenFeatures
 from capfilt.train.loop import OpenBatches, TrainSummary, train
 from capfilt.train.optim import vision_rate_scales
-from capfilt.train.pairs import read_pairs, runs_digest
+from capfilt.train.pairs import kept_images_digest, read_pairs, runs_digest
 from capfilt.train.processes import Processes, join_processes
 from capfilt.train.question_pairs import QuestionFiles, read_question_pairs
 from capfilt.train.saved import SavedStage2, load_stage2, save_stage2
@@ -63,7 +63,7 @@ def train_blip2_captions(
         dataset=dataset,
         digest=runs_digest(run_dirs),
         prompts=lambda batch: [prompt] * len(batch.texts),
-        images_digest=kept_images_digest(run_dirs) if settings.feature_cache_dir is not None else None,
+        images_digest=lambda: kept_images_digest(run_dirs),
     )
     identity = digests_of(init, llm, settings.image_encoder)
     return _train("blip2-captions", model, data, settings, output_dir, progress, identity)
@@ -94,7 +94,7 @@ def train_blip2_vqa(
         dataset=dataset,
         digest=dataset.digest(),
         prompts=prompts_of,
-        images_digest=dataset.images_digest() if settings.feature_cache_dir is not None else None,
+        images_digest=dataset.images_digest,
         image_rows=dataset.image_rows,
     )
     identity = digests_of(init, llm, settings.image_encoder)
@@ -134,7 +134,7 @@ class _Data:
     """Identifies it."""
     prompts: Callable[[Batch], list[str]]
     """The prompts of a batch's texts."""
-    images_digest: str | None
+    images_digest: Callable[[], str]
     """Identifies its images, where their features go to disk."""
     image_rows: np.ndarray | None = None
     """For each row the first that shows the same image; None: each has its own."""

@@ -10,8 +10,7 @@ rows of a dataset show one image (questions about it), a cache holds its feature
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,6 @@ import torch
 from torch import Tensor
 
 from capfilt.data.commit import fingerprint
-from capfilt.data.manifest import iterate_manifest
-from capfilt.data.rundir import RunDir
 from capfilt.models.packed import packed_copy
 from capfilt.models.vit import VisionTransformer
 from capfilt.progress import Progress
@@ -45,10 +42,11 @@ class FrozenFeatures:
         settings: FrozenEncoderSettings,
         processes: Processes,
         progress: Progress,
-        images_digest: str | None = None,
+        images_digest: Callable[[], str] | None = None,
         image_rows: np.ndarray | None = None,
     ) -> None:
-        """`images_digest` identifies the dataset's images and their order; None: all are read to make it, if needed.
+        """`images_digest()` identifies the dataset's images and their order, and is called where features go to disk;
+        None: all are read to make it.
 
         `image_rows` (N,) names for each row the first that shows the same image; None: each row has its own.
         """
@@ -143,7 +141,7 @@ class FrozenFeatures:
         return fingerprint({
             "format_version": FORMAT_VERSION,
             "encoder": digest_vision(encoder.vision, encoder.preparation),
-            "images": self._images_digest or pixels_digest(self._dataset, self._shown),
+            "images": self._images_digest() if self._images_digest else pixels_digest(self._dataset, self._shown),
             "dtype": str(self.stored_dtype),
         })[:32]  # fmt: skip
 
@@ -151,16 +149,6 @@ class FrozenFeatures:
 def num_feature_bytes(vision: VisionTransformer, num_images: int, dtype: torch.dtype = torch.float32) -> int:
     """Size of the cache for so many images."""
     return num_images * (vision.config.num_patches + 1) * vision.config.width * dtype.itemsize
-
-
-def kept_images_digest(runs: Sequence[RunDir | str | Path]) -> str:
-    """sha256 over shard, key and content of the images that have a kept caption, in order; captions do not count."""
-    digest = hashlib.sha256()
-    for _run, shard, table in iterate_manifest(runs, ["key", "sha256", "kept"]):
-        kept = table.filter(table["kept"])
-        images = dict(zip(kept["key"].to_pylist(), kept["sha256"].to_pylist(), strict=True))
-        digest.update(json.dumps([shard, list(images.items())]).encode())
-    return digest.hexdigest()
 
 
 def pixels_digest(dataset: PairDataset, rows: np.ndarray | None = None) -> str:

@@ -69,10 +69,29 @@ def runs_digest(runs: Sequence[RunDir | str | Path]) -> str:
     columns = ["key", "text", "sha256"]
     for _run, shard, table in iterate_manifest(runs, [*columns, "kept", "drop_reason"]):
         table = table.filter(pc.or_kleene(table["kept"], _is_known_false(table))).select(columns)
-        digest.update(f"{shard}\0".encode())
-        for column in table.columns:
-            digest.update("\0".join(str(value) for value in column.to_pylist()).encode())
+        _add_to_digest(digest, shard, table)
     return digest.hexdigest()
+
+
+def kept_images_digest(runs: Sequence[RunDir | str | Path]) -> str:
+    """sha256 over shard, key and content of the images that have a kept caption, in order; captions do not count."""
+    digest = hashlib.sha256()
+    for _run, shard, table in iterate_manifest(runs, ["key", "sha256", "kept"]):
+        kept = table.filter(table["kept"])
+        ends = pc.run_end_encode(kept["key"].combine_chunks()).run_ends  # the captions of a key stand side by side
+        _add_to_digest(digest, shard, kept.select(["key", "sha256"]).take(pc.subtract(ends, 1)))
+    return digest.hexdigest()
+
+
+def _add_to_digest(digest: Any, shard: str, table: pa.Table) -> None:
+    """Adds a shard's columns of strings to a hash: their lengths and their bytes, as Arrow holds them."""
+    digest.update(f"{shard}\0{table.num_rows}\0".encode())
+    for column in table.columns:
+        strings = pc.fill_null(column, "").combine_chunks().cast(pa.large_binary())
+        if len(strings):
+            offsets = np.frombuffer(strings.buffers()[1], np.int64)[strings.offset : strings.offset + len(strings) + 1]
+            digest.update(np.diff(offsets).tobytes())
+            digest.update(memoryview(strings.buffers()[2])[offsets[0] : offsets[-1]])
 
 
 @dataclass(frozen=True)

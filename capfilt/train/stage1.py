@@ -5,7 +5,7 @@ In: runs with a manifest. Out: a `Blip2ForImageTextRetrieval` folder that plain 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from capfilt.progress import NullProgress, Progress
 from capfilt.settings import QFormerSettings, Stage1Settings
 from capfilt.train.batches import Batch, Draws, PairDataset, image_ids
 from capfilt.train.blip2_files import blip2_digest
-from capfilt.train.features import FrozenFeatures, kept_images_digest
+from capfilt.train.features import FrozenFeatures
 from capfilt.train.loop import TrainSummary, train
-from capfilt.train.pairs import read_pairs, runs_digest
+from capfilt.train.pairs import kept_images_digest, read_pairs, runs_digest
 from capfilt.train.pretrained import copy_start, find_qformer_start, load_qformer_start
 from capfilt.train.processes import join_processes
 from capfilt.train.saved import SavedStage1, encode_texts, load_stage1, save_stage1
@@ -46,7 +46,7 @@ def train_stage1(
         progress=progress,
     )  # fmt: skip
     fields = {"input": runs_digest(run_dirs)}
-    return _train(model, dataset, settings, output_dir, progress, fields, kept_images_digest(run_dirs))
+    return _train(model, dataset, settings, output_dir, progress, fields, lambda: kept_images_digest(run_dirs))
 
 
 def train_stage1_on(
@@ -116,7 +116,7 @@ def _train(
     output_dir: Path,
     progress: Progress,
     fields: Mapping[str, Any],
-    images_digest: str | None,
+    images_digest: Callable[[], str] | None,
 ) -> TrainSummary:
     refuse_longer_texts(settings.max_text_tokens, model.stage.qformer.config.max_positions)
     processes = join_processes(settings)

@@ -7,7 +7,7 @@ that plain transformers opens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from capfilt.progress import NullProgress, Progress
 from capfilt.settings import Stage2Settings
 from capfilt.train.batches import Batch, Draws, PairDataset
 from capfilt.train.blip2_files import blip2_digest, find_stage
-from capfilt.train.features import FrozenFeatures, kept_images_digest
+from capfilt.train.features import FrozenFeatures
 from capfilt.train.loop import TrainSummary, train
-from capfilt.train.pairs import read_pairs, runs_digest
+from capfilt.train.pairs import kept_images_digest, read_pairs, runs_digest
 from capfilt.train.processes import join_processes
 from capfilt.train.saved import SavedStage2, connect_llm, load_stage2, save_stage2, start_stage2
 from capfilt.train.stage1 import build_new, new_identity
@@ -57,7 +57,7 @@ def train_stage2(
         progress=progress,
     )  # fmt: skip
     fields = {"input": runs_digest(run_dirs), **stage2_identity(init_dir, llm, settings)}
-    return _train(model, dataset, settings, output_dir, progress, fields, kept_images_digest(run_dirs))
+    return _train(model, dataset, settings, output_dir, progress, fields, lambda: kept_images_digest(run_dirs))
 
 
 def train_stage2_on(
@@ -126,7 +126,7 @@ def _train(
     output_dir: Path,
     progress: Progress,
     fields: Mapping[str, Any],
-    images_digest: str | None,
+    images_digest: Callable[[], str] | None,
 ) -> TrainSummary:
     stage, encoder = model.stage.train(), model.encoder
     processes = join_processes(settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from capfilt.train.batches import (
     iterate_batches,
 )
 from capfilt.train.pairs import RunPairs, read_pairs, runs_digest
+from tests.curate.small_runs import encode_picture
 from tests.curate.test_import_shards import write_foreign
 from tests.train import small_models
 
@@ -322,6 +324,23 @@ def test_a_sample_is_named_with_its_run_where_there_are_several(run: RunDir, tmp
     first_of_other = len(read_pairs([run], image_size_px=16).keys)
     for row, key, place in zip(both.rows, both.keys, both.places, strict=True):
         assert place == f"{key} of {other.path if row >= first_of_other else run.path}"
+
+
+def test_the_digest_is_of_every_word_and_of_where_texts_end(tmp_path: Path) -> None:
+    def digest(*captions: list[str]) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        parts = [(f"{n}.json", json.dumps({"captions": texts}).encode()) for n, texts in enumerate(captions)]
+        pictures = [(f"{n}.png", encode_picture(n)) for n in range(len(captions))]
+        write_foreign(folder / "0.tar", sorted(parts + pictures))
+        run = RunDir.create(folder / "run")
+        import_shards([str(folder / "0.tar")], run)
+        write_human_manifest(run)
+        return runs_digest([run])
+
+    first = digest(["ab", "c"], ["d"])
+    assert digest(["ab", "c"], ["d"]) == first
+    assert len({first, digest(["a", "bc"], ["d"]), digest(["ab"], ["c", "d"]), digest(["xb", "c"], ["d"])}) == 4
 
 
 def test_draws_are_those_of_one_process_and_of_no_other_step() -> None:

@@ -19,7 +19,8 @@ from capfilt.settings import Stage1Settings, Stage2Settings
 from capfilt.train import feature_store
 from capfilt.train.batches import from_arrays
 from capfilt.train.feature_store import FeatureFile, open_features
-from capfilt.train.features import kept_images_digest, pixels_digest
+from capfilt.train.features import pixels_digest
+from capfilt.train.pairs import kept_images_digest
 from capfilt.train.stage1 import train_stage1, train_stage1_on
 from tests.train import small_models
 from tests.train.test_stage1 import settings_for
