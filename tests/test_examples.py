@@ -20,8 +20,10 @@ import torch
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
-from capfilt.settings import BlipTrainSettings
+from capfilt.recipes import read_recipe
+from capfilt.settings import BlipTrainSettings, Stage1Settings
 from capfilt.train.blip import train_blip, train_captioner, train_filter
+from capfilt.train.stage1 import train_stage1
 from capfilt.weights.find import EMBEDDED_DIR, EMBEDDED_FOLDERS
 from tests import factories
 from tests.curate.test_import_shards import write_foreign
@@ -194,3 +196,19 @@ def test_the_world_s_trainings_are_measured_as_far_as_they_are_done(
     assert found["captioner"]["captions true"] == 0, "after one step"
     assert 0 <= found["filter"]["text to image R@1, ITM"] <= 1
     assert "| filter | AUC against one changed fact |" in capsys.readouterr().out
+
+
+def test_stage_2_is_measured_with_and_without_stage_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = small_models.save_run(tmp_path / "run", [66])
+    with loaded("measure_world") as script:
+        command = [str(run.path), "--curve", "1", "--unseen", "2", "--threads", "1"]
+        assert script.main(command) == 2, "stage 1 is not there yet"
+        assert "measure_world:" in capsys.readouterr().err
+        recipe = read_recipe("world-stage1")
+        settings = replace(recipe.trainings[0].settings, max_steps=1)
+        assert isinstance(settings, Stage1Settings)
+        train_stage1([run], settings, run.path / "stage1")
+        assert script.main(command) == 0
+    found = json.loads((run.path / "figures.json").read_text())
+    assert list(found) == ["stage1", "stage2-opt-1", "stage2-alone-1"]
+    assert found["stage2-alone-1"]["captions_true"] == 0, "after one step"
