@@ -72,24 +72,24 @@ TINY_BLIP: dict[str, Any] = {
     "text_depth": 3, "head_width": 32, "max_positions": 64, "embed_dim": 64,
 }  # fmt: skip
 # So small a model fits what it sees none too well.
-FIT: dict[str, Any] = {"dropout": 0.0, "label_smoothing": 0.0}
+NO_REGULARISATION: dict[str, Any] = {"dropout": 0.0, "label_smoothing": 0.0}
 # Contrast within the batch: few kinds of scenes, all of them seen often, and a third less time for a step.
 NO_MOMENTUM: dict[str, Any] = {"momentum": 0.0}
 FIRST_BLIP = BlipTrainSettings(
-    **TINY_BLIP, **FAST, **FIT, **NO_MOMENTUM, losses=("itc", "lm"), max_steps=1000, warmup_steps=100,
+    **TINY_BLIP, **FAST, **NO_REGULARISATION, **NO_MOMENTUM, losses=("itc", "lm"), max_steps=1000, warmup_steps=100,
     learning_rate=3e-3, min_learning_rate=2e-3,
 )  # fmt: skip
 # Two captions of one image may name its objects in either order: what differs between them is how they lie.
 SECOND_BLIP = BlipTrainSettings(
-    **FAST, **FIT, **NO_MOMENTUM, losses=("itc", "lm"), captions_per_image=2, max_steps=6000,
+    **FAST, **NO_REGULARISATION, **NO_MOMENTUM, losses=("itc", "lm"), captions_per_image=2, max_steps=6000,
     warmup_steps=50, learning_rate=2e-3, min_learning_rate=2e-4,
 )  # fmt: skip
 CAPTIONER = BlipTrainSettings(
-    **FAST, **FIT, prompt="a picture of ", captions_per_image=2, max_steps=2500, warmup_steps=50,
+    **FAST, **NO_REGULARISATION, prompt="a picture of ", captions_per_image=2, max_steps=2500, warmup_steps=50,
     learning_rate=1e-3,
 )  # fmt: skip
 FILTER = BlipTrainSettings(
-    **FAST, **FIT, **NO_MOMENTUM, known_false=True, max_steps=3000, warmup_steps=50, learning_rate=1e-3,
+    **FAST, **NO_REGULARISATION, **NO_MOMENTUM, known_false=True, max_steps=3000, warmup_steps=50, learning_rate=1e-3,
 )  # fmt: skip
 CLIP = ClipTrainSettings(max_steps=1000)
 OPT = LlmTrainSettings(**FAST, architecture="opt", max_steps=3000, learning_rate=4e-3)

@@ -149,7 +149,10 @@ def open_further_runs(section: TrainingSection, run_path: Path) -> list[RunDir]:
             run = RunDir.open(path)
             require_manifest(run)
         except UsageError as error:
-            raise UsageError(f"[train.{section.name}] is to be trained on {name} too. {error}") from None
+            raise UsageError(
+                f"[train.{section.name}] is to be trained on {name}. {error} People's own captions become one by "
+                f"`capfilt import TARS {name} --human`."
+            ) from None
         found.append(run)
     return found
 

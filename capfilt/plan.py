@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,7 @@ def _compare_training(section: TrainingSection, recipe: Recipe, run: RunDir, out
     from capfilt.train.checkpoint import find_checkpoint, setting_changes
     from capfilt.train.loop import binding_settings
     from capfilt.train.pairs import runs_digest
+    from capfilt.train.processes import launched_autocast
 
     name, what, training = section.name, _training_text(section), TRAININGS[section.name]
     record = output_dir / "training.json"
@@ -202,6 +203,7 @@ def _compare_training(section: TrainingSection, recipe: Recipe, run: RunDir, out
     else:
         return StepPlan(name, what, "to do")
     settings = resolved_settings(recipe, section, run)
+    settings = replace(settings, autocast=launched_autocast(settings))
     wanted = {key: value for key, value in binding_settings(settings).items() if key not in training.unused}
     own = [run] if section.data.own_run else []
     wanted["input"] = runs_digest([*own, *open_further_runs(section, run.path)])

@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from capfilt.assets import FAST, FIT, NO_MOMENTUM, TINY_BLIP
+from capfilt.assets import FAST, NO_MOMENTUM, NO_REGULARISATION, TINY_BLIP
 from capfilt.curate.annotate import annotate
 from capfilt.curate.selection import SOURCES, reselect
 from capfilt.data.manifest import read_manifest
@@ -66,10 +66,10 @@ THRESHOLD = 0.5
 HUMAN_SEED = 3_000_000
 
 PRE_TRAINING = BlipTrainSettings(
-    **TINY_BLIP, **FAST, **FIT, **NO_MOMENTUM, learning_rate=3e-3, min_learning_rate=3e-4,
+    **TINY_BLIP, **FAST, **NO_REGULARISATION, **NO_MOMENTUM, learning_rate=3e-3, min_learning_rate=3e-4,
 )  # fmt: skip
 FINE_TUNING = BlipTrainSettings(
-    **FAST, **FIT, **NO_MOMENTUM, prompt="a picture of ", learning_rate=1e-3,
+    **FAST, **NO_REGULARISATION, **NO_MOMENTUM, prompt="a picture of ", learning_rate=1e-3,
 )  # fmt: skip
 
 

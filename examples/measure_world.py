@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CapfiltError as error:
         print(f"measure_world: {error}", file=sys.stderr)
         return error.exit_code
-    for name, measure in {**MEASURES, **dict.fromkeys(shorter, of_stage2)}.items():
+    earlier = (path.name for path in sorted(options.run.glob("stage2-*-*")) if path.name.rpartition("-")[2].isdigit())
+    for name, measure in {**MEASURES, **dict.fromkeys([*earlier, *shorter], of_stage2)}.items():
         record = options.run / name / "training.json"
         if record.exists():
             minutes = json.loads(record.read_text(encoding="utf-8"))["summary"]["seconds"] / 60

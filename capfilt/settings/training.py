@@ -35,7 +35,8 @@ class TrainSettings:
     """Global norm at which gradients are clipped; 0 for none."""
     autocast: str = "float32"
     """Precision of matrix products: float32, bfloat16, float16 with scaled losses, or auto: bfloat16 where the device
-    is fast at it, else float32; as begun where a training goes on. The weights stay float32."""
+    is fast at it, else float32; as begun where a training goes on. The weights stay float32. `accelerate launch
+    --mixed_precision` goes before float32 and auto."""
     compile: bool = False
     """Compile the layers with torch.compile; the first steps are slow."""
     recompute: bool = False

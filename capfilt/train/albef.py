@@ -20,7 +20,7 @@ from capfilt.errors import UsageError
 from capfilt.models.albef import Albef, AlbefConfig, AlbefLosses
 from capfilt.models.contrast import bound_temperature
 from capfilt.models.convert_albef import from_bert
-from capfilt.models.convert_blip2 import State
+from capfilt.models.convert_blip2 import State, find_text_encoder
 from capfilt.models.masking import NUM_DRAWS, MaskingConfig, mask_tokens
 from capfilt.models.momentum import MomentumConfig
 from capfilt.models.vit import change_image_size, interpolate_positions
@@ -31,14 +31,13 @@ from capfilt.train.loop import TrainSummary, train
 from capfilt.train.optim import ramped_alpha
 from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.processes import Processes, join_processes
+from capfilt.train.starts import bert_sizes, find_bert, new_vision, sizes_from_settings
 from capfilt.train.tokens import refuse_longer_texts, tokenise
-from capfilt.train.towers import bert_sizes, find_bert, new_vision, sizes_from_settings
 from capfilt.weights.albef import LoadedAlbef, load_trainable_albef, refuse_unlike_original, save_albef
 from capfilt.weights.find import SIDE_FILES, find_model_dir
 from capfilt.weights.model_files import (
     ImagePreparation,
     load_tokenizer,
-    read_config,
     read_weights,
     refuse_odd_shapes,
     tokenizer_digest,
@@ -230,7 +229,8 @@ def _new_text(settings: AlbefTrainSettings, vision_width: int) -> tuple[AlbefCon
     if settings.text_init:
         folder = find_bert(settings.text_init)
         tokenizer, state = _bert_tokenizer(folder), read_weights(folder)
-        sizes = {**bert_sizes(folder), "depth": depth, "vocab_size": read_config(folder)["vocab_size"]}
+        rows = len(state[find_text_encoder(state) + "embeddings.word_embeddings.weight"])
+        sizes = {**bert_sizes(folder), "depth": depth, "vocab_size": rows}
         config = AlbefConfig(**sizes, **_token_ids(tokenizer), **shared)
         return config, tokenizer, from_bert(state, config), weights_digest(folder)
     if not settings.tokenizer:

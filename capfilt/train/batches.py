@@ -14,7 +14,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -102,6 +102,10 @@ class PairDataset(Protocol):
         """Called before pixels are read again and again: those that fit into memory may be decoded, with progress."""
         ...
 
+    def release(self) -> None:
+        """Called when pixels are not read any more: gives up the memory that reading took."""
+        ...
+
     def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
         """uint8 (B, H, W, 3) of the rows, each cut as its view says (None: whole images)."""
         ...
@@ -139,6 +143,9 @@ class ArrayPairs:
     def open(self) -> None:
         pass
 
+    def release(self) -> None:
+        pass
+
     def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
         return crop_arrays(self.images[rows], views)
 
@@ -163,7 +170,7 @@ def iterate_batches(
     """The endless stream of a rank's batches from `cursor` on; what fills no batch of all ranks ends an epoch.
 
     Every rank has as many batches in an epoch as the others. Of the settings: batch_size, seed, random_crop,
-    random_flip. Without pixels (features are cached) the batches hold rows, texts and keys only. Raises UsageError
+    random_flip. Without pixels (features are cached) the batches hold all but those. Raises UsageError
     where the images do not fill one batch of every rank.
     """
     size = settings.batch_size * ranks.num_ranks
@@ -321,13 +328,21 @@ def draw_view(seed: int, smallest_area: float, flip: bool) -> View:
     return View(left, top, width, height, flip and rng.random() < 0.5)
 
 
-def crop_arrays(pixels_BSSC: np.ndarray, views: Sequence[View] | None, size_px: int | None = None) -> np.ndarray:
-    """Each square uint8 image cut as its view says, whole for None, and scaled to `size_px`, None for its own size."""
+def crop_arrays(
+    pixels_BSSC: np.ndarray, views: Sequence[View] | None, size_px: int | None = None, pool: Executor | None = None
+) -> np.ndarray:
+    """Each square uint8 image cut as its view says, whole for None, and scaled to `size_px`, None for its own size.
+
+    `pool` does it in several threads.
+    """
     side_px: int = size_px or pixels_BSSC.shape[1]
     if views is None and side_px == pixels_BSSC.shape[1]:
         return pixels_BSSC
     shown = views or [View()] * len(pixels_BSSC)
-    return np.stack([to_square(Image.fromarray(p), side_px, v) for p, v in zip(pixels_BSSC, shown, strict=True)])
+    each = map if pool is None else pool.map
+    return np.stack(
+        list(each(lambda pixels, view: to_square(Image.fromarray(pixels), side_px, view), pixels_BSSC, shown))
+    )
 
 
 def to_square(image: Image.Image, size_px: int, view: View | None = None) -> np.ndarray:

@@ -19,7 +19,7 @@ from capfilt.models.med import Captioner, Filter, MEDConfig
 from capfilt.models.vit import VisionTransformer, change_image_size
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.pretrained import copy_start
-from capfilt.train.towers import bert_sizes, find_bert, new_vision, sizes_from_settings
+from capfilt.train.starts import bert_sizes, find_bert, new_vision, sizes_from_settings
 from capfilt.weights.blip import LoadedBlip, blip_digest, load_trainable_blip
 from capfilt.weights.find import SIDE_FILES, find_model_dir
 from capfilt.weights.model_files import (

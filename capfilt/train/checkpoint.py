@@ -232,8 +232,13 @@ def _sync_and_digest(path: Path) -> str:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text())
+        if (version := state["format_version"]) != FORMAT_VERSION:
+            raise CorruptionError(
+                f"{path} has format {version}, another capfilt's; expected {FORMAT_VERSION}. Go on with that one, "
+                "or train into another --output."
+            )
         digests = {name: _sync_and_digest(path / name) for name in _TENSOR_FILES}
-        if state["format_version"] != FORMAT_VERSION or state["sha256"] != digests:
+        if state["sha256"] != digests:
             raise CorruptionError(f"{path} does not match its state.json.")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CorruptionError(f"{path} cannot be read ({error}).") from error

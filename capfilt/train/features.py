@@ -79,6 +79,7 @@ class FrozenFeatures:
         if self.fits and self._cache is None:
             self._cache = self._open_file() if self._settings.feature_cache_dir else self._encode_all()
             self._packed = None
+            self._dataset.release()
         preparation = self._encoder.preparation
         return iterate_batches(
             self._dataset, self._settings, cursor, ranks=self._ranks,
@@ -105,27 +106,28 @@ class FrozenFeatures:
         preparation = self._encoder.preparation
         pixels = self._dataset.read_pixels(self._shown[places], None)
         images = normalise(pixels, preparation.mean, preparation.std, self._device)
-        return self._encode(images).to("cpu", self.stored_dtype)
+        return self._encode(images).to(self.stored_dtype)
 
     def _shape(self) -> tuple[int, int, int]:
         sizes = self._encoder.vision.config
         return len(self._shown), sizes.num_patches + 1, sizes.width
 
     def _encode_all(self) -> Tensor:
-        """Each process encodes its part and gets those of the others."""
+        """Each process encodes a stretch of the images, and gets those of the others."""
         num_images, num_ranks = len(self._shown), self._ranks.num_ranks
         cache = torch.empty(self._shape(), dtype=self.stored_dtype)
         megabytes = round(cache.nbytes / 1e6)
+        stretch = -(-num_images // num_ranks)
         self._progress.start("features", num_images, "image")
-        for first in range(0, num_images, BATCH_SIZE * num_ranks):
-            own = first + self._ranks.offset(BATCH_SIZE) + np.arange(BATCH_SIZE)
-            if num_ranks == 1:
-                own = own[own < num_images]
-            encoded = self._encode_places(np.minimum(own, num_images - 1)).view(torch.uint8)
-            of_all = self._ranks.gather(encoded.to(self._device)).cpu().view(cache.dtype)
-            part = cache[first : first + len(of_all)]
-            part.copy_(of_all[: len(part)])
-            self._progress.advance(len(part), cache_megabytes=megabytes)
+        for first in range(0, stretch, BATCH_SIZE):
+            size = min(BATCH_SIZE, stretch - first)
+            own = self._ranks.offset(stretch) + first + np.arange(size)
+            encoded = self._encode_places(np.minimum(own, num_images - 1))
+            of_all = self._ranks.gather(encoded.view(torch.uint8)).cpu().view(cache.dtype)
+            for rank, features in enumerate(of_all.split(size)):
+                part = cache[rank * stretch + first :][:size]
+                part.copy_(features[: len(part)])
+                self._progress.advance(len(part), cache_megabytes=megabytes)
         self._progress.finish()
         return cache
 
@@ -134,7 +136,7 @@ class FrozenFeatures:
         assert self._settings.feature_cache_dir is not None
         directory = Path(self._settings.feature_cache_dir).expanduser()
         file = FeatureFile(directory, self._digest(), self._shape(), self.stored_dtype)
-        return open_features(file, self._encode_places, BATCH_SIZE, self._progress)
+        return open_features(file, lambda places: self._encode_places(places).cpu(), BATCH_SIZE, self._progress)
 
     def _digest(self) -> str:
         encoder = self._encoder

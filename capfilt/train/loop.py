@@ -1,4 +1,4 @@
-"""The training loop of every `capfilt train` command: one file, read top to bottom.
+"""The training loop of every `capfilt train` command; a step of it is `capfilt.train.step`'s.
 
 In: an objective (a module that gives losses), what makes its inputs of a batch, a stream of batches, settings. Out:
 the saved model in `output_dir`, and beside it
@@ -6,8 +6,6 @@ the saved model in `output_dir`, and beside it
     metrics.jsonl      losses over the steps, and losses.png (capfilt/train/records.py)
     checkpoints/       the last two, from which the same command goes on (capfilt/train/checkpoint.py)
     training.json      settings, summary and sha256 of the model's files; written last: its presence says done
-
-Refused with the step and the keys of the batch: a loss or a gradient that is not finite.
 
 A step is a function of weights, optimizer, cursor and (seed, step): what is random in it is drawn anew from those, so
 that a resumed training takes the steps of an undisturbed one. Several processes (capfilt/train/processes.py) take
@@ -50,7 +48,7 @@ from capfilt.train.optim import learning_rate_at, set_learning_rate
 from capfilt.train.processes import Processes, launched_autocast, make_whole
 from capfilt.train.records import Records
 from capfilt.train.signals import deferred_signals, raise_signal
-from capfilt.train.step import Live, Prepare, make_live, take_step
+from capfilt.train.step import Prepare, TrainState, make_state, take_step
 from capfilt.weights.devices import choose_fast_dtype, name_dtype
 
 OpenBatches = Callable[[Cursor], Iterator[Batch]]
@@ -134,49 +132,51 @@ def train(
     `save(folder)` writes the finished model's files.
 
     Raises FingerprintMismatchError where `output_dir` holds another training, UsageError where other files,
-    RunLockedError where a training is at work, CapfiltError on a loss that is not finite. SIGINT and SIGTERM save a
-    checkpoint (or the finished model, where it is being written) first, then raise KeyboardInterrupt (exit code 130)
-    and SystemExit(143).
+    RunLockedError where a training is at work, CapfiltError on a loss that is not finite. From the first step on SIGINT
+    and SIGTERM save a checkpoint (or the finished model, where it is being written) first, then raise KeyboardInterrupt
+    (exit code 130) and SystemExit(143).
     """
     progress = progress if progress and processes.is_main else NullProgress()
-    with _lock(output_dir, processes), fast_cpu(), deferred_signals() as caught:
+    with _lock(output_dir, processes), fast_cpu():
         settings = _with_precision(settings, output_dir, processes.device)
         identity = {**binding_settings(settings), "num_processes": processes.num, **(fields or {})}
         done = _finished(output_dir, identity)
         _refuse_other_starts(processes, {"finished": done is not None, "fields": identity})
         if done is not None:
             return done
-        live = make_live(objective, prepare, settings, processes, extra_tensors, some_unused, rate_scales)
-        start, cursor, running = _resume(output_dir, live, identity)
+        state = make_state(objective, prepare, settings, processes, extra_tensors, some_unused, rate_scales)
+        start, cursor, running = _resume(output_dir, state, identity)
         _refuse_other_starts(processes, {"step": start, "cursor": asdict(cursor)})
         records = Records(output_dir, active=processes.is_main, tensorboard=settings.tensorboard)
         records.go_on(start)
-        batches = open_batches(cursor)
-        progress.start(name, settings.max_steps, "step")
-        progress.advance(start, already=True)
-        for step in range(start, settings.max_steps):
-            set_learning_rate(live.optimizer, rate := learning_rate_at(step, settings))
-            taken = take_step(live, batches, step, caught)
-            if after_step is not None:
-                after_step(step)
-            running.add(taken.values, taken.num_images)
-            step += 1
-            is_last = step == settings.max_steps
-            if step % settings.log_every_steps == 0 or is_last:
-                _log(running, step, rate, records, progress)
-            shown: dict[str, Any] = {**taken.values, "lr": f"{rate:.1e}"}
-            progress.advance(1, **shown)
-            if step % settings.save_every_steps == 0 or is_last or taken.stop:
-                _save(output_dir, live, step, taken.cursor, identity, running)
-            if taken.stop:
-                raise_signal(caught[0] if caught else signal.SIGTERM)
-        progress.finish()
-        summary = _summary(running, settings, processes)
-        make_whole(objective)
-        if processes.is_main:
-            records.finish()
-            _finish(output_dir, save, identity, summary)
-        processes.wait()
+        batches = open_batches(cursor)  # which may read all pictures first
+        running.since = time.monotonic()
+        with deferred_signals() as caught:
+            progress.start(name, settings.max_steps, "step")
+            progress.advance(start, already=True)
+            for step in range(start, settings.max_steps):
+                set_learning_rate(state.optimizer, rate := learning_rate_at(step, settings))
+                taken = take_step(state, batches, step, caught)
+                if after_step is not None:
+                    after_step(step)
+                running.add(taken.values, taken.num_images)
+                step += 1
+                is_last = step == settings.max_steps
+                if step % settings.log_every_steps == 0 or is_last:
+                    _log(running, step, rate, records, progress)
+                shown: dict[str, Any] = {**taken.values, "lr": f"{rate:.1e}"}
+                progress.advance(1, **shown)
+                if step % settings.save_every_steps == 0 or is_last or taken.stop:
+                    _save(output_dir, state, step, taken.cursor, identity, running)
+                if taken.stop:
+                    raise_signal(caught[0] if caught else signal.SIGTERM)
+            progress.finish()
+            summary = _summary(running, settings, processes)
+            make_whole(objective)
+            if processes.is_main:
+                records.finish()
+                _finish(output_dir, save, identity, summary)
+            processes.wait()
         return summary
 
 
@@ -215,14 +215,14 @@ def binding_settings(settings: TrainSettings) -> dict[str, Any]:
     return {k: v for k, v in asdict(settings).items() if k not in UNBOUND_SETTINGS}
 
 
-def _resume(output_dir: Path, live: Live, identity: Mapping[str, Any]) -> tuple[int, Cursor, _Running]:
+def _resume(output_dir: Path, training: TrainState, identity: Mapping[str, Any]) -> tuple[int, Cursor, _Running]:
     found = find_checkpoint(output_dir)
     if found is None:
         return 0, Cursor(), _Running()
     path, state = found
     refuse_other_settings(state, identity, output_dir)
-    load_checkpoint(path, tensors=live.tensors(), optimizer=live.optimizer)
-    live.scaler.load_state_dict(state["scaler"])
+    load_checkpoint(path, tensors=training.tensors(), optimizer=training.optimizer)
+    training.scaler.load_state_dict(state["scaler"])
     running = _Running(state["first_losses"], state["last_losses"], state["seconds"])
     running.sums, running.counts = state["open_sums"], state["open_counts"]
     return state["step"], Cursor(**state["cursor"]), running
@@ -240,18 +240,18 @@ def _refuse_other_starts(processes: Processes, start: Mapping[str, Any]) -> None
 
 
 def _save(
-    output_dir: Path, live: Live, step: int, cursor: Cursor, identity: Mapping[str, Any], running: _Running
+    output_dir: Path, training: TrainState, step: int, cursor: Cursor, identity: Mapping[str, Any], running: _Running
 ) -> None:
     state = {
         "step": step, "cursor": asdict(cursor), "fields": dict(identity),
         "first_losses": running.first_losses, "last_losses": running.last_losses,
         "open_sums": running.sums, "open_counts": running.counts,
         "seconds": running.seconds + time.monotonic() - running.since,
-        "scaler": live.scaler.state_dict(),
+        "scaler": training.scaler.state_dict(),
     }  # fmt: skip
-    is_main = live.processes.is_main
-    save_checkpoint(output_dir, tensors=live.tensors(), optimizer=live.optimizer, state=state, write=is_main)
-    live.processes.wait()
+    is_main = training.processes.is_main
+    save_checkpoint(output_dir, tensors=training.tensors(), optimizer=training.optimizer, state=state, write=is_main)
+    training.processes.wait()
 
 
 def _summary(running: _Running, settings: TrainSettings, processes: Processes) -> TrainSummary:

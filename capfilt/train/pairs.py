@@ -57,10 +57,13 @@ def read_pairs(
         raise UsageError(
             f"{len(run_weights)} weights for {len(runs)} runs; give one for each: --set run_weights=1,0.5."
         )
-    return RunPairs(
-        _read_index(runs, known_false), run_weights, image_size_px=image_size_px, smallest_crop=smallest_crop,
+    index = _read_index(runs, known_false)
+    files = _EncodedPictures(index)
+    pictures = Pictures(
+        len(index.keys), files.find, image_size_px=image_size_px, smallest_crop=smallest_crop,
         memory_limit_bytes=memory_limit_bytes, progress=progress,
     )  # fmt: skip
+    return RunPairs(index, files, pictures, run_weights)
 
 
 def runs_digest(runs: Sequence[RunDir | str | Path]) -> str:
@@ -105,20 +108,6 @@ class _ShardRows:
     num_rows: int
 
 
-@dataclass(frozen=True)
-class _Index:
-    shards: list[_ShardRows]
-    keys: pa.LargeStringArray
-    texts: pa.LargeStringArray
-    """As the manifest has them: they are cleaned when they are drawn."""
-    first_text: np.ndarray
-    """int64 (rows + 1): captions of row r are texts[first_text[r] : first_text[r + 1]]."""
-    image_ids: np.ndarray
-    """int64 (rows,): of the pictures' content, so that copies under other keys or in other runs are known."""
-    false_texts: dict[tuple[int, str], list[str]]
-    """Captions that are known to be false, by number of the shard and key."""
-
-
 class _Texts(Sequence[str]):
     """Strings that stay in Arrow's memory: a hundred million of Python's would take gigabytes."""
 
@@ -137,20 +126,60 @@ class _Texts(Sequence[str]):
         return found.to_pylist() if isinstance(place, slice) else found.as_py()
 
 
+@dataclass(frozen=True)
+class _Index:
+    shards: list[_ShardRows]
+    first_rows: np.ndarray
+    """int64 (shards,): of each shard."""
+    keys: Sequence[str]
+    texts: pa.LargeStringArray
+    """As the manifest has them: they are cleaned when they are drawn."""
+    first_text: np.ndarray
+    """int64 (rows + 1): captions of row r are texts[first_text[r] : first_text[r + 1]]."""
+    image_ids: np.ndarray
+    """int64 (rows,): of the pictures' content, so that copies under other keys or in other runs are known."""
+    false_texts: dict[tuple[int, str], list[str]]
+    """Captions that are known to be false, by number of the shard and key."""
+
+    def shard_of(self, row: int) -> int:
+        """The number of the shard that a row is in."""
+        return int(np.searchsorted(self.first_rows, row, side="right")) - 1
+
+
+class _EncodedPictures:
+    """The files of the pictures, as the shards have them; a few shards at a time are held."""
+
+    def __init__(self, index: _Index) -> None:
+        self.groups = list(_group_shards(index.shards))
+        self._index = index
+        self._held: OrderedDict[int, dict[str, bytes]] = OrderedDict()
+
+    def find(self, row: int) -> Decode:
+        """What decodes the picture of a row; its shard is read whole when first needed, and given up for later ones."""
+        number, keys = self._index.shard_of(row), self._index.keys
+        if number not in self._held:
+            while len(self._held) >= max(len(group) for group in self.groups):
+                self._held.popitem(last=False)
+            self._held[number] = _read_shard(self._index.shards[number], keys)
+        self._held.move_to_end(number)
+        return partial(_decode, keys[row], self._held[number][keys[row]])
+
+    def clear(self) -> None:
+        self._held.clear()
+
+
 class RunPairs:
     """A dataset over shards; see `PairDataset`."""
 
-    def __init__(self, index: _Index, run_weights: Sequence[float] = (), **pictures: Any) -> None:
-        """`pictures` are the options of `Pictures`."""
-        self._index = index
+    def __init__(
+        self, index: _Index, files: _EncodedPictures, pictures: Pictures, run_weights: Sequence[float] = ()
+    ) -> None:
+        self._index, self._files = index, files
         self._run_weights = run_weights
-        self._groups = list(_group_shards(index.shards))
-        self._first_rows = np.array([shard.first for shard in index.shards])
         self._is_one_run = index.shards[0].number == index.shards[-1].number
-        self._encoded: OrderedDict[int, dict[str, bytes]] = OrderedDict()
-        self.keys: Sequence[str] = _Texts(index.keys)
+        self.keys: Sequence[str] = index.keys
         self.image_ids = index.image_ids
-        self.pictures = Pictures(len(self.keys), self._find, **pictures)
+        self.pictures = pictures
 
     @property
     def num_shown(self) -> int:
@@ -166,7 +195,7 @@ class RunPairs:
 
     def false_captions_of(self, row: int) -> list[str]:
         """Captions of an image that are known to be false; none where they were not read."""
-        return self._index.false_texts.get((self._shard_of(row), self.keys[row]), [])
+        return self._index.false_texts.get((self._index.shard_of(row), self.keys[row]), [])
 
     def order(self, seed: int, epoch: int, num_ranks: int = 1, batch_size: int = 1) -> np.ndarray:
         """In memory any order; streamed, groups of shards in random order, shuffled within a group.
@@ -178,8 +207,8 @@ class RunPairs:
         if self.pictures.in_memory:
             return rng.permutation(shown)
         shards, parts = self._index.shards, []
-        for group in rng.permutation(len(self._groups)):
-            first, last = shards[self._groups[group][0]], shards[self._groups[group][-1]]
+        for group in rng.permutation(len(self._files.groups)):
+            first, last = shards[self._files.groups[group][0]], shards[self._files.groups[group][-1]]
             bounds = np.searchsorted(shown, [first.first, last.first + last.num_rows])
             parts.append(rng.permutation(shown[slice(*bounds)]))
         whole = np.concatenate(parts)
@@ -206,31 +235,18 @@ class RunPairs:
     def place_of(self, row: int) -> str:
         if self._is_one_run:
             return self.keys[row]
-        return f"{self.keys[row]} of {self._index.shards[self._shard_of(row)].run.path}"
+        return f"{self.keys[row]} of {self._index.shards[self._index.shard_of(row)].run.path}"
 
     def open(self) -> None:
         self.pictures.open()
         if self.pictures.in_memory:
-            self._encoded.clear()
+            self._files.clear()
+
+    def release(self) -> None:
+        self._files.clear()
 
     def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
         return self.pictures.read(rows, views)
-
-    def _find(self, row: int) -> Decode:
-        return partial(_decode, self.keys[row], self._bytes_of(row))
-
-    def _shard_of(self, row: int) -> int:
-        return int(np.searchsorted(self._first_rows, row, side="right")) - 1
-
-    def _bytes_of(self, row: int) -> bytes:
-        """The encoded picture; its shard is read whole when first needed, and given up for later ones."""
-        number = self._shard_of(row)
-        if number not in self._encoded:
-            while len(self._encoded) >= max(len(group) for group in self._groups):
-                self._encoded.popitem(last=False)
-            self._encoded[number] = _read_shard(self._index.shards[number], self.keys)
-        self._encoded.move_to_end(number)
-        return self._encoded[number][self.keys[row]]
 
 
 def _num_more(weight: float, num_rows: int) -> int:
@@ -269,9 +285,11 @@ def _read_index(runs: Sequence[RunDir | str | Path], known_false: bool) -> _Inde
         names = ", ".join(str(run.path if isinstance(run, RunDir) else run) for run in runs)
         raise UsageError(f"No kept pair in {names}. Lower the threshold: `capfilt select RUN --threshold 0.3`.")
     first_text = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+    first_rows = np.array([shard.first for shard in shards])
     return _Index(
-        shards, pa.concat_arrays(keys), pa.concat_arrays(texts), first_text, np.concatenate(image_ids), false_texts
-    )
+        shards, first_rows, _Texts(pa.concat_arrays(keys)), pa.concat_arrays(texts), first_text,
+        np.concatenate(image_ids), false_texts,
+    )  # fmt: skip
 
 
 def _numbers_of(digests: pa.ChunkedArray) -> np.ndarray:

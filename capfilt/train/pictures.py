@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 from PIL import Image
 
 from capfilt.progress import NullProgress, Progress
@@ -20,7 +21,7 @@ MEMORY_LIMIT_BYTES = 2 << 30
 """Decoded pictures are held in memory up to this many bytes (2 GiB: 175,000 pictures of 64 px)."""
 
 MOST_DECODERS = 16
-"""Threads that decode, at most; otherwise as many as there are processors for each process of this machine."""
+"""Threads that decode while a GPU computes, at most; a CPU that computes itself has no more than two for them."""
 
 _CHUNK = 256
 """Pictures that are decoded at a time when all of them are."""
@@ -53,6 +54,7 @@ class Pictures:
         self._progress = progress or NullProgress()
         self._decoded: np.ndarray | None = None
         self._pool = ThreadPoolExecutor(num_decoders(), thread_name_prefix="decode")
+        """Threads that decode and cut."""
 
     @property
     def num_bytes_decoded(self) -> int:
@@ -75,7 +77,7 @@ class Pictures:
         """uint8 (B, S, S, 3); crops of pictures that are not held are cut from the full resolution."""
         if self._decoded is None:
             return self._decode(numbers.tolist(), views, self._size_px)
-        return crop_arrays(self._decoded[numbers], views, self._size_px)
+        return crop_arrays(self._decoded[numbers], views, self._size_px, self._pool)
 
     def _decode(self, numbers: Sequence[int], views: Sequence[View] | None, size_px: int) -> np.ndarray:
         shown = views or [View()] * len(numbers)
@@ -85,7 +87,11 @@ class Pictures:
 
 
 def num_decoders() -> int:
-    """Threads for this process, two at least."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(2, min(MOST_DECODERS, processors // here))
+    """Threads for this process: beside a GPU as many as its processors, two at least; a launcher may have bound it."""
+    if not torch.accelerator.is_available():
+        return 2
+    everyone = os.cpu_count() or 1
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everyone
+    if own == everyone:
+        own //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(2, min(MOST_DECODERS, own))

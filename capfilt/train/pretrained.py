@@ -19,7 +19,7 @@ from capfilt.models.convert_blip2 import State, find_text_encoder, text_encoder_
 from capfilt.models.qformer import QFormerConfig
 from capfilt.settings import QFormerSettings
 from capfilt.train.saved import dec_token_id_of
-from capfilt.train.towers import bert_sizes
+from capfilt.train.starts import bert_sizes
 from capfilt.weights.find import find_model_dir
 from capfilt.weights.image_encoders import is_open_clip
 from capfilt.weights.model_files import load_tokenizer, read_config, read_weights

@@ -116,7 +116,7 @@ def join_processes(settings: TrainSettings) -> Processes:
 
 
 def launched_autocast(settings: TrainSettings) -> str:
-    """The settings' `autocast`, or what `accelerate launch --mixed_precision` says where they say float32.
+    """The settings' `autocast`, or what `accelerate launch --mixed_precision` says where they say float32 or auto.
 
     UsageError where the launcher's is another one than the settings', or one that we do not compute in.
     """

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,7 +24,7 @@ from capfilt.data.questions import Question, read_questions
 from capfilt.errors import UsageError
 from capfilt.progress import Progress
 from capfilt.train.batches import View
-from capfilt.train.pictures import MEMORY_LIMIT_BYTES, Decode, Pictures
+from capfilt.train.pictures import MEMORY_LIMIT_BYTES, Pictures
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,16 @@ def read_question_pairs(
 class QuestionPairs:
     """A dataset of questions, whose captions are answers; see `PairDataset`."""
 
-    def __init__(self, questions: Sequence[Question], **pictures: Any) -> None:
-        """`pictures` are the options of `Pictures`.
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        *,
+        image_size_px: int,
+        smallest_crop: float = 1.0,
+        memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+        progress: Progress | None = None,
+    ) -> None:
+        """Size, crop and limit are those of `Pictures`.
 
         Raises UsageError where one of the questions has no answers, or its image is not there."""
         self.keys: Sequence[str] = [str(question.id) for question in questions]
@@ -79,7 +86,11 @@ class QuestionPairs:
         self.image_rows: np.ndarray = first[self._image_of_row]
         self.image_ids = self.image_rows
         """int64 (rows,): the first row about the same image."""
-        self.pictures = Pictures(len(self._files), self._find, **pictures)
+        files = self._files
+        self.pictures = Pictures(
+            len(files), lambda number: partial(_decode, files[number]), image_size_px=image_size_px,
+            smallest_crop=smallest_crop, memory_limit_bytes=memory_limit_bytes, progress=progress,
+        )  # fmt: skip
 
     def question_of(self, row: int) -> str:
         """The question, as its file has it."""
@@ -98,6 +109,9 @@ class QuestionPairs:
     def open(self) -> None:
         self.pictures.open()
 
+    def release(self) -> None:
+        pass
+
     def read_pixels(self, rows: np.ndarray, views: Sequence[View] | None) -> np.ndarray:
         return self.pictures.read(self._image_of_row[rows], views)
 
@@ -114,9 +128,6 @@ class QuestionPairs:
         """sha256 over the content of the images, in order; reads all of them."""
         digests = (file_sha256(file.path) for file in self._files)
         return hashlib.sha256(json.dumps(list(digests)).encode()).hexdigest()
-
-    def _find(self, number: int) -> Decode:
-        return partial(_decode, self._files[number])
 
 
 def _decode(file: ImageFile) -> Image.Image:

@@ -22,7 +22,7 @@ _NO_LOSSES = ("step", "learning_rate", "images_per_second", "grad_norm")
 
 
 class Records:
-    """Written by one process; another one's are not `active` and write nothing."""
+    """Written by one process; another one's are not `active` and write nothing. `go_on` comes first."""
 
     def __init__(self, output_dir: Path, *, active: bool = True, tensorboard: bool = False) -> None:
         self._path = output_dir / METRICS_FILE

@@ -31,7 +31,7 @@ SMALLEST_LOSS_SCALE = 1.0
 
 
 @dataclass
-class Live:
+class TrainState:
     """What a step works on."""
 
     module: nn.Module
@@ -49,7 +49,7 @@ class Live:
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepResult:
     """What a step did: losses and gradient norm, averaged over batches and processes, and where the stream is."""
 
     values: dict[str, float]
@@ -59,7 +59,7 @@ class Taken:
     """Whether one of the processes was asked to stop."""
 
 
-def make_live(
+def make_state(
     objective: nn.Module,
     prepare: Prepare,
     settings: TrainSettings,
@@ -67,7 +67,7 @@ def make_live(
     extra_tensors: Callable[[], Mapping[str, Tensor]],
     some_unused: bool,
     rate_scales: Mapping[str, float] | None,
-) -> Live:
+) -> TrainState:
     """The objective as a step takes it, on all processes; the options are those of `train`."""
     if settings.recompute:
         recompute_blocks(objective)
@@ -77,51 +77,53 @@ def make_live(
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(parameters.items(), settings, rate_scales)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.autocast == "float16")
-    return Live(module, prepare, parameters, extra_tensors, optimizer, scaler, settings, processes)
+    return TrainState(module, prepare, parameters, extra_tensors, optimizer, scaler, settings, processes)
 
 
-def take_step(live: Live, batches: Iterator[Batch], step: int, signals: Sequence[int] = ()) -> Taken:
+def take_step(state: TrainState, batches: Iterator[Batch], step: int, signals: Sequence[int] = ()) -> StepResult:
     """One update. Where it is refused the weights stay as they are. `signals` fills when one asks to stop."""
-    settings, scaler, processes = live.settings, live.scaler, live.processes
-    live.optimizer.zero_grad(set_to_none=True)
-    taken: list[Batch] = []
+    settings, scaler, processes = state.settings, state.scaler, state.processes
+    state.optimizer.zero_grad(set_to_none=True)
+    places: list[str] = []
     found: list[dict[str, Tensor]] = []
+    cursor = Cursor()
     for part in range(settings.accumulation_steps):
-        taken.append(batch := next(batches))
+        batch = next(batches)
+        places += batch.places or batch.keys
+        cursor = batch.cursor
         draws = Draws(settings.seed, step, part, processes.ranks)
         draws.reseed()
-        inputs = live.prepare(batch, draws)
-        with processes.accumulating(live.module, is_last=part + 1 == settings.accumulation_steps):
+        inputs = state.prepare(batch, draws)
+        with processes.accumulating(state.module, is_last=part + 1 == settings.accumulation_steps):
             with _precision(settings, processes.device):
-                losses = live.module(**inputs)
+                losses = state.module(**inputs)
             scaler.scale(losses["loss"] / settings.accumulation_steps).backward()
         found.append({name: value.detach().float() for name, value in losses.items()})
-    scaler.unscale_(live.optimizer)
-    norm = _clip(live.parameters, settings.clip_grad_norm)
+    scaler.unscale_(state.optimizer)
+    norm = _clip(state.parameters, settings.clip_grad_norm)
     averages = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
-    places = [place for batch in taken for place in batch.places or batch.keys]
-    values, stops = _agree({**averages, "grad_norm": norm}, places, step, live, stop=bool(signals))
-    scaler.step(live.optimizer)
+    values, stops = _agree({**averages, "grad_norm": norm}, places, step, state, stop=bool(signals))
+    scaler.step(state.optimizer)
     scaler.update()
-    return Taken(values, len(places) * processes.num, taken[-1].cursor, stops)
+    return StepResult(values, len(places) * processes.num, cursor, stops)
 
 
 def _agree(
-    values: Mapping[str, Tensor], keys: list[str], step: int, live: Live, *, stop: bool
+    values: Mapping[str, Tensor], keys: list[str], step: int, state: TrainState, *, stop: bool
 ) -> tuple[dict[str, float], bool]:
     """The values averaged over the processes, and whether one of them is to stop.
 
     CapfiltError on every process where one's are not finite; an overflow that float16 passes over is none.
     """
-    asked = torch.tensor(float(stop), device=live.processes.device)
+    asked = torch.tensor(float(stop), device=state.processes.device)
     own = torch.stack([*(value.to(asked.device) for value in values.values()), asked])
-    by_process = live.processes.gather_values(own).tolist()
+    by_process = state.processes.gather_values(own).tolist()
     names = list(values)
-    scaled = live.scaler.is_enabled() and live.scaler.get_scale() >= SMALLEST_LOSS_SCALE
+    scaled = state.scaler.is_enabled() and state.scaler.get_scale() >= SMALLEST_LOSS_SCALE
     checked = len(names) - 1 if scaled else len(names)  # the gradient norm is the last
     is_bad = [not all(math.isfinite(value) for value in row[:checked]) for row in by_process]
     if any(is_bad):
-        rows = live.processes.gather_objects(keys)
+        rows = state.processes.gather_objects(keys)
         odd_keys = [key for row, bad in zip(rows, is_bad, strict=True) if bad for key in row]
         bad_row = by_process[is_bad.index(True)]
         raise CapfiltError(_non_finite_message(dict(zip(names, bad_row, strict=False)), step, odd_keys))

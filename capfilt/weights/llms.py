@@ -39,7 +39,8 @@ def load_llm(
     _refuse_projection(path, config)
     _, theirs = LLMS[config.model_type]
     with _silenced():
-        model, info = theirs.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, info = theirs.from_pretrained(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    _refuse_other_shapes(str(path), info)
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise UsageError(f"{path} lacks {len(info['missing_keys'])} weights of its model, such as {names}.")
@@ -61,7 +62,7 @@ def build_llm(
 ) -> LanguageModel:
     """A frozen OPT or T5 of a BLIP-2's `language_model.…` weights, their prefix taken off; None keeps their precision.
 
-    No second copy of the weights is made where they have that precision already.
+    As transformers reads it: of a T5 in float16 the matrices that overflow there (`wo`) are float32.
 
     Raises UsageError for another family, and for weights that are missing, unknown or of other shapes.
     """
@@ -69,16 +70,23 @@ def build_llm(
         raise UsageError(f"The BLIP-2 holds a {config.model_type!r}; expected one of {', '.join(LLMS)}.")
     _, theirs = LLMS[config.model_type]
     dtype = dtype or next(iter(state.values())).dtype
-    try:
-        with _silenced():
-            model, info = theirs.from_pretrained(
-                None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
-            )
-    except RuntimeError as error:
-        raise UsageError(f"The language model's weights are not those of its config: {error}") from error
+    with _silenced():
+        model, info = theirs.from_pretrained(
+            None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    _refuse_other_shapes("The language model of the BLIP-2", info)
     if odd := sorted(info["missing_keys"] | info["unexpected_keys"]):
         raise UsageError(f"The language model lacks or does not know {len(odd)} weights, such as {odd[0]!r}.")
     return wrap_llm(model.to(device), tokenizer)
+
+
+def _refuse_other_shapes(what: str, info: dict[str, Any]) -> None:
+    for name, found, expected in sorted(info["mismatched_keys"])[:1]:
+        raise UsageError(
+            f"{what} has {len(info['mismatched_keys'])} weights of other shapes than its config says, such as {name}: "
+            f"{tuple(found)}; expected {tuple(expected)}."
+        )
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import json
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +41,7 @@ from capfilt.train.batches import (
     iterate_batches,
 )
 from capfilt.train.pairs import RunPairs, read_pairs, runs_digest
+from capfilt.train.pictures import num_decoders
 from tests.curate.small_runs import encode_picture
 from tests.curate.test_import_shards import write_foreign
 from tests.train import small_models
@@ -165,6 +168,30 @@ def test_streamed_pictures_are_those_held_in_memory(run: RunDir, monkeypatch: py
     assert same(take(streamed, 1, batches[10].cursor)[0], batches[11])
 
 
+def test_pictures_go_when_the_dataset_goes(run: RunDir) -> None:
+    """Without waiting for the collector of cycles: they are gigabytes."""
+    gc.disable()
+    try:
+        dataset = read_pairs([run], image_size_px=16)
+        next(iterate_batches(dataset, SETTINGS))
+        pictures = weakref.ref(dataset.pictures)
+        del dataset
+        assert pictures() is None
+    finally:
+        gc.enable()
+
+
+def test_threads_that_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert num_decoders() == 2
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("os.cpu_count", lambda: 96)
+    for local, processors, expected in ((1, 96, 16), (8, 96, 12), (8, 12, 12), (48, 96, 2)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _process, count=processors: set(range(count)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        assert num_decoders() == expected
+
+
 def test_streaming_shuffles_shards_and_samples_within_bounds(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairs, "SHUFFLED_SAMPLES", 60)
     dataset = read_pairs([run], image_size_px=16, memory_limit_bytes=0)
@@ -289,7 +316,8 @@ def test_crops_of_pictures_in_memory_are_as_sharp_as_those_of_files(tmp_path: Pa
     assert held.pictures.num_bytes_decoded == 32 * 32 * 3
     assert held.pictures.in_memory
     shrunken = read_pairs([run], image_size_px=16)
-    held.open(), shrunken.open()
+    held.open()
+    shrunken.open()
     error = np.abs(held.read_pixels(row, quarter) - from_file).mean()
     assert error < 0.3 * np.abs(shrunken.read_pixels(row, quarter) - from_file).mean()
     whole = read_pairs([run], image_size_px=16, memory_limit_bytes=0).read_pixels(row, None).astype(int)

@@ -133,7 +133,8 @@ def test_dropout_is_that_of_the_settings_and_saved(world_run: RunDir, pre_traine
     config = json.loads((tmp_path / "0.3" / "config.json").read_text())["text_config"]
     assert config["hidden_dropout_prob"] == 0.3
     part, both = load_part(settings, "filter"), start_blip(settings)[0]
-    for module in (part.model, both):
+    anew = start_blip(replace(settings, init="", text_init=str(small_models.save_bert(tmp_path / "bert"))))[0]
+    for module in (part.model, both, anew):
         rates = {child.p for child in module.modules() if isinstance(child, torch.nn.Dropout)}
         assert rates == {0.3}
 
@@ -322,6 +323,16 @@ def test_a_bert_that_lacks_a_weight_is_refused(world_run: RunDir, tmp_path: Path
     save_file(state, bert_dir / "model.safetensors")
     with pytest.raises(UsageError, match=r"lacks 1 weights, such as bert.encoder.layer.1.output.dense.bias"):
         train_blip([world_run.path], replace(TINY, text_init=str(bert_dir)), tmp_path / "out")
+
+
+def test_what_is_no_bert_is_refused(world_run: RunDir, tmp_path: Path) -> None:
+    """DistilBERT's sizes have other names, of which transformers knows some."""
+    bert_dir = small_models.save_bert(tmp_path / "bert")
+    sizes = {"model_type": "distilbert", "dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64, "vocab_size": 40}
+    for config, said in ((sizes, "uses None; expected 'gelu'"), ({"model_type": "no such"}, "is no BERT's")):
+        (bert_dir / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UsageError, match=said):
+            train_blip([world_run.path], replace(TINY, text_init=str(bert_dir)), tmp_path / "out")
 
 
 def test_fine_tuning_at_another_size_interpolates_positions(

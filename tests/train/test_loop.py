@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from capfilt.errors import CapfiltError, FingerprintMismatchError, UsageError
 from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.settings import TrainSettings
-from capfilt.train.batches import Batch, Draws, from_arrays, iterate_batches
+from capfilt.train.batches import Batch, Cursor, Draws, from_arrays, iterate_batches
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.optim import (
     build_optimizer,
@@ -43,6 +44,7 @@ def run_training(
     settings: TrainSettings = SETTINGS,
     while_saving: Callable[[], None] = lambda: None,
     dropout: float = 0.1,
+    while_opening: Callable[[], None] = lambda: None,
 ) -> TrainSummary:
     """A small network on 50 random images; `hook` may change the loss of a step."""
     images = np.random.default_rng(0).integers(0, 255, (50, 8, 8, 3), dtype=np.uint8)
@@ -63,6 +65,10 @@ def run_training(
         target = torch.tensor([float(len(text)) for text in batch.texts])
         return {"images": batch.images_on("cpu"), "target": target, "step": draws.step}
 
+    def open_batches(cursor: Cursor) -> Iterator[Batch]:
+        while_opening()
+        return iterate_batches(dataset, settings, cursor)
+
     def save(target: Path) -> None:
         while_saving()
         torch.save(model.state_dict(), target / "model.bin")
@@ -70,7 +76,7 @@ def run_training(
     return train(
         Objective(),
         prepare,
-        open_batches=lambda cursor: iterate_batches(dataset, settings, cursor),
+        open_batches=open_batches,
         settings=settings,
         output_dir=folder,
         save=save,
@@ -98,6 +104,16 @@ def stop_at(step: int) -> Hook:
         return loss
 
     return hook
+
+
+def test_what_comes_before_the_first_step_is_ended_at_once_and_not_counted(tmp_path: Path) -> None:
+    """All pictures may be decoded there, which takes minutes."""
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tmp_path / "ended", while_opening=lambda: signal.raise_signal(signal.SIGINT))
+    assert not (tmp_path / "ended" / "checkpoints").exists()
+    began = time.monotonic()
+    summary = run_training(tmp_path / "slow", while_opening=lambda: time.sleep(1.5))
+    assert time.monotonic() - began - summary.seconds >= 1.5
 
 
 @pytest.fixture(scope="module")

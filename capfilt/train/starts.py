@@ -1,4 +1,4 @@
-"""The towers that a new model starts with: a Vision Transformer, and the sizes of a BERT.
+"""What a new model starts with: a Vision Transformer, and the sizes of a BERT.
 
 In: settings, folders in transformers' layout. Out: modules and sizes, and what identifies the files that were read.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from capfilt.errors import UsageError
 from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.settings import AlbefTrainSettings, BlipTrainSettings
 from capfilt.weights.find import find_model_dir
-from capfilt.weights.model_files import read_config
 from capfilt.weights.vit import build_vision, load_vit_start
 
 
@@ -45,18 +46,28 @@ def find_bert(name: str) -> Path:
 def bert_sizes(folder: Path) -> dict[str, Any]:
     """width, depth, num_heads, mlp_width, max_positions and layer_norm_eps of a BERT, or of a BLIP's text encoder.
 
-    What its config.json leaves out is BERT-base's, as in transformers. UsageError for another activation than BERT's.
+    UsageError for a model of another kind.
     """
-    config = read_config(folder)
-    sizes = config.get("text_config", config)
-    if sizes.get("hidden_act", "gelu") != "gelu":
-        raise UsageError(f"{folder} uses {sizes['hidden_act']!r}; expected 'gelu', as BERT has. Give a BERT.")
-    return {
-        "width": sizes.get("hidden_size", 768), "depth": sizes.get("num_hidden_layers", 12),
-        "num_heads": sizes.get("num_attention_heads", 12), "mlp_width": sizes.get("intermediate_size", 3072),
-        "max_positions": sizes.get("max_position_embeddings", 512),
-        "layer_norm_eps": sizes.get("layer_norm_eps", 1e-12),
-    }  # fmt: skip
+    config = _text_config(folder)
+    if (activation := getattr(config, "hidden_act", None)) != "gelu":
+        raise UsageError(f"{folder} uses {activation!r}; expected 'gelu', as BERT has. Give a BERT.")
+    try:
+        return {
+            "width": config.hidden_size, "depth": config.num_hidden_layers, "num_heads": config.num_attention_heads,
+            "mlp_width": config.intermediate_size, "max_positions": config.max_position_embeddings,
+            "layer_norm_eps": config.layer_norm_eps,
+        }  # fmt: skip
+    except AttributeError as error:
+        raise UsageError(f"{folder}/config.json is no BERT's ({error}). Give a BERT.") from None
+
+
+def _text_config(folder: Path) -> Any:
+    """transformers' reading of config.json, which knows what a kind of model leaves out; of a BLIP its text side."""
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}/config.json is no BERT's ({error}). Give a BERT.") from None
+    return getattr(config, "text_config", config)
 
 
 def sizes_from_settings(settings: BlipTrainSettings | AlbefTrainSettings, depth: int) -> dict[str, Any]:
