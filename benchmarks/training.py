@@ -42,14 +42,14 @@ SIZES = {
     "vit-l": Sizes(
         ViTConfig(
             image_size_px=224, patch_size_px=14, width=1024, depth=24, num_heads=16, mlp_width=4096,
-            layer_norm_eps=1e-5, activation="quick_gelu", norm_first=True,
+            layer_norm_eps=1e-5, activation="silu", norm_first=True,  # QuickGELU, its weights scaled
         ),
         QFormerConfig(vision_width=1024),
     ),
     "tiny": Sizes(
         ViTConfig(
             image_size_px=16, patch_size_px=8, width=32, depth=3, num_heads=2, mlp_width=64, layer_norm_eps=1e-5,
-            activation="quick_gelu", norm_first=True,
+            activation="silu", norm_first=True,
         ),
         QFormerConfig(
             num_queries=4, width=32, depth=4, num_heads=2, mlp_width=64, vision_width=32, vocab_size=40,

@@ -34,7 +34,7 @@ from capfilt.world.measure import unseen_scenes
 
 K_TEST = 32
 FIRST_UNSEEN_SEED = 700_000
-"""Of the scenes that stage 2 is measured on, as in train_longer.py."""
+"""Of the scenes that stage 2 is measured on."""
 
 
 def of_stage2(folder: Path, num_unseen: int) -> Figures:

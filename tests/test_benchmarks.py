@@ -99,3 +99,10 @@ def test_the_plain_step_of_stage_1_has_the_losses_and_gradients_of_ours() -> Non
     }
     for name, (own, other) in pairs.items():
         torch.testing.assert_close(own.grad, other.grad, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("side", sorted(SIDES["stage1"]))
+def test_both_steps_of_stage_1_run(side: str) -> None:
+    step = SIDES["stage1"][side](Case(models=Path("nowhere"), size="tiny", dtype="float32", batch_size=2))
+    step()
+    step()

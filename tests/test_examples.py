@@ -198,6 +198,7 @@ def test_the_world_s_trainings_are_measured_as_far_as_they_are_done(
     assert "| filter | AUC against one changed fact |" in capsys.readouterr().out
 
 
+@needs_embedded
 def test_stage_2_is_measured_with_and_without_stage_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = small_models.save_run(tmp_path / "run", [66])
     with loaded("measure_world") as script:
