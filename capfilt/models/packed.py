@@ -3,7 +3,8 @@
 In: a module that runs and is not trained. Out: the same module or a copy, whose `nn.Linear`s are replaced where torch
 has oneDNN's.
 
-- as fast with ten rows as others with a thousand; in float32 on AMD more than twice as fast as torch's own (MKL)
+- as fast with ten rows as others with a thousand; in float32 on AMD with AVX-512 more than twice as fast as torch's own
+  (MKL), without it slower by a fifth from a few hundred rows on
 - from two rows on a row's result does not depend on the other rows, to the bit, in float32 and bfloat16
 - the operators are torch's own but private: where a torch lacks them, the plain layers stay
 """
@@ -43,7 +44,11 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
     def activated(self, x: Tensor, activation: Activation) -> Tensor:
-        """The activation of the above; in bfloat16 rounded once, after the activation."""
+        """The activation of the above; in bfloat16 rounded once, after the activation.
+
+        Without AVX-512 torch's own activation afterwards would be faster, but rows then depend on each other: at the
+        ends of what a thread works on it rounds otherwise.
+        """
         name, algorithm = _ONEDNN_NAMES[activation]
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, name, [], algorithm)
 
@@ -52,7 +57,14 @@ def activated(linear: nn.Module, x: Tensor, activation: Activation = "gelu") -> 
     """The activation of a linear layer's output, packed or not."""
     if isinstance(linear, PackedLinear):
         return linear.activated(x, activation)
-    return F.gelu(linear(x)) if activation == "gelu" else F.silu(linear(x))
+    return _activate(linear(x), activation)
+
+
+def _activate(x: Tensor, activation: Activation) -> Tensor:
+    """In place where no gradient is asked for."""
+    if activation == "silu":
+        return F.silu(x, inplace=not torch.is_grad_enabled())
+    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
 
 
 def pack_linears(module: nn.Module) -> None:
@@ -71,17 +83,21 @@ def pack_linears(module: nn.Module) -> None:
 def packed_copy(module: Module) -> Module:
     """A copy to compute with, its linear layers packed; the rest it shares with `module`, which stays as it is.
 
-    For a frozen part that is saved later. What is packed takes its memory twice.
+    For a frozen part that is saved later, and for many rows at a time: the module itself where packed layers are no
+    faster then. What is packed takes its memory twice.
     """
-    shared = copy.copy(module)
-    shared._modules = {name: _packed_part(child) for name, child in module._modules.items()}
-    return shared
+    if not has_avx512():
+        return module
+    return _packed_part(module)
 
 
-def _packed_part(part: nn.Module | None) -> nn.Module | None:
+def _packed_part(part: Module) -> Module:
     if type(part) is nn.Linear:
-        return PackedLinear(part) if _can_pack(part.weight) else part
-    return None if part is None else packed_copy(part)
+        return PackedLinear(part) if _can_pack(part.weight) else part  # pyright: ignore[reportReturnType]
+    shared = copy.copy(part)
+    children = part._modules.items()
+    shared._modules = {name: None if child is None else _packed_part(child) for name, child in children}
+    return shared
 
 
 def _can_pack(weight: Tensor) -> bool:
@@ -91,6 +107,12 @@ def _can_pack(weight: Tensor) -> bool:
     if not (hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")):
         return False
     return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bfloat16())
+
+
+@cache
+def has_avx512() -> bool:
+    """Whether torch computes with AVX-512 on this CPU."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @cache

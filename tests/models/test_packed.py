@@ -82,8 +82,9 @@ def test_half_precision_stays_plain() -> None:
 
 
 @torch.no_grad()
-def test_a_packed_copy_computes_alike_and_leaves_the_module_as_it_is() -> None:
+def test_a_packed_copy_computes_alike_and_leaves_the_module_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_packing(torch.float32)
+    monkeypatch.setattr("capfilt.models.packed.has_avx512", lambda: True)
     config = ViTConfig(image_size_px=16, patch_size_px=8, width=32, depth=2, num_heads=2, mlp_width=64)
     vision = VisionTransformer(config).eval().requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in vision.state_dict().items()}
@@ -97,3 +98,14 @@ def test_a_packed_copy_computes_alike_and_leaves_the_module_as_it_is() -> None:
     shared = {tensor.data_ptr() for tensor in packed.state_dict().values()}
     assert shared <= {tensor.data_ptr() for tensor in after.values()}
     assert shared
+    monkeypatch.setattr("capfilt.models.packed.has_avx512", lambda: False)
+    assert packed_copy(vision) is vision, "where packed layers are slower"
+
+
+def test_activations_have_gradients() -> None:
+    layer, x = nn.Linear(8, 6), torch.randn(3, 8, requires_grad=True)
+    for name, plain in (("gelu", F.gelu), ("silu", F.silu)):
+        found, expected = (
+            torch.autograd.grad(y.square().sum(), x)[0] for y in (activated(layer, x, name), plain(layer(x)))
+        )
+        torch.testing.assert_close(found, expected)
