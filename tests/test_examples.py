@@ -211,5 +211,5 @@ def test_stage_2_is_measured_with_and_without_stage_1(tmp_path: Path, capsys: py
         train_stage1([run], settings, run.path / "stage1")
         assert script.main(command) == 0
     found = json.loads((run.path / "figures.json").read_text())
-    assert list(found) == ["stage1", "stage2-opt-1", "stage2-alone-1"]
+    assert list(found) == ["stage1", "stage2-alone-1", "stage2-opt-1"]
     assert found["stage2-alone-1"]["captions_true"] == 0, "after one step"

@@ -21,7 +21,7 @@ from capfilt.models.llms import OPT
 from capfilt.models.qformer import QFormerConfig
 from capfilt.progress import NullProgress
 from capfilt.settings import Blip2CaptionsSettings, Blip2TuningSettings, Blip2VqaSettings
-from capfilt.train import loop
+from capfilt.train import step as train_step
 from capfilt.train.blip2_tuning import load_start, train_blip2_captions
 from capfilt.train.blocks import compile_blocks
 from capfilt.train.clip_tower import load_blip2_with_clip
@@ -186,7 +186,7 @@ def test_recomputed_and_compiled_layers_train_alike(
     run: RunDir, opt_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled as far as tracing and differentiation go; torch's compiler takes minutes."""
-    monkeypatch.setattr(loop, "compile_blocks", lambda module: compile_blocks(module, backend="aot_eager"))
+    monkeypatch.setattr(train_step, "compile_blocks", lambda module: compile_blocks(module, backend="aot_eager"))
     plain, other = tmp_path / "plain", tmp_path / "other"
     tune(run, opt_dir, plain, max_steps=1, train_image_encoder=True, learning_rate=1e-4)
     again = {"recompute": True, "compile": True}
