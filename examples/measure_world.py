@@ -59,17 +59,14 @@ MEASURES: dict[str, Callable[[Path, int], Figures]] = {
 """Folder of a training in the run → what is measured of it."""
 
 
-def train_shorter(run: RunDir, num_steps: int, progress: Progress) -> list[str]:
-    """Stage 2 of so many steps with stage 1 and without; the folders' names."""
-    names: list[str] = []
+def train_shorter(run: RunDir, num_steps: int, progress: Progress) -> None:
+    """Stage 2 of so many steps with stage 1 and without, into folders that end with their number."""
     for name in ("world-stage2-opt", "world-stage2-alone"):
         recipe = read_recipe(name)
         section = recipe.trainings[-1]
         settings = resolved_settings(recipe, section, run)
         settings = replace(settings, max_steps=num_steps, warmup_steps=min(settings.warmup_steps, num_steps))
-        names.append(f"{section.output}-{num_steps}")
-        TRAININGS[section.name].train([run], settings, run.path / names[-1], progress)
-    return names
+        TRAININGS[section.name].train([run], settings, run.path / f"{section.output}-{num_steps}", progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,15 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     found: dict[str, Figures] = {}
-    progress, shorter = StreamProgress(sys.stderr), list[str]()
     try:
         for num_steps in options.curve:
-            shorter += train_shorter(RunDir.open(options.run), num_steps, progress)
+            train_shorter(RunDir.open(options.run), num_steps, StreamProgress(sys.stderr))
     except CapfiltError as error:
         print(f"measure_world: {error}", file=sys.stderr)
         return error.exit_code
-    earlier = (path.name for path in sorted(options.run.glob("stage2-*-*")) if path.name.rpartition("-")[2].isdigit())
-    for name, measure in {**MEASURES, **dict.fromkeys([*earlier, *shorter], of_stage2)}.items():
+    shorter = (path.name for path in sorted(options.run.glob("stage2-*-*")) if path.name.rpartition("-")[2].isdigit())
+    for name, measure in {**MEASURES, **dict.fromkeys(shorter, of_stage2)}.items():
         record = options.run / name / "training.json"
         if record.exists():
             minutes = json.loads(record.read_text(encoding="utf-8"))["summary"]["seconds"] / 60
