@@ -20,7 +20,7 @@ export WANDB_MODE := disabled
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench assets install lock clean
+.PHONY: help demo test stress check format bench assets install lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ demo: $(INSTALLED) ## the whole main job on the built-in miniature world, in run
 
 test: $(INSTALLED) ## every test, on all cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CAPFILT_TEST_WORKERS) --dist worksteal -q $(PYTEST_ARGS)
+
+stress: $(INSTALLED) ## the reliability matrix at full size, with its figures (tests/stress)
+	CAPFILT_STRESS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stress -n $(CAPFILT_TEST_WORKERS) --dist worksteal -q $(PYTEST_ARGS)
 
 check: $(INSTALLED) ## lint, format, types, import rules
 	$(BIN)/ruff check .

@@ -38,6 +38,8 @@ def train_blip(
 ) -> TrainSummary:
     """Pre-train captioner and filter together (ITC + ITM + LM).
 
+    Momentum encoders begin as the model and the queue empty with `init` too, whose files have neither: both have caught
+    up after a few hundred steps (the released code goes on with those of its checkpoint).
     Errors are those of `read_pairs`, the model loaders and `train`; UsageError where nothing says what it starts from.
     """
     settings = replace(settings, prompt="")  # that of the captioner's fine-tuning

@@ -34,9 +34,15 @@ from capfilt.weights.image_encoders import (
     load_image_encoder,
     read_clip_tower,
     read_lavis_tower,
-    read_state,
 )
-from capfilt.weights.model_files import load_tokenizer, read_config, read_preparation, read_weights, weights_digest
+from capfilt.weights.model_files import (
+    load_tokenizer,
+    read_config,
+    read_preparation,
+    read_tensors,
+    read_weights,
+    weights_digest,
+)
 
 STAGES = {"Blip2ForImageTextRetrieval": "stage1", "Blip2ForConditionalGeneration": "stage2"}
 """transformers' class → the stage that trains it."""
@@ -126,7 +132,7 @@ def find_stage(name: str | Path) -> str:
 
 def is_blip2_file(path: Path) -> bool:
     """Whether a .pth is LAVIS's of a BLIP-2, and not one of another model."""
-    return _is_lavis(path) and "query_tokens" in read_state(path)
+    return _is_lavis(path) and "query_tokens" in read_tensors(path)
 
 
 def blip2_digest(name: str | Path) -> str:
@@ -174,7 +180,7 @@ def _is_frozen(key: str) -> bool:
 
 
 def _read_lavis(path: Path) -> Blip2Files:
-    state = read_state(path)
+    state = read_tensors(path)
     found = from_lavis(state)
     has_tower = any(key.startswith("visual_encoder.") for key in state)
     stage = "stage1" if found.llm_family is None else "stage2"

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError, RunLockedError, UsageError
 from capfilt.train.processes import fill_tensor, full_tensor
+from capfilt.weights.foreign_files import describe_file
 
 FORMAT_VERSION = 2
 NUM_KEPT = 2
@@ -170,13 +171,13 @@ def setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 def load_checkpoint(path: Path, *, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Copies a checkpoint into live tensors and the optimizer; names must agree."""
-    stored = load_file(path / _TENSOR_FILES[0])
+    stored = _read_tensors(path / _TENSOR_FILES[0])
     odd = sorted(stored.keys() ^ tensors.keys())
     if odd:
         raise CorruptionError(f"{path} and the model differ in {len(odd)} tensors, the first {odd[0]!r}.")
     for name, tensor in tensors.items():
         fill_tensor(tensor, stored[name])
-    _restore_optimizer(optimizer, load_file(path / _TENSOR_FILES[1]))
+    _restore_optimizer(optimizer, _read_tensors(path / _TENSOR_FILES[1]))
 
 
 def file_digests(folder: Path) -> dict[str, str]:
@@ -243,6 +244,16 @@ def _read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CorruptionError(f"{path} cannot be read ({error}).") from error
     return state
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CorruptionError(
+            f"{path} is no safetensors file: it is {describe_file(path)}. Nothing in it was run. Move {path.parent} "
+            "away to go on from the checkpoint before it."
+        ) from error
 
 
 def _whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:

@@ -105,7 +105,7 @@ def load_blip2_with_clip(
     odd += [*info["unexpected_keys"], *info["mismatched_keys"]]
     if odd:
         raise UsageError(f"{folder} lacks or does not know {len(odd)} weights, such as {sorted(map(str, odd))[0]}.")
-    clip = CLIPVisionModel.from_pretrained(inner, dtype=dtype)
+    clip = CLIPVisionModel.from_pretrained(inner, dtype=dtype, attn_implementation=None)
     model.vision_model = ClipTower(clip, model.vision_model.post_layernorm)
     config.vision_config.num_hidden_layers = depth
     return model.eval()
@@ -117,6 +117,8 @@ def _quietly(cls: Any, folder: Path, config: Any, dtype: torch.dtype) -> tuple[A
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        return cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+        return cls.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, attn_implementation=None
+        )
     finally:
         logging.set_verbosity(before)

@@ -8,12 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from capfilt.errors import UsageError
 from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.settings import AlbefTrainSettings, BlipTrainSettings
 from capfilt.weights.find import find_model_dir
+from capfilt.weights.model_files import load_config
 from capfilt.weights.vit import build_vision, load_vit_start
 
 
@@ -63,10 +62,7 @@ def bert_sizes(folder: Path) -> dict[str, Any]:
 
 def _text_config(folder: Path) -> Any:
     """transformers' reading of config.json, which knows what a kind of model leaves out; of a BLIP its text side."""
-    try:
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}/config.json is no BERT's ({error}). Give a BERT.") from None
+    config: Any = load_config(folder, "Give a BERT.")
     return getattr(config, "text_config", config)
 
 

@@ -27,7 +27,7 @@ from capfilt.models.clip import ClipImageTower, ClipTextTower
 from capfilt.models.packed import pack_linears
 from capfilt.settings import EMBEDDED, RankSettings
 from capfilt.weights.find import find_embedded, is_offline
-from capfilt.weights.model_files import read_safetensors
+from capfilt.weights.model_files import read_safetensors, refuse_foreign_weights
 
 _DEFAULT_WEIGHTS = "openai"
 _PADDED_TEXTS_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
@@ -257,6 +257,9 @@ def _fill(model: Any, weights: Path) -> None:
     model.load_state_dict = functools.partial(model.load_state_dict, assign=True)
     try:
         open_clip.load_checkpoint(model, str(weights))
+    except Exception:
+        refuse_foreign_weights(weights)
+        raise
     finally:
         del model.load_state_dict  # by which the model would hold itself
 
@@ -275,6 +278,8 @@ def _try(source: ClipSource, load: Callable[[], Any]) -> Any:
     """What `load` gives. Raises UsageError, naming the source, for whatever open_clip and torch raise."""
     try:
         return load()
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(
             f"open_clip cannot load {source.name} {source.weights or ''} ({first_line(error)}). Give --clip-model and "

@@ -52,8 +52,7 @@ from capfilt.weights.model_files import (
     read_config,
     read_image_processor,
     read_preparation,
-    read_safetensors,
-    read_torch_file,
+    read_tensors,
     read_weights,
     weights_digest,
 )
@@ -161,7 +160,7 @@ def read_tower(name: str) -> Tower:
     if (source := _find_open_clip(name)) is not None:
         return _read_open_clip(source)
     if name and path.is_file():
-        return read_lavis_tower(read_state(path), str(path))
+        return read_lavis_tower(read_tensors(path), str(path))
     folder = find_model_dir(name, "image encoder", give=GIVE_IMAGE_ENCODER)
     kind = read_config(folder).get("model_type")
     if kind not in _READERS:
@@ -222,15 +221,6 @@ def _lavis_tower(
     norm = {kind: own[f"{norm_name}.{kind}"] for kind in _NORM_KINDS if f"{norm_name}.{kind}" in own}
     preparation = ImagePreparation(sizes.image_size_px)
     return Tower(sizes, convert(own, sizes), preparation, norm, has_last_block)
-
-
-def read_state(path: Path) -> State:
-    """The tensors of a .pth or safetensors file, those under `model` where it has such an entry."""
-    content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
-    state = content.get("model", content)
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UsageError(f"{path} holds no weights. Give a checkpoint of LAVIS's BLIP-2.")
-    return state
 
 
 def fits_blip2(sizes: ViTConfig) -> bool:

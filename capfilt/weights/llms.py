@@ -14,12 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from capfilt.data.texts import clean_for_terminal, first_line
 from capfilt.errors import UsageError
 from capfilt.models.convert_blip2 import State
 from capfilt.models.llms import LLMS, LanguageModel, wrap_llm
+from capfilt.weights.model_files import find_weights, load_config, loading_problem, refuse_foreign_weights
+
+_LOADING: dict[str, Any] = {
+    "output_loading_info": True, "ignore_mismatched_sizes": True,
+    "attn_implementation": None,  # torch's: a config.json may name a program on the hub that is to compute it
+}  # fmt: skip
 
 
 def load_llm(
@@ -29,17 +36,26 @@ def load_llm(
 
     Raises UsageError where it holds no such model, or weights are missing from it.
     """
+    config = load_config(path, "Give a folder or hub id of an OPT or T5.")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UsageError(f"No language model at {path} ({error}). Give a folder or hub id of an OPT or T5.") from error
+        raise UsageError(f"{path} has no readable tokenizer ({loading_problem(error)}). Add tokenizer.json.") from error
     if config.model_type not in LLMS:
         raise UsageError(f"{path} is a {config.model_type!r}; the language model must be one of {', '.join(LLMS)}.")
     _refuse_projection(path, config)
+    if quantised := getattr(config, "quantization_config", None):
+        method = clean_for_terminal(str(dict(quantised).get("quant_method", "of a kind not named")))
+        raise UsageError(f"{path} is quantised ({method}); give the weights it was made from, and --dtype bfloat16.")
     _, theirs = LLMS[config.model_type]
-    with _silenced():
-        model, info = theirs.from_pretrained(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    try:
+        with _silenced():
+            model, info = theirs.from_pretrained(path, dtype=dtype, **_LOADING)
+    except Exception as error:  # of safetensors, pickle, zip and torch, which have no common base
+        if Path(path).is_dir():
+            for file in find_weights(Path(path)):
+                refuse_foreign_weights(file)
+        raise UsageError(f"The weights in {path} cannot be loaded ({first_line(error)}). Fetch them again.") from error
     _refuse_other_shapes(str(path), info)
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
@@ -71,10 +87,7 @@ def build_llm(
     _, theirs = LLMS[config.model_type]
     dtype = dtype or next(iter(state.values())).dtype
     with _silenced():
-        model, info = theirs.from_pretrained(
-            None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        model, info = theirs.from_pretrained(None, config=config, state_dict=dict(state), dtype=dtype, **_LOADING)
     _refuse_other_shapes("The language model of the BLIP-2", info)
     if odd := sorted(info["missing_keys"] | info["unexpected_keys"]):
         raise UsageError(f"The language model lacks or does not know {len(odd)} weights, such as {odd[0]!r}.")

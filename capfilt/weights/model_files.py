@@ -22,6 +22,7 @@ from capfilt.data.texts import first_line
 from capfilt.errors import UsageError
 from capfilt.models.convert_blip2 import State
 from capfilt.weights.find import SIDE_FILES
+from capfilt.weights.foreign_files import describe_file
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -45,6 +46,25 @@ class ImagePreparation:
 def read_config(folder: Path) -> dict[str, Any]:
     """What config.json holds."""
     return _read_json(folder / "config.json")
+
+
+def load_config(path: str | Path, advice: str) -> Any:
+    """transformers' reading of the config.json of a folder or hub id. UsageError that ends in `advice` where there is
+    none, or where it is of a kind that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"transformers cannot read {path}/config.json ({loading_problem(error)}). {advice}") from error
+
+
+def loading_problem(error: Exception) -> str:
+    """The error's first line, but not transformers' advice to run what lies beside a model."""
+    if "trust_remote_code" in str(error):
+        return "it wants a program of its own, its auto_map; none is run"
+    return first_line(error)
 
 
 def find_weights(folder: Path) -> list[Path]:
@@ -105,7 +125,10 @@ def read_safetensors(path: Path, dtype: torch.dtype | None = None) -> State:
                     state[name] = _in_dtype(file.get_tensor(name), dtype).clone()
         return state
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"The weights in {path} cannot be read ({error}). Fetch them again.") from error
+        raise UsageError(
+            f"The weights in {path} cannot be read ({first_line(error)}): the file is {describe_file(path)}. "
+            "Fetch them again."
+        ) from error
 
 
 def read_torch_file(path: Path) -> dict[str, Any]:
@@ -114,12 +137,19 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds of errors for files that are not what they should be
         raise UsageError(
-            f"{path} is not a file of plain tensors ({first_line(error)}). Nothing in it was run. Give safetensors, "
-            "or a checkpoint that torch loads with weights_only."
+            f"{path} is not a file of plain tensors: it is {describe_file(path)}. Nothing in it was run. Give "
+            "safetensors, or a checkpoint that torch loads with weights_only."
         ) from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}; expected a dictionary of weights.")
     return content
+
+
+def refuse_foreign_weights(path: Path) -> None:
+    """UsageError, which says what the file is, where it cannot be read as plain tensors: other libraries' errors advise
+    to run it.
+    """
+    read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
 
 
 def refuse_odd_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -181,7 +211,9 @@ def load_tokenizer(folder: Path, *, is_bert: bool = False) -> Any:
             known = {"config": BertConfig()} if is_bert else {}
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **known)
     except Exception as error:  # the tokenizers' errors have no common base
-        raise UsageError(f"{folder} has no readable tokenizer ({first_line(error)}). Add tokenizer.json.") from error
+        raise UsageError(
+            f"{folder} has no readable tokenizer ({loading_problem(error)}). Add tokenizer.json."
+        ) from error
     tokenizer.init_kwargs["local_files_only"] = False  # saving keeps it; where it was read is no property of it
     return tokenizer
 

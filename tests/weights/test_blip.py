@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -205,41 +203,3 @@ def test_hub_id_in_the_cache_loads_offline(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert load("someone/blip").digests == load(folders["captioner"]).digests
-
-
-class Payload:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("name", ["model.pth", "pytorch_model.bin"])
-def test_pickled_code_never_runs(copy: Path, name: str, tmp_path: Path) -> None:
-    canary = tmp_path / "canary"
-    (copy / "model.safetensors").unlink()
-    for write in (
-        lambda path: torch.save({"model": {"x": Payload(canary)}}, path),
-        lambda path: path.write_bytes(pickle.dumps(Payload(canary))),
-    ):
-        write(copy / name)
-        with pytest.raises(UsageError, match="Nothing in it was run"):
-            load(copy / name if name.endswith(".pth") else copy)
-        assert not canary.exists()
-
-
-def test_remote_code_of_a_tokenizer_never_runs(copy: Path, tmp_path: Path) -> None:
-    canary = tmp_path / "canary"
-    (copy / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})\nclass T: pass\n")
-    config = json.loads((copy / "tokenizer_config.json").read_text())
-    config |= {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T"}
-    (copy / "tokenizer_config.json").write_text(json.dumps(config))
-    change_config(copy, auto_map={"AutoModel": "evil.T", "AutoConfig": "evil.T"})
-    try:
-        load(copy)
-    except UsageError as error:
-        assert "tokenizer" in str(error)  # noqa: PT017 - refusing is as good as ignoring
-    assert not canary.exists()

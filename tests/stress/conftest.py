@@ -1,0 +1,38 @@
+"""The reliability matrix: what each row measured is printed at the end, a line a row.
+
+A row is a file of tests, which give their figure with `figure(row, text)`. `make test` runs a sample of every row,
+`make stress` (CAPFILT_STRESS=1) all of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+FULL = os.environ.get("CAPFILT_STRESS", "") == "1"
+"""Whether all of a row is run, not a sample."""
+
+Figure = Callable[[int, str], None]
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Figure:
+    """Notes what a test of a row measured; the notes travel with the test's report, from other processes too."""
+
+    def note(row: int, text: str) -> None:
+        request.node.user_properties.append((f"row {row:02d}", text))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the figures of the tests that passed."""
+    reports = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    figures = sorted({pair for report in reports for pair in report.user_properties if pair[0].startswith("row ")})
+    if figures:
+        terminalreporter.section("reliability, full" if FULL else "reliability, a sample")
+        for row, text in figures:
+            terminalreporter.write_line(f"{row}: {text}")

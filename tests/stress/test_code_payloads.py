@@ -1,0 +1,308 @@
+"""Row 14: files that run code where they are opened carelessly, given wherever capfilt opens a file.
+
+Every payload makes a canary. That each would is shown first, by opening it carelessly in a process of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from capfilt.curate.import_shards import import_shards
+from capfilt.curate.tar_patterns import expand_patterns
+from capfilt.data.rundir import RunDir
+from capfilt.data.shards import read_samples
+from capfilt.errors import CapfiltError, CorruptionError, UsageError
+from capfilt.settings import RankSettings
+from capfilt.train.blip2_files import read_blip2
+from capfilt.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from capfilt.train.starts import bert_sizes, find_bert
+from capfilt.weights.albef import load_trainable_albef
+from capfilt.weights.blip import load_blip
+from capfilt.weights.clip import find_clip, load_clip
+from capfilt.weights.image_encoders import load_image_encoder
+from capfilt.weights.llms import load_llm
+from capfilt.weights.model_files import load_tokenizer, read_weights
+from tests import factories
+from tests.cli.conftest import capfilt
+from tests.stress.conftest import Figure
+from tests.train import small_models
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Call:
+    """Unpickled, it calls a function."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.function, self.arguments
+
+
+def mkdir(canary: Path) -> Call:
+    return Call(os.mkdir, (str(canary),))
+
+
+def evaluated(canary: Path) -> Call:
+    return Call(eval, (f"__import__('os').mkdir({str(canary)!r})",))
+
+
+def pickled(protocol: int, payload: Callable[[Path], Call] = mkdir) -> Callable[[Path, Path], None]:
+    return lambda path, canary: path.write_bytes(pickle.dumps({"model": {"x": payload(canary)}}, protocol)) and None
+
+
+def by_torch(payload: Callable[[Path], Call], *, zipped: bool) -> Callable[[Path, Path], None]:
+    def write(path: Path, canary: Path) -> None:
+        content = {"model": {"weight": torch.zeros(2), "x": payload(canary)}}
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+
+    return write
+
+
+def object_array(path: Path, canary: Path) -> None:
+    with open(path, "wb") as file:
+        np.save(file, np.array([mkdir(canary)], dtype=object), allow_pickle=True)
+
+
+MKDIR, EVAL = "a pickle that calls posix.mkdir", "a pickle that calls builtins.eval"
+PAYLOADS: dict[str, tuple[Callable[[Path, Path], None], str, str]] = {
+    "torch's archive": (by_torch(mkdir, zipped=True), MKDIR, "torch.load(path, weights_only=False)"),
+    "torch's archive with eval": (
+        by_torch(evaluated, zipped=True), r"a pickle that calls (builtins|__builtin__)\.eval",
+        "torch.load(path, weights_only=False)",
+    ),
+    "torch's old form": (by_torch(mkdir, zipped=False), MKDIR, "torch.load(path, weights_only=False)"),
+    "a pickle of protocol 0": (pickled(0), MKDIR, "pickle.load(open(path, 'rb'))"),
+    "a pickle of protocol 2": (pickled(2), MKDIR, "pickle.load(open(path, 'rb'))"),
+    "a pickle of protocol 4": (pickled(4), MKDIR, "pickle.load(open(path, 'rb'))"),
+    "a pickle with eval": (pickled(5, evaluated), EVAL, "pickle.load(open(path, 'rb'))"),
+    "an array of objects": (object_array, "a NumPy array", "numpy.load(path, allow_pickle=True)"),
+}  # fmt: skip
+"""Name → how it is written, what the message calls it, what opens it carelessly."""
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_each_payload_is_live(tmp_path: Path, name: str) -> None:
+    write, _, opened = PAYLOADS[name]
+    write(tmp_path / "payload", tmp_path / "canary")
+    script = f"import sys, pickle, numpy, torch\npath = sys.argv[1]\n{opened}"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, tmp_path / "payload"], capture_output=True, text=True,
+        check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert (tmp_path / "canary").is_dir(), done.stderr
+
+
+@dataclass(frozen=True)
+class Models:
+    """Folders in the published layouts, to be spoilt."""
+
+    captioner: Path
+    clip: Path
+    bert: Path
+    opt: Path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    root = tmp_path_factory.mktemp("models")
+    found = Models(root / "captioner", root / "clip", root / "bert", root / "opt")
+    factories.save_captioner(found.captioner)
+    factories.save_clip(found.clip)
+    small_models.save_bert(found.bert)
+    small_models.save_opt(found.opt)
+    return found
+
+
+def in_place_of_weights(source: Path, folder: Path, name: str, write: Callable[[Path], None]) -> Path:
+    shutil.copytree(source, folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    write(folder / name)
+    return folder
+
+
+def in_a_checkpoint(folder: Path, write: Callable[[Path], None]) -> None:
+    """A checkpoint whose state.json vouches for the payload."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight])
+    save_checkpoint(folder, tensors={"w": weight.data}, optimizer=optimizer, state={"step": 1, "fields": {}})
+    found = find_checkpoint(folder)
+    assert found is not None
+    path, state = found
+    write(path / "model.safetensors")
+    (path / "state.json").write_text(json.dumps({**state, "sha256": _digests(path)}))
+    newest = find_checkpoint(folder)
+    assert newest is not None
+    load_checkpoint(newest[0], tensors={"w": weight.data}, optimizer=optimizer)
+
+
+def _digests(path: Path) -> dict[str, str]:
+    from capfilt.data.commit import file_sha256
+
+    return {name: file_sha256(path / name) for name in ("model.safetensors", "optimizer.safetensors")}
+
+
+Writer = Callable[[Path], None]
+READERS: dict[str, Callable[[Models, Path, Writer], Any]] = {
+    "captioner, .pth": lambda m, tmp, write: load_blip(
+        str(in_place_of_weights(m.captioner, tmp / "m", "model.pth", write) / "model.pth"), "captioner",
+        device=CPU, dtype=torch.float32,
+    ),
+    "captioner, .bin": lambda m, tmp, write: load_blip(
+        str(in_place_of_weights(m.captioner, tmp / "m", "pytorch_model.bin", write)), "captioner",
+        device=CPU, dtype=torch.float32,
+    ),
+    "captioner, named safetensors": lambda m, tmp, write: load_blip(
+        str(in_place_of_weights(m.captioner, tmp / "m", "model.safetensors", write)), "captioner",
+        device=CPU, dtype=torch.float32,
+    ),
+    "CLIP, folder": lambda m, tmp, write: load_clip(
+        find_clip(RankSettings(clip_model=str(in_place_of_weights(m.clip, tmp / "m", "open_clip_model.bin", write)))),
+        CPU, torch.float32,
+    ),
+    "CLIP, file": lambda m, tmp, write: load_clip(
+        find_clip(RankSettings(clip_model="RN50", clip_weights=str(written(tmp / "m.pt", write)))), CPU, torch.float32,
+    ),
+    "image encoder, .pth": lambda m, tmp, write: load_image_encoder(str(written(tmp / "m.pth", write)), CPU),
+    "BLIP-2, .pth": lambda m, tmp, write: read_blip2(written(tmp / "m.pth", write)),
+    "ALBEF, .pth": lambda m, tmp, write: load_trainable_albef(str(written(tmp / "m.pth", write))),
+    "BERT, .bin": lambda m, tmp, write: read_weights(
+        find_bert(str(in_place_of_weights(m.bert, tmp / "m", "pytorch_model.bin", write)))
+    ),
+    "language model, .bin": lambda m, tmp, write: load_llm(
+        in_place_of_weights(m.opt, tmp / "m", "pytorch_model.bin", write)
+    ),
+    "language model, named safetensors": lambda m, tmp, write: load_llm(
+        in_place_of_weights(m.opt, tmp / "m", "model.safetensors", write)
+    ),
+    "checkpoint of a training": lambda m, tmp, write: in_a_checkpoint(tmp / "m", write),
+}  # fmt: skip
+
+
+def written(path: Path, write: Writer) -> Path:
+    write(path)
+    return path
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_no_payload_runs_whatever_reads_it(models: Models, tmp_path: Path, reader: str, figure: Figure) -> None:
+    canary = tmp_path / "canary"
+    for number, (write, kind, _) in enumerate(PAYLOADS.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises((UsageError, CorruptionError)) as caught:
+            READERS[reader](models, folder, lambda path, write=write: write(path, canary))
+        assert not canary.exists()
+        assert re.search(kind, str(caught.value)), str(caught.value)
+        assert "weights_only=False" not in str(caught.value).replace(" ", "")
+    figure(14, f"{reader}: {len(PAYLOADS)} of {len(PAYLOADS)} payloads refused and named, none ran")
+
+
+def test_a_program_in_torchscript_is_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "m.pt")
+    for load in (
+        lambda: load_clip(
+            find_clip(RankSettings(clip_model="RN50", clip_weights=str(tmp_path / "m.pt"))), CPU, torch.float32
+        ),
+        lambda: read_blip2(tmp_path / "m.pt"),
+    ):
+        with pytest.raises(UsageError, match="a TorchScript archive, a program"):
+            load()
+
+
+CODE_KEYS: dict[str, dict[str, Any]] = {
+    "auto_map": {
+        "auto_map": dict.fromkeys(["AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"], "evil.T")
+    },
+    "auto_map and a model_type nobody knows": {"auto_map": {"AutoConfig": "evil.T"}, "model_type": "evil"},
+    "auto_map of a tokenizer": {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T"},
+    "a kernel for attention": {"attn_implementation": "evil/kernel", "_attn_implementation": "evil/kernel"},
+    "kernels for layers": {"kernel_config": {"RMSNorm": "evil/kernel:RMSNorm"}},
+    "a quantiser": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+}
+
+
+@pytest.mark.parametrize("case", CODE_KEYS)
+def test_no_code_that_a_config_names_runs(models: Models, tmp_path: Path, case: str, figure: Figure) -> None:
+    canary = tmp_path / "canary"
+    loaders: dict[str, Callable[[Path], Any]] = {
+        "captioner": lambda folder: load_blip(str(folder), "captioner", device=CPU, dtype=torch.float32),
+        "bert": lambda folder: (bert_sizes(folder), load_tokenizer(folder)),
+        "opt": load_llm,
+    }
+    for name, load in loaders.items():
+        folder = Path(shutil.copytree(getattr(models, name), tmp_path / name))
+        (folder / "evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass T: pass\n")
+        for file in ("config.json", "tokenizer_config.json"):
+            (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **CODE_KEYS[case]}))
+        try:
+            load(folder)
+        except UsageError as error:
+            assert "trust_remote_code" not in str(error)  # noqa: PT017 - refusing is as good as passing over
+        assert not canary.exists()
+        assert not [module for module in sys.modules if module.startswith("transformers_modules")]
+    figure(14, f"{case}: 3 of 3 loaders ran nothing")
+
+
+MEMBERS = ["pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "mp", "py"]
+
+
+def test_members_of_a_tar_are_never_opened_as_python(tmp_path: Path, figure: Figure) -> None:
+    canary = tmp_path / "canary"
+    content = pickle.dumps(mkdir(canary))
+    image = io.BytesIO()
+    factories.draw_picture(0).save(image, "PNG")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in [("k.png", image.getvalue()), *((f"k.{ending}", content) for ending in MEMBERS)]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    run = RunDir.create(tmp_path / "run")
+    import_shards([str(tmp_path / "a.tar")], run)
+    (sample,) = read_samples(run, "00000")
+    assert sample.key == "k"
+    assert not canary.exists()
+    script = "import sys, webdataset; print(list(webdataset.WebDataset(sys.argv[1], shardshuffle=False).decode()))"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, tmp_path / "a.tar"], capture_output=True, check=False)
+    assert canary.is_dir(), "webdataset's decoder ran none of it: the payload is no test"
+    figure(14, f"tar members: {len(MEMBERS)} of {len(MEMBERS)} kinds passed over (webdataset's decoder ran one)")
+
+
+ADDRESSES = [
+    "pipe:mkdir canary", "pipe: mkdir canary", "PIPE:mkdir canary", "file:|mkdir canary", "|mkdir canary",
+    "http://127.0.0.1:9/a.tar'; mkdir canary; '", 'http://127.0.0.1:9/a.tar"; mkdir canary; "',
+    "http://127.0.0.1:9/$(mkdir canary).tar", "http://127.0.0.1:9/`mkdir canary`.tar", "a.tar; mkdir canary",
+]  # fmt: skip
+
+
+def test_no_address_is_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure) -> None:
+    """As tars to import, and as addresses to download."""
+    monkeypatch.chdir(tmp_path)
+    for address in ADDRESSES:
+        with pytest.raises(CapfiltError):
+            expand_patterns([address])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "urls.txt").write_text("\n".join(ADDRESSES) + "\n")
+    done = capfilt("download", "urls.txt", "run", "--timeout", 1, "--allow-private-addresses")
+    assert "Traceback" not in done.err
+    assert not list(tmp_path.rglob("canary*"))
+    figure(14, f"addresses: {len(ADDRESSES)} of {len(ADDRESSES)} are no commands, of tars and of pictures")
