@@ -89,10 +89,15 @@ def _curates(recipe: Recipe) -> bool:
 
 def _require_shards(recipe: Recipe, run: RunDir) -> None:
     if not run.shard_names():
-        raise UsageError(
-            f"No shards in {run.path}/shards, and {recipe.path} has no [source]. Run "
-            f"`capfilt download URLS {run.path}` or `capfilt import TARS {run.path}` first."
-        )
+        raise no_shards(recipe, run.path)
+
+
+def no_shards(recipe: Recipe, run_path: Path) -> UsageError:
+    """The error for a run without shards and a recipe that makes none."""
+    return UsageError(
+        f"No shards in {run_path}/shards, and {recipe.path} has no [source]. Run `capfilt download URLS {run_path}` or "
+        f"`capfilt import TARS {run_path}` first."
+    )
 
 
 def require_manifest(run: RunDir) -> None:
@@ -151,7 +156,7 @@ def open_further_runs(section: TrainingSection, run_path: Path) -> list[RunDir]:
         except UsageError as error:
             raise UsageError(
                 f"[train.{section.name}] is to be trained on {name}. {error} People's own captions become one by "
-                f"`capfilt import TARS {name} --human`."
+                f"`capfilt import TARS {name} --human`; `--curate-only` leaves the trainings out."
             ) from None
         found.append(run)
     return found

@@ -15,9 +15,9 @@ from capfilt.curate.download import download_fields
 from capfilt.curate.selection import SOURCES
 from capfilt.data.commit import file_sha256, input_digest, read_commit_record
 from capfilt.data.rundir import RunDir
-from capfilt.errors import UsageError
 from capfilt.pipeline import (
     download_settings,
+    no_shards,
     open_further_runs,
     read_site,
     require_manifest,
@@ -64,7 +64,7 @@ def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -
     run = RunDir.open(run_path, generation) if (run_path / "run.json").exists() else None
     shards = run.shard_names() if run else []
     if not shards and recipe.source is None:
-        raise UsageError(f"No shards in {run_path}/shards, and {recipe.path} has no [source].")
+        raise no_shards(recipe, run_path)
     if run is not None and shards and recipe.filter is None and recipe.trainings:
         require_manifest(run)  # the recipe makes none
     plans = [_plan_shards(recipe, run, shards)]

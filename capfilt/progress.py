@@ -35,6 +35,9 @@ class Progress(Protocol):
     def finish(self) -> None:
         """The piece of work has ended."""
 
+    def say(self, text: str, /) -> None:
+        """A sentence about the work, on a line of its own."""
+
 
 class NullProgress:
     """Says nothing."""
@@ -46,6 +49,9 @@ class NullProgress:
         """Nothing is shown."""
 
     def finish(self) -> None:
+        """Nothing is shown."""
+
+    def say(self, text: str, /) -> None:
         """Nothing is shown."""
 
 
@@ -98,6 +104,11 @@ class StreamProgress:
             self._stream.write("\n")
             self._stream.flush()
         self._name = None
+
+    def say(self, text: str, /) -> None:
+        """Write a line above the one that is redrawn."""
+        self._stream.write(f"\r\x1b[2K{text}\n" if self._live else f"{text}\n")
+        self._stream.flush()
 
     def _draw(self, now: float, *, ended: bool = False) -> None:
         self._drawn = now

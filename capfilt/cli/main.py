@@ -31,8 +31,8 @@ FAILURES: tuple[tuple[type[BaseException], str, int | None], ...] = (
     (IsADirectoryError, "A file was expected: {error}. Check the path.", 2),
     (NotADirectoryError, "A directory was expected: {error}. Check the path.", 2),
     (MemoryError, "Out of memory. Take a smaller --batch-size and run again; finished shards are kept.", 1),
-    (OSError, "{error}. Finished shards are kept; mend the cause and run the same command again.", 1),
-    (KeyboardInterrupt, "Interrupted. Finished shards are kept; the same command goes on.", EXIT_INTERRUPTED),
+    (OSError, "{error}. What is done is kept; mend the cause and run the same command again.", 1),
+    (KeyboardInterrupt, "Interrupted. What is done is kept; the same command goes on.", EXIT_INTERRUPTED),
 )
 """Exception → message and exit code, first match; what is not listed is a defect of capfilt."""
 
@@ -89,7 +89,7 @@ def main() -> NoReturn:
         if ended.code == EXIT_INTERRUPTED:  # typer made this of a KeyboardInterrupt
             report(KeyboardInterrupt())
         elif ended.code == EXIT_TERMINATED:
-            note("capfilt: Terminated. Finished shards are kept; the same command goes on.")
+            note("capfilt: Terminated. What is done is kept; the same command goes on.")
         sys.exit(_closed_quietly(ended.code))
     except BaseException as error:
         sys.exit(report(error))
@@ -102,12 +102,19 @@ def report(error: BaseException) -> int:
         traceback.print_exception(error)
     for kind, message, code in FAILURES:
         if isinstance(error, kind):
-            for number, line in enumerate(message.format(error=error).splitlines()[:MAX_MESSAGE_LINES]):
+            for number, line in enumerate(message.format(error=_in_words(error)).splitlines()[:MAX_MESSAGE_LINES]):
                 note(f"{'' if number else 'capfilt: '}{clean(line, MAX_LINE_CHARS)}")
             return error.exit_code if isinstance(error, CapfiltError) else int(code or 1)
     detail = clean(f"{type(error).__name__}: {error}", MAX_LINE_CHARS)
     note(f"capfilt: this is a defect of capfilt: {detail}. CAPFILT_DEBUG=1 shows where; please report it.")
     return 1
+
+
+def _in_words(error: BaseException) -> str:
+    """The error's text; of the system's, without numbers: "No such file or directory: 'a.json'"."""
+    if isinstance(error, OSError) and not isinstance(error, CapfiltError) and error.strerror and error.filename:
+        return f"{error.strerror}: {str(error.filename)!r}"
+    return str(error)
 
 
 def _is_debugging() -> bool:

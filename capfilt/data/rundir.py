@@ -114,9 +114,10 @@ class RunDir:
 
     def committed(self, stage: str) -> list[str]:
         """Names of the shards that have a file of `stage` in this generation's view, in order."""
-        names = {path.stem for path in self.stage_file(stage, "0").parent.glob("*.parquet")}
+        names = self._own_names(stage)
         if self._falls_back(stage):
-            names |= {path.stem for path in (self.path / stage).glob("*.parquet")}
+            made_anew = set[str]().union(*map(self._own_names, self._stages_before(stage)))
+            names |= {path.stem for path in (self.path / stage).glob("*.parquet")} - made_anew
         return sorted((name for name in names if _SHARD.fullmatch(name)), key=lambda name: (len(name), name))
 
     def stage_file(self, stage: str, shard: str) -> Path:
@@ -126,12 +127,15 @@ class RunDir:
     def read_file(self, stage: str, shard: str) -> Path:
         """Where `stage` of `shard` is read: this generation's file, or the default's where it has none.
 
-        The manifest never falls back: a generation is what its own manifest says.
+        Nothing falls back behind a stage that the generation made anew: scores belong to the captions they are of. Nor
+        does the manifest: a generation is what its own manifest says.
         """
         own = self.stage_file(stage, shard)
-        if self._falls_back(stage) and not own.exists():
-            return self.path / stage / f"{shard}.parquet"
-        return own
+        if not self._falls_back(stage) or own.exists():
+            return own
+        if any(self.stage_file(before, shard).exists() for before in self._stages_before(stage)):
+            return own
+        return self.path / stage / f"{shard}.parquet"
 
     def tar_path(self, shard: str) -> Path:
         """Where the images of `shard` are."""
@@ -171,6 +175,14 @@ class RunDir:
         if stage not in STAGES:
             raise ValueError(f"stage is {stage!r}; expected one of {', '.join(STAGES)}")
         return stage if self.generation is None or stage == "shards" else f"{stage}@{self.generation}"
+
+    def _own_names(self, stage: str) -> set[str]:
+        """Of the shards that have a file of this generation's own."""
+        return {path.stem for path in self.stage_file(stage, "0").parent.glob("*.parquet")}
+
+    def _stages_before(self, stage: str) -> tuple[str, ...]:
+        """Those of which a generation has its own, before `stage`."""
+        return STAGES[1 : STAGES.index(stage)]
 
     def _falls_back(self, stage: str) -> bool:
         return self.generation is not None and stage not in ("shards", "manifest")

@@ -200,7 +200,8 @@ def at_image_size(state: Mapping[str, Tensor], sizes: ViTConfig, image_size_px: 
     """Weights and sizes for images of another size: positions are interpolated. UsageError where patches do not fit."""
     if image_size_px % sizes.patch_size_px:
         raise UsageError(
-            f"image_size_px is {image_size_px}; expected a multiple of the encoder's patches, {sizes.patch_size_px} px."
+            f"image_size_px is {image_size_px}; expected a multiple of the encoder's patches, {sizes.patch_size_px} "
+            f"px. Its own size is {sizes.image_size_px} px."
         )
     side = image_size_px // sizes.patch_size_px
     positions = interpolate_positions(state["position_embedding"], (side, side))

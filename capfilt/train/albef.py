@@ -236,7 +236,7 @@ def _new_text(settings: AlbefTrainSettings, vision_width: int) -> tuple[AlbefCon
     if not settings.tokenizer:
         raise UsageError(
             "None of --init, --text-init and --tokenizer is given; name an ALBEF to go on from, a BERT to start from "
-            "(google-bert/bert-base-uncased), or a tokenizer to start from nothing."
+            "(google-bert/bert-base-uncased), or a tokenizer to start from nothing (`embedded`: the miniature world's)."
         )
     folder = find_model_dir(settings.tokenizer, "tokenizer", patterns=SIDE_FILES)
     tokenizer = _bert_tokenizer(folder)

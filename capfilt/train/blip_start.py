@@ -148,7 +148,8 @@ def _start_anew(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
     if not settings.tokenizer and not settings.text_init:
         raise UsageError(
             "None of --init, --text-init and --tokenizer is given; name the output of `capfilt train blip` to go on "
-            "from, a BERT to start from (google-bert/bert-base-uncased), or a tokenizer to start from nothing."
+            "from, a BERT to start from (google-bert/bert-base-uncased), or a tokenizer to start from nothing "
+            "(`embedded`: the miniature world's)."
         )
     tokenizer = _blip_tokenizer(settings.tokenizer or settings.text_init)
     vision, _ = new_vision(settings, DEFAULT_IMAGE_SIZE_PX)

@@ -46,7 +46,9 @@ _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 
 @contextmanager
 def lock_output(output_dir: Path) -> Iterator[None]:
-    """Keeps a second training out of `output_dir`; RunLockedError where one is at work."""
+    """Keeps a second training out of `output_dir`; RunLockedError where one is at work, UsageError for a file."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UsageError(f"--output {output_dir} is a file; expected a folder, new or of an earlier training.")
     output_dir.mkdir(parents=True, exist_ok=True)
     with open(output_dir / ".lock", "a+") as handle:
         try:
@@ -134,6 +136,24 @@ def find_checkpoint(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
                     f"{error} No other checkpoint is left: move {path.parent} away to start anew."
                 ) from error
     return None
+
+
+def newer_checkpoints(path: Path) -> list[Path]:
+    """Those beside the checkpoint `path` that come after it."""
+    return [other for other in _checkpoint_dirs(path.parents[1]) if other.name > path.name]
+
+
+def refuse_damaged_model(output_dir: Path, digests: Mapping[str, str]) -> None:
+    """CorruptionError where a finished model's file is gone, or its weights are not those written."""
+    for name, digest in digests.items():
+        path = output_dir / name
+        if path.exists() and (path.suffix != ".safetensors" or _sync_and_digest(path) == digest):
+            continue
+        state = "is not what the training wrote" if path.exists() else "is gone"
+        raise CorruptionError(
+            f"{path} {state}. Remove {output_dir / 'training.json'} and repeat the command: the last checkpoint gives "
+            "the model anew."
+        )
 
 
 def find_fields(output_dir: Path) -> dict[str, Any] | None:

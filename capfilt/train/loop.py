@@ -38,7 +38,9 @@ from capfilt.train.checkpoint import (
     find_fields,
     load_checkpoint,
     lock_output,
+    newer_checkpoints,
     publish_files,
+    refuse_damaged_model,
     refuse_foreign_files,
     refuse_other_settings,
     save_checkpoint,
@@ -145,7 +147,7 @@ def train(
         if done is not None:
             return done
         state = make_state(objective, prepare, settings, processes, extra_tensors, some_unused, rate_scales)
-        start, cursor, running = _resume(output_dir, state, identity)
+        start, cursor, running = _resume(output_dir, state, identity, progress)
         _refuse_other_starts(processes, {"step": start, "cursor": asdict(cursor)})
         records = Records(output_dir, active=processes.is_main, tensorboard=settings.tensorboard)
         records.go_on(start)
@@ -169,6 +171,7 @@ def train(
                 if step % settings.save_every_steps == 0 or is_last or taken.stop:
                     _save(output_dir, state, step, taken.cursor, identity, running)
                 if taken.stop:
+                    progress.say(f"Stopped after step {step:,}, which is saved; the same command goes on from there.")
                     raise_signal(caught[0] if caught else signal.SIGTERM)
             progress.finish()
             summary = _summary(running, settings, processes)
@@ -215,11 +218,16 @@ def binding_settings(settings: TrainSettings) -> dict[str, Any]:
     return {k: v for k, v in asdict(settings).items() if k not in UNBOUND_SETTINGS}
 
 
-def _resume(output_dir: Path, training: TrainState, identity: Mapping[str, Any]) -> tuple[int, Cursor, _Running]:
+def _resume(
+    output_dir: Path, training: TrainState, identity: Mapping[str, Any], progress: Progress
+) -> tuple[int, Cursor, _Running]:
     found = find_checkpoint(output_dir)
     if found is None:
         return 0, Cursor(), _Running()
     path, state = found
+    for damaged in newer_checkpoints(path):
+        progress.say(f"{damaged} is damaged and passed over.")
+    progress.say(f"Goes on after step {state['step']:,}, from {path}.")
     refuse_other_settings(state, identity, output_dir)
     load_checkpoint(path, tensors=training.tensors(), optimizer=training.optimizer)
     training.scaler.load_state_dict(state["scaler"])
@@ -287,4 +295,5 @@ def _finished(output_dir: Path, identity: Mapping[str, Any]) -> TrainSummary | N
         return None
     record = json.loads(path.read_text())
     refuse_other_settings(record, identity, output_dir)
+    refuse_damaged_model(output_dir, record["sha256"])
     return TrainSummary(**{**record["summary"], "already_done": True})

@@ -28,6 +28,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _TENSORS_AT_ONCE = 16
+_LAYOUT_ADVICE = "Give a model in transformers' layout."
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """Endings of names as BERT was published with them → as transformers has them now."""
 
@@ -239,12 +240,14 @@ def read_image_processor(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    advice = "Give a model in transformers' layout."
+    inside = sorted(folder.parent.name for folder in path.parent.glob("*/config.json"))
+    advice = f"There are models in its {', '.join(inside)}: give one of them." if inside else _LAYOUT_ADVICE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        problem = "" if isinstance(error, FileNotFoundError) else f" ({first_line(error)})"
         raise UsageError(
-            f"{path.parent} cannot be read as a model: it has no readable {path.name} ({error}). {advice}"
+            f"{path.parent} cannot be read as a model: it has no readable {path.name}{problem}. {advice}"
         ) from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no JSON object. {advice}")

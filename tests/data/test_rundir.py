@@ -67,6 +67,19 @@ def test_a_generation_reads_what_it_lacks_from_the_default(
     assert run.generations() == ["warm"]
 
 
+def test_scores_of_other_captions_are_not_read_with_those_of_a_generation(
+    make_run: Callable[..., RunDir], stages: SimpleNamespace
+) -> None:
+    run = make_run(2)
+    other = RunDir.open(run.path, generation="warm")
+    stages.captions(other, "00000", seed=1)
+    assert (other.committed("clip"), other.committed("itm")) == (["00001"], ["00001"])
+    assert not other.read_file("clip", "00000").exists()
+    stages.clip(other, "00000")
+    assert (other.committed("clip"), other.committed("itm")) == (["00000", "00001"], ["00001"])
+    assert other.read_file("clip", "00001") == run.stage_file("clip", "00001")
+
+
 def test_the_second_process_is_refused_and_named_the_first(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run")
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True)

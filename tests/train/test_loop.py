@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
@@ -16,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from capfilt.errors import CapfiltError, FingerprintMismatchError, UsageError
+from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError, UsageError
 from capfilt.models.vit import VisionTransformer, ViTConfig
+from capfilt.progress import Progress, StreamProgress
 from capfilt.settings import TrainSettings
 from capfilt.train.batches import Batch, Cursor, Draws, from_arrays, iterate_batches
 from capfilt.train.loop import TrainSummary, train
@@ -45,6 +47,7 @@ def run_training(
     while_saving: Callable[[], None] = lambda: None,
     dropout: float = 0.1,
     while_opening: Callable[[], None] = lambda: None,
+    progress: Progress | None = None,
 ) -> TrainSummary:
     """A small network on 50 random images; `hook` may change the loss of a step."""
     images = np.random.default_rng(0).integers(0, 255, (50, 8, 8, 3), dtype=np.uint8)
@@ -81,6 +84,7 @@ def run_training(
         output_dir=folder,
         save=save,
         processes=join_processes(settings),
+        progress=progress,
     )
 
 
@@ -145,8 +149,10 @@ def test_a_signal_saves_and_the_next_command_goes_on(
         return loss
 
     before = signal.getsignal(number)
+    said = io.StringIO()
     with pytest.raises(error) as caught:
-        run_training(tmp_path, interrupt)
+        run_training(tmp_path, interrupt, progress=StreamProgress(said))
+    assert "Stopped after step 7, which is saved; the same command goes on from there.\n" in said.getvalue()
     assert error is KeyboardInterrupt or caught.value.code == 143
     assert signal.getsignal(number) is before
     assert (tmp_path / "checkpoints" / "step-00000007").is_dir()
@@ -160,6 +166,29 @@ def test_a_signal_while_the_model_is_written_is_raised_after_it(tmp_path: Path) 
         run_training(tmp_path, settings=settings, while_saving=lambda: signal.raise_signal(signal.SIGINT))
     assert (tmp_path / "model.bin").exists()
     assert run_training(tmp_path, settings=settings).already_done
+
+
+def test_where_it_goes_on_is_said_and_what_is_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        run_training(tmp_path, stop_at(12))
+    kept = sorted((tmp_path / "checkpoints").iterdir())
+    assert len(kept) == 2
+    (kept[1] / "model.safetensors").write_bytes(b"")
+    said = io.StringIO()
+    run_training(tmp_path, progress=StreamProgress(said))
+    step = int(kept[0].name.removeprefix("step-"))
+    assert f"{kept[1]} is damaged and passed over.\nGoes on after step {step}, from {kept[0]}.\n" in said.getvalue()
+
+
+def test_a_finished_model_that_is_gone_is_missed_and_comes_back(tmp_path: Path) -> None:
+    run_training(tmp_path)
+    expected = (tmp_path / "model.bin").read_bytes()
+    (tmp_path / "model.bin").unlink()
+    with pytest.raises(CorruptionError, match=r"model\.bin is gone. Remove .*training\.json and repeat"):
+        run_training(tmp_path)
+    (tmp_path / "training.json").unlink()
+    run_training(tmp_path, stop_at(0))
+    assert (tmp_path / "model.bin").read_bytes() == expected
 
 
 def test_the_same_command_again_does_nothing(tmp_path: Path) -> None:
