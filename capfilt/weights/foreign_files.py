@@ -43,7 +43,7 @@ def describe_file(path: Path) -> str:
     if head.lstrip()[:20].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a page of HTML or XML"
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30:
-        return "safetensors under another name"
+        return "damaged safetensors" if path.suffix == ".safetensors" else "safetensors under another name"
     return _describe_names(_names_of_pickles(head))
 
 

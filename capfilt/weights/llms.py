@@ -46,11 +46,13 @@ def load_llm(
     _refuse_projection(path, config)
     if quantised := getattr(config, "quantization_config", None):
         method = clean_for_terminal(str(dict(quantised).get("quant_method", "of a kind not named")))
-        raise UsageError(f"{path} is quantised ({method}); give the weights it was made from, and --dtype bfloat16.")
+        raise UsageError(f"{path} is quantised ({method}); give the weights it was made from.")
     _, theirs = LLMS[config.model_type]
     try:
         with _silenced():
             model, info = theirs.from_pretrained(path, dtype=dtype, **_LOADING)
+    except MemoryError:
+        raise
     except Exception as error:  # of safetensors, pickle, zip and torch, which have no common base
         if Path(path).is_dir():
             for file in find_weights(Path(path)):

@@ -25,6 +25,7 @@ import torch
 
 from capfilt.curate.import_shards import import_shards
 from capfilt.curate.tar_patterns import expand_patterns
+from capfilt.data.commit import file_sha256
 from capfilt.data.rundir import RunDir
 from capfilt.data.shards import read_samples
 from capfilt.errors import CapfiltError, CorruptionError, UsageError
@@ -66,7 +67,10 @@ def evaluated(canary: Path) -> Call:
 
 
 def pickled(protocol: int, payload: Callable[[Path], Call] = mkdir) -> Callable[[Path, Path], None]:
-    return lambda path, canary: path.write_bytes(pickle.dumps({"model": {"x": payload(canary)}}, protocol)) and None
+    def write(path: Path, canary: Path) -> None:
+        path.write_bytes(pickle.dumps({"model": {"x": payload(canary)}}, protocol))
+
+    return write
 
 
 def by_torch(payload: Callable[[Path], Call], *, zipped: bool) -> Callable[[Path, Path], None]:
@@ -156,8 +160,6 @@ def in_a_checkpoint(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _digests(path: Path) -> dict[str, str]:
-    from capfilt.data.commit import file_sha256
-
     return {name: file_sha256(path / name) for name in ("model.safetensors", "optimizer.safetensors")}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError, RunLockedError
+from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError, RunLockedError, UsageError
 from capfilt.train import checkpoint
 from capfilt.train.checkpoint import (
     find_checkpoint,
@@ -119,5 +119,14 @@ def test_a_second_training_is_kept_out(tmp_path: Path) -> None:
         lock_output(tmp_path),
         pytest.raises(RunLockedError, match="Another training"),
         lock_output(tmp_path),
+    ):
+        pass
+
+
+def test_a_file_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("x")
+    with (
+        pytest.raises(UsageError, match=r"README\.md is a file; expected a folder"),
+        lock_output(tmp_path / "README.md"),
     ):
         pass

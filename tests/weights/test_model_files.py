@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from capfilt.errors import UsageError
-from capfilt.weights.model_files import CLIP_MEAN, CLIP_STD, ImagePreparation, read_preparation, weights_digest
+from capfilt.weights.model_files import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ImagePreparation,
+    read_config,
+    read_preparation,
+    weights_digest,
+)
 
 
 @pytest.fixture
@@ -27,6 +34,15 @@ def test_digest_is_of_the_model_and_not_of_its_making(folder: Path) -> None:
     with_vocabulary = weights_digest(folder)
     (folder / "vocab.txt").rename(folder / "merges.txt")
     assert len({first, with_vocabulary, weights_digest(folder)}) == 3
+
+
+def test_models_inside_a_folder_are_named(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    for part in ("captioner", "filter"):
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"no readable config\.json\. There are models in its captioner, filter"):
+        read_config(folder)
 
 
 def test_preparation_has_the_encoder_s_size_and_the_processor_s_mean(folder: Path) -> None:
