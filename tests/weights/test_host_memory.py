@@ -1,12 +1,15 @@
-"""Memory that is kept: a freed buffer is used again without asking the system for it."""
+"""Memory that is kept, and that is not: freed buffers are used again, kernels of old shapes are let go."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from capfilt.models.packed import multiplies_bfloat16
 
 CODE = """
 import resource, sys, torch
@@ -31,3 +34,41 @@ def test_freed_buffers_are_not_asked_for_anew() -> None:
     before, after = map(int, done.stdout.split())
     assert before > 20 * 100, "256 MiB are 128 pages of 2 MiB, or 65,536 of 4 KiB"
     assert after < before / 20
+
+
+SHAPES_CODE = """
+import resource, sys, torch
+from torch.nn.functional import linear
+from capfilt.weights.host_memory import keep_few_kernels
+
+if sys.argv[1] == "few":
+    keep_few_kernels()
+torch.set_num_threads(1)
+weight = torch.randn(8000, 384, requires_grad=True)
+
+def train(row_counts):
+    for rows in row_counts:
+        x = torch.randn(rows, 384, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = linear(x, weight)
+        y.float().sum().backward()
+        weight.grad = None
+
+train(range(1000, 960, -2))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+train(range(960, 840, -2))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in KiB on Linux alone")
+def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
+    if not multiplies_bfloat16():
+        pytest.skip("oneDNN has no kernels for bfloat16 on this CPU")
+    environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    growth = {
+        kept: int(subprocess.check_output([sys.executable, "-c", SHAPES_CODE, kept], env=environment, text=True))
+        for kept in ("all", "few")
+    }
+    assert growth["all"] > 300 * 1024, "sixty kernels and what they work in"
+    assert growth["few"] < growth["all"] / 5
