@@ -6,7 +6,7 @@ In: a recipe and a run directory. Out: a line for each step. Changes nothing, lo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from capfilt.curate.download import download_fields
 from capfilt.curate.selection import SOURCES
 from capfilt.data.commit import file_sha256, input_digest, read_commit_record
+from capfilt.data.field_changes import field_changes
 from capfilt.data.rundir import RunDir
 from capfilt.pipeline import (
     download_settings,
@@ -24,6 +25,7 @@ from capfilt.pipeline import (
     resolved_settings,
     training_dir,
 )
+from capfilt.progress import counted
 from capfilt.recipes import Recipe, SourceSettings, TrainingSection
 from capfilt.settings import TrainSettings
 from capfilt.trainings import MODEL_SETTINGS, RESULT, TRAININGS
@@ -82,7 +84,7 @@ def _plan_shards(recipe: Recipe, run: RunDir | None, shards: list[str]) -> StepP
     """The shards; those that were downloaded are compared by their settings and their world; a table is not read."""
     what, source = _source_text(recipe.source), recipe.source
     if run is None or not shards or source is None or source.tars:
-        return StepPlan("shards", what, _count(len(shards)))
+        return StepPlan("shards", what, _shards_text(shards))
     made_with = read_commit_record(run.stage_file("shards", shards[0])).fields
     wanted = download_fields(made_with.get("table_sha256", ""), download_settings(recipe))
     old = {name: made_with.get(name) for name in wanted}
@@ -90,10 +92,8 @@ def _plan_shards(recipe: Recipe, run: RunDir | None, shards: list[str]) -> StepP
         known = read_site(run.path) or {}
         wanted |= {"world_urls": source.world_urls, "world_seed": source.world_seed}
         old |= {"world_urls": known.get("num_urls"), "world_seed": known.get("seed")}
-    differences = ", ".join(
-        f"{name} {old[name]!r} -> {value!r}" for name, value in wanted.items() if old[name] != value
-    )
-    return StepPlan("shards", what, "other settings" if differences else _count(len(shards)), differences)
+    differences = ", ".join(field_changes(old, wanted))
+    return StepPlan("shards", what, "other settings" if differences else _shards_text(shards), differences)
 
 
 def _steps_after_the_shards(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -148,18 +148,14 @@ def _plan_stage(stage: _Stage, run: RunDir, ready: set[str], num_shards: int) ->
             done.add(shard)
     if differences:
         return StepPlan(stage.name, stage.what, "other settings", differences), set()
-    state = f"{len(done):,} of {_count(num_shards)}" if done else "to do"
+    state = f"{len(done):,} of {counted(num_shards, 'shard')}" if done else "to do"
     return StepPlan(stage.name, stage.what, state), done
 
 
 def _differences(stage: _Stage, made_with: Mapping[str, Any]) -> str:
     """Settings, and the model where it is a folder here, that differ from those of a commit record."""
     made_with = {"sources": list(SOURCES), **made_with}  # recorded where `select` took fewer
-    differing = [
-        f"{name} {made_with.get(name)!r} -> {value!r}"
-        for name, value in stage.settings.items()
-        if made_with.get(name) != value
-    ]
+    differing = field_changes({name: made_with.get(name) for name in stage.settings}, stage.settings)
     folder = find_local_dir(stage.model, stage.embedded)
     if folder is not None and not _has_files(folder, made_with["model"]):
         differing.append(f"another model than {stage.model}")
@@ -249,5 +245,5 @@ def _source_text(source: SourceSettings | None) -> str:
     return f"download {source.table}" if source.table else f"import {', '.join(source.tars)}"
 
 
-def _count(num_shards: int) -> str:
-    return f"{num_shards:,} shard{'' if num_shards == 1 else 's'}" if num_shards else "to do"
+def _shards_text(shards: Sequence[str]) -> str:
+    return counted(len(shards), "shard") if shards else "to do"

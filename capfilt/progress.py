@@ -206,3 +206,8 @@ def format_field(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`, `1,200 shards`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capfilt.cli.console import following, open_progress, say_result
+from capfilt.cli.console import following, note, open_progress, say_result
 from capfilt.cli.options import (
     AsJson,
     BatchSize,
@@ -140,15 +140,19 @@ def select(
     taken = None if sources is None else [name.strip() for name in sources.split(",")]
     summary = reselect(opened, threshold=threshold, keep=keep, sources=taken, progress=open_progress())
     say_result(summary, summary.line(), following(f"capfilt stats {run}", generation), as_json=as_json)
+    if summary.num_pairs and not summary.num_kept:
+        note(f"No pair is left to train on. `{following(f'capfilt stats {run}', generation)}` shows the scores.")
 
 
 def _annotate(
     run: Path, generation: str | None, as_json: bool, next_command: str, stages: list[str], **settings: Any
 ) -> None:
     """Run the shard loop for some stages, and say what it did."""
-    from capfilt.curate.annotate import annotate
     from capfilt.data.rundir import RunDir
 
+    opened = RunDir.open(run, generation)  # a wrong path is told at once: what follows loads torch
+    from capfilt.curate.annotate import annotate
+
     chosen = {"caption": None, "rank": None, "filter": None, **settings}
-    summary = annotate(RunDir.open(run, generation), stages, **chosen, progress=open_progress())
+    summary = annotate(opened, stages, **chosen, progress=open_progress())
     say_result(summary, summary.line(), following(next_command, generation), as_json=as_json)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.data.texts import clean_for_terminal
-from capfilt.progress import NullProgress, Progress, StreamProgress, format_field
+from capfilt.progress import NullProgress, Progress, StreamProgress
 
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 """Of the processes that torchrun started, the first one speaks."""
@@ -82,8 +82,3 @@ def say_result(value: object, summary: str, next_command: str | None, *, as_json
         say_json(value)
     else:
         end(summary, next_command)
-
-
-def count(number: int, noun: str) -> str:
-    """`1 shard`, `2 shards`, `1,200 shards`."""
-    return f"{format_field(number)} {noun}" if number == 1 else f"{format_field(number)} {noun}s"

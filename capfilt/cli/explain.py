@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capfilt.cli.console import clean, count, note, say, say_json
+from capfilt.cli.console import clean, note, say, say_json
 from capfilt.cli.options import AsJson, Device
 from capfilt.errors import UsageError
+from capfilt.progress import counted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,7 +78,7 @@ def explain(
     for file, explanation in zip(files, found, strict=True):
         say(f"{_probability(explanation, loaded)}  {clean(explanation.text)}")
         say(f"strongest words: {_strongest(explanation)}")
-        words = count(len(explanation.words), "word")
+        words = counted(len(explanation.words), "word")
         say(f"{clean(file)}: the average and {words}, layer {layer}")
 
 

@@ -59,6 +59,8 @@ def verify(
             if len(found) > MAX_FINDINGS_SHOWN:
                 say(f"{what}  and {len(found) - MAX_FINDINGS_SHOWN:,} more; --json lists all")
         say(f"{clean(run)}: {report.line()}")
+        for remedy in report.remedies():
+            note(remedy)
         if report.exit_code == 0:
             note(f"Next: {following(f'capfilt stats {run}', generation)}")
     raise typer.Exit(report.exit_code)

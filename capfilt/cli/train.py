@@ -81,9 +81,10 @@ def blip(
 ) -> None:
     """BLIP pre-training: captioner and filter together (ITC, ITM, LM)."""
     settings = training_settings(BlipTrainSettings, locals(), UNUSED_BY_BLIP)
+    opened = open_runs(runs, generation)
     from capfilt.train.blip import train_blip
 
-    summary = train_blip(open_runs(runs, generation), settings, output, open_progress())
+    summary = train_blip(opened, settings, output, open_progress())
     runs_text = " ".join(map(str, runs))
     next_command = following(f"capfilt train captioner {runs_text} --init {output} --output DIR", generation)
     say_result(summary, training_line("blip", summary, output), next_command, as_json=shared["as_json"])
@@ -111,9 +112,10 @@ def captioner(
 ) -> None:
     """Fine-tune a BLIP captioner (LM)."""
     settings = training_settings(CaptionerTrainSettings, locals(), UNUSED_BY_CAPTIONER)
+    opened = open_runs(runs, generation)
     from capfilt.train.blip import train_captioner
 
-    summary = train_captioner(open_runs(runs, generation), settings, output, open_progress())
+    summary = train_captioner(opened, settings, output, open_progress())
     next_command = f"capfilt caption RUN --captioner {output}"
     say_result(summary, training_line("captioner", summary, output), next_command, as_json=shared["as_json"])
 
@@ -132,9 +134,10 @@ def filter_(
 ) -> None:
     """Fine-tune a BLIP filter (ITC, ITM)."""
     settings = training_settings(FilterTrainSettings, locals(), UNUSED_BY_FILTER)
+    opened = open_runs(runs, generation)
     from capfilt.train.blip import train_filter
 
-    summary = train_filter(open_runs(runs, generation), settings, output, open_progress())
+    summary = train_filter(opened, settings, output, open_progress())
     next_command = f"capfilt filter RUN --filter-model {output}"
     say_result(summary, training_line("filter", summary, output), next_command, as_json=shared["as_json"])
 
@@ -174,9 +177,10 @@ def albef(
 ) -> None:
     """ALBEF pre-training (ITC, ITM, MLM)."""
     settings = training_settings(AlbefTrainSettings, locals())
+    opened = open_runs(runs, generation)
     from capfilt.train.albef import train_albef
 
-    summary = train_albef(open_runs(runs, generation), settings, output, open_progress())
+    summary = train_albef(opened, settings, output, open_progress())
     next_command = f"capfilt evaluate retrieval {output} --references FILE"
     say_result(summary, training_line("albef", summary, output), next_command, as_json=shared["as_json"])
 
@@ -225,9 +229,10 @@ def stage1(
 ) -> None:
     """BLIP-2 stage 1: a Q-Former on a frozen image encoder (ITC, ITM, ITG)."""
     settings = training_settings(Stage1Settings, locals())
+    opened = open_runs(runs, generation)
     from capfilt.train.stage1 import train_stage1
 
-    summary = train_stage1(open_runs(runs, generation), settings, output, open_progress())
+    summary = train_stage1(opened, settings, output, open_progress())
     runs_text = " ".join(map(str, runs))
     next_command = following(f"capfilt train stage2 {runs_text} --init {output} --llm PATH --output DIR", generation)
     say_result(summary, training_line("stage 1", summary, output), next_command, as_json=shared["as_json"])
@@ -276,9 +281,10 @@ def stage2(
 ) -> None:
     """BLIP-2 stage 2: the Q-Former of stage 1 and a projection in front of a frozen language model."""
     settings = training_settings(Stage2Settings, locals())
+    opened = open_runs(runs, generation)
     from capfilt.train.stage2 import train_stage2
 
-    summary = train_stage2(open_runs(runs, generation), init, llm, settings, output, open_progress())
+    summary = train_stage2(opened, init, llm, settings, output, open_progress())
     next_command = f"capfilt generate {output} IMAGE"
     say_result(summary, training_line("stage 2", summary, output), next_command, as_json=shared["as_json"])
 
@@ -305,9 +311,10 @@ def clip(
 ) -> None:
     """A small CLIP of its own, in open_clip's layout."""
     settings = training_settings(ClipTrainSettings, locals())
+    opened = open_runs(runs, generation)
     from capfilt.train.clip import train_clip
 
-    summary = train_clip(open_runs(runs, generation), tokenizer, settings, output, open_progress())
+    summary = train_clip(opened, tokenizer, settings, output, open_progress())
     next_command = f"capfilt rank RUN --clip-model {output}"
     say_result(summary, training_line("clip", summary, output), next_command, as_json=shared["as_json"])
 

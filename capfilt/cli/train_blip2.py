@@ -73,9 +73,10 @@ def captions(
 ) -> None:
     """Fine-tune a stage-2 BLIP-2 for captions."""
     settings = training_settings(Blip2CaptionsSettings, locals())
+    opened = open_runs(runs, generation)
     from capfilt.train.blip2_tuning import train_blip2_captions
 
-    summary = train_blip2_captions(open_runs(runs, generation), init, llm, settings, output, open_progress())
+    summary = train_blip2_captions(opened, init, llm, settings, output, open_progress())
     asked = f' --prompt "{settings.prompt}"' if settings.prompt else ""
     next_command = f"capfilt generate {output} IMAGE{asked}"
     say_result(summary, training_line("blip2-captions", summary, output), next_command, as_json=shared["as_json"])

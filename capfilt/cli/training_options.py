@@ -134,11 +134,11 @@ def open_runs(runs: Sequence[Path], generation: str | None) -> list[RunDir]:
 
 
 def training_line(what: str, summary: TrainSummary, output: Path) -> str:
-    """One line: steps, losses from start to end, speed, where the model is."""
+    """One line: steps, mean loss of the first and the last window of the log, speed, where the model is."""
     first, last = summary.first_losses.get("loss"), summary.last_losses.get("loss")
-    losses = f", loss {first:.3f} to {last:.3f}" if first is not None and last is not None else ""
+    losses = f", mean loss {first:.3f} to {last:.3f}" if first is not None and last is not None else ""
     if first == last and last is not None:  # too short for two windows of the log
-        losses = f", loss {last:.3f}"
+        losses = f", mean loss {last:.3f}"
     if summary.already_done:
         return f"{what}: nothing to do, {summary.steps:,} steps are done{losses}. The model is in {output}"
     speed = f"{summary.images_per_second:,.0f} images/s in {format_seconds(summary.seconds)}"

@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt import __version__
+from capfilt.data.field_changes import field_changes
 from capfilt.data.reasons import Quarantined
 from capfilt.data.reconcile import check_counts, check_rows, check_tar, count_kept
 from capfilt.data.rundir import FORMAT_VERSION, STAGES, RunDir, sync_directory
@@ -318,17 +319,12 @@ def _check_tar_size(run: RunDir, record: CommitRecord) -> None:
 
 
 def _mismatch(run: RunDir, record: CommitRecord, new: dict[str, Any]) -> FingerprintMismatchError:
-    old, absent = record.fields, "absent"
-    changes = "; ".join(
-        f"{name}: {old.get(name, absent)} -> {new.get(name, absent)}"
-        for name in sorted({*old, *new})
-        if canonical_json(old.get(name, absent)) != canonical_json(new.get(name, absent))
-    )
     advice = (
         "Shards are never rewritten: use another run directory."
         if record.stage == "shards"
         else "Keep both by writing beside them: add `--generation NAME`. Or give the old parameters again."
     )
+    changes = field_changes(record.fields, new)
     return FingerprintMismatchError(
-        f"{run.stage_file(record.stage, record.shard)} was made with other parameters ({changes}). {advice}"
+        f"{run.stage_file(record.stage, record.shard)} was made with other parameters ({'; '.join(changes)}). {advice}"
     )

@@ -31,7 +31,7 @@ from capfilt.data.reconcile import check_counts, check_rows, check_tar, count_ke
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import HUMAN
 from capfilt.errors import CapfiltError, CorruptionError
-from capfilt.progress import NullProgress, Progress
+from capfilt.progress import NullProgress, Progress, counted
 
 _MAX_PROBLEMS_PER_FILE = 5
 _MAX_SHARDS = 10_000_000
@@ -76,15 +76,36 @@ class Report:
         """5 with damage, 1 when unfinished, 0 when complete and reconciled."""
         return CorruptionError.exit_code if self.findings else CapfiltError.exit_code if self.unfinished else 0
 
+    def remedies(self) -> list[str]:
+        """What to do about it, a sentence each."""
+        damaged = {finding.stage for finding in self.findings}
+        return [
+            sentence
+            for sentence, is_due in (
+                (
+                    "A damaged shard: put its .tar and .parquet back from a copy, or remove its .parquet; the command "
+                    "that made it makes it anew, and then all that follows from it.",
+                    "shards" in damaged,
+                ),
+                (
+                    "A damaged file of another stage: remove the .parquet; the command that made it makes it anew.",
+                    bool(damaged - {"shards"}),
+                ),
+                ("Unfinished: the command that was interrupted goes on when it is given again.", bool(self.unfinished)),
+            )
+            if is_due
+        ]
+
     def line(self) -> str:
         """The report in one line."""
         shards = self.counts.get("shards", StageCounts())
         begun = [stage for stage in STAGES[1:] if stage in {folder.partition("@")[0] for folder in self.counts}]
         state = {0: "complete and reconciled", 1: "not finished"}.get(self.exit_code, "DAMAGED")
         return (
-            f"{state}: {shards.num_shards} shards, {shards.rows_in} rows = {shards.rows_kept} samples + "
-            f"{shards.rows_quarantined} quarantined; stages: {', '.join(begun) or 'none yet'}; "
-            f"{len(self.findings)} damages, {len(self.unfinished)} pieces of work left"
+            f"{state}: {counted(shards.num_shards, 'shard')}, {counted(shards.rows_in, 'row')} = "
+            f"{counted(shards.rows_kept, 'sample')} + {shards.rows_quarantined:,} quarantined; stages: "
+            f"{', '.join(begun) or 'none yet'}; {counted(len(self.findings), 'damage')}, "
+            f"{len(self.unfinished):,} left to do"
         )
 
 

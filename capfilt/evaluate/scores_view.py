@@ -13,7 +13,7 @@ from capfilt.evaluate.filter_report import ALL, TRUE_FROM, FilterReport, Judgmen
 from capfilt.evaluate.labelled_scores import AtThreshold, Calibration, ScoreFigures
 from capfilt.evaluate.ranking import Recalls
 from capfilt.evaluate.retrieval import RetrievalReport
-from capfilt.progress import bar, format_seconds
+from capfilt.progress import bar, counted, format_seconds
 from capfilt.report.stats_view import rule
 
 _BAR_WIDTH = 20
@@ -24,11 +24,11 @@ def retrieval_lines(report: RetrievalReport, model: str, *, plain: bool = False)
     """Recalls both ways, by ITC and after ITM; `plain` keeps to ASCII."""
     yield rule(f"Retrieval with {clean_for_terminal(model, 60)}", plain=plain)
     yield (
-        f"  {_count(report.num_images, 'image')}, {_count(report.num_texts, 'text')}; {report.computing}, "
+        f"  {counted(report.num_images, 'image')}, {counted(report.num_texts, 'text')}; {report.computing}, "
         f"{format_seconds(report.seconds)}"
     )
     if report.num_images_without_text:
-        without = _count(report.num_images_without_text, "image")
+        without = counted(report.num_images_without_text, "image")
         yield f"  {without} without a text: among the candidates, not looked for"
     yield ""
     ks = list(report.itc.image_to_text)
@@ -98,11 +98,11 @@ def _group_lines(report: FilterReport) -> Iterator[str]:
 def _count_lines(report: FilterReport) -> Iterator[str]:
     name = _NAMES[report.score]
     if report.num_unscored:
-        yield f"  left out: {_count(report.num_unscored, 'labelled pair')} without {name}"
+        yield f"  left out: {counted(report.num_unscored, 'labelled pair')} without {name}"
     if report.num_unjoined:
-        yield f"  left out: {_count(report.num_unjoined, 'label')} of pairs that are not there"
+        yield f"  left out: {counted(report.num_unjoined, 'label')} of pairs that are not there"
     if report.num_unlabelled:
-        yield f"  not measured: {_count(report.num_unlabelled, 'pair')} with {name}, without a label"
+        yield f"  not measured: {counted(report.num_unlabelled, 'pair')} with {name}, without a label"
 
 
 def _threshold_lines(found: ScoreFigures, target_precision: float) -> Iterator[str]:
@@ -145,10 +145,6 @@ def _judgment_lines(found: Judgments) -> Iterator[str]:
 
 def _tau_line(name: str, tau: KendallTau) -> str:
     return f"  {name:<34} {tau.num_rows:>8,} {_figure(tau.tau_c):>7} {_figure(tau.tau_b):>7}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _share(share: float | None) -> str:

@@ -24,8 +24,9 @@ from capfilt.errors import UsageError
 from capfilt.models.albef import AlbefConfig
 from capfilt.models.convert_blip import ORIGINAL_HEAD_WIDTH, text_names
 from capfilt.models.convert_blip2 import State, find_text_encoder, head_start
-from capfilt.models.convert_vit import count_layers, pair, refuse_odd_keys, sizes_from_timm, timm_names
+from capfilt.models.convert_vit import sizes_from_timm, timm_names
 from capfilt.models.vit import ViTConfig
+from capfilt.models.weight_names import count_layers, pair, refuse_odd_keys
 
 QUEUE_KEYS = ("image_queue", "text_queue", "queue_ptr")
 """The queue of an original .pth."""

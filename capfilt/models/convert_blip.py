@@ -21,6 +21,7 @@ from capfilt.errors import UsageError
 from capfilt.models.convert_blip2 import State, find_text_encoder, vision_names, vision_sizes
 from capfilt.models.med import MEDConfig
 from capfilt.models.vit import ViTConfig
+from capfilt.models.weight_names import count_layers, pair, refuse_odd_keys
 
 Kind = Literal["captioner", "filter"]
 
@@ -48,7 +49,7 @@ _TIED_IN_CAPTIONER = {
 def transformers_names(kind: Kind, *, vision_depth: int, text_depth: int) -> dict[str, str]:
     """Names of our captioner's or filter's weights → transformers' names."""
     names = {f"vision.{ours}": theirs for ours, theirs in vision_names(vision_depth).items()}
-    names |= _pair("vision.norm", "vision_model.post_layernorm")
+    names |= pair("vision.norm", "vision_model.post_layernorm")
     if kind == "captioner":
         return names | text_names("decoder", "text_decoder.bert", text_depth) | _head_names()
     names |= text_names("encoder", "text_encoder", text_depth)
@@ -57,7 +58,7 @@ def transformers_names(kind: Kind, *, vision_depth: int, text_depth: int) -> dic
         ("text_projection", "text_proj"),
         ("itm_head", "itm_head"),
     ):
-        names |= _pair(ours, theirs)
+        names |= pair(ours, theirs)
     return names
 
 
@@ -70,7 +71,8 @@ def from_transformers(state: Mapping[str, Tensor], kind: Kind, *, vision_depth: 
     found = {key: tensor for key, tensor in state.items() if not key.endswith(_POSITION_IDS)}
     if kind == "captioner":
         _drop_tied(found)
-    _refuse_odd_keys(found, names.values(), kind)
+    _refuse_other_kind(found, kind)
+    refuse_odd_keys(found, names.values(), f"a BLIP {kind} of this config")
     ours = {our_name: found[their_name] for our_name, their_name in names.items()}
     if kind == "captioner":
         ours["head.vocabulary.weight"] = ours["decoder.word_embedding.weight"]
@@ -113,7 +115,7 @@ def original_to_transformers(state: Mapping[str, Tensor], kind: Kind) -> State:
     Momentum encoders, queues and the temperature are left out, and of a file of pre-training, which has captioner and
     filter, the other one; what is unknown keeps its name, so that `from_transformers` names it.
     """
-    depth = _count(state, "visual_encoder.blocks.")
+    depth = count_layers(state, "visual_encoder.blocks.")
     renames = dict(zip(_original_vision(depth), _theirs_vision(depth), strict=True))
     left_out = (*_TRAINING_ONLY, *_ONLY_IN[_OTHER[kind]]) if has_both_parts(state) else _TRAINING_ONLY
     return {
@@ -196,12 +198,12 @@ def sizes_from_original(state: Mapping[str, Tensor], kind: Kind) -> tuple[ViTCon
     grid = round((shapes["position"][1] - 1) ** 0.5)
     vit = ViTConfig(
         image_size_px=grid * patch, patch_size_px=patch, width=width, num_heads=width // ORIGINAL_HEAD_WIDTH,
-        depth=_count(state, "visual_encoder.blocks."), mlp_width=shapes["vision_mlp"][0],
+        depth=count_layers(state, "visual_encoder.blocks."), mlp_width=shapes["vision_mlp"][0],
         layer_norm_eps=ORIGINAL_LAYER_NORM_EPS,
     )  # fmt: skip
     med = MEDConfig(
         vocab_size=shapes["words"][0], width=shapes["words"][1],
-        depth=_count(state, f"{text}.encoder.layer."), num_heads=shapes["words"][1] // ORIGINAL_HEAD_WIDTH,
+        depth=count_layers(state, f"{text}.encoder.layer."), num_heads=shapes["words"][1] // ORIGINAL_HEAD_WIDTH,
         mlp_width=shapes["text_mlp"][0],
         max_positions=shapes["positions"][0], vision_width=width,
     )  # fmt: skip
@@ -209,16 +211,12 @@ def sizes_from_original(state: Mapping[str, Tensor], kind: Kind) -> tuple[ViTCon
     return vit, med, embed_dim
 
 
-def _pair(ours: str, theirs: str) -> dict[str, str]:
-    return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
-
-
 def text_names(ours: str, theirs: str, depth: int, *, first_cross_layer: int = 0) -> dict[str, str]:
     """Names of a `TextTransformer` → BERT's layout, with cross-attention from a layer on."""
     names = {
         f"{ours}.word_embedding.weight": f"{theirs}.embeddings.word_embeddings.weight",
         f"{ours}.position_embedding.weight": f"{theirs}.embeddings.position_embeddings.weight",
-        **_pair(f"{ours}.embedding_norm", f"{theirs}.embeddings.LayerNorm"),
+        **pair(f"{ours}.embedding_norm", f"{theirs}.embeddings.LayerNorm"),
     }
     for index in range(depth):
         our_layer, their_layer = f"{ours}.layers.{index}", f"{theirs}.encoder.layer.{index}"
@@ -226,21 +224,19 @@ def text_names(ours: str, theirs: str, depth: int, *, first_cross_layer: int = 0
             if our_part == "cross" and index < first_cross_layer:
                 continue
             for matrix in ("query", "key", "value"):
-                names |= _pair(
-                    f"{our_layer}.{our_part}_attention.{matrix}", f"{their_layer}.{their_part}.self.{matrix}"
-                )
-            names |= _pair(f"{our_layer}.{our_part}_attention.output", f"{their_layer}.{their_part}.output.dense")
-            names |= _pair(f"{our_layer}.{our_part}_norm", f"{their_layer}.{their_part}.output.LayerNorm")
-        names |= _pair(f"{our_layer}.feed_forward.fc1", f"{their_layer}.intermediate.dense")
-        names |= _pair(f"{our_layer}.feed_forward.fc2", f"{their_layer}.output.dense")
-        names |= _pair(f"{our_layer}.norm", f"{their_layer}.output.LayerNorm")
+                names |= pair(f"{our_layer}.{our_part}_attention.{matrix}", f"{their_layer}.{their_part}.self.{matrix}")
+            names |= pair(f"{our_layer}.{our_part}_attention.output", f"{their_layer}.{their_part}.output.dense")
+            names |= pair(f"{our_layer}.{our_part}_norm", f"{their_layer}.{their_part}.output.LayerNorm")
+        names |= pair(f"{our_layer}.feed_forward.fc1", f"{their_layer}.intermediate.dense")
+        names |= pair(f"{our_layer}.feed_forward.fc2", f"{their_layer}.output.dense")
+        names |= pair(f"{our_layer}.norm", f"{their_layer}.output.LayerNorm")
     return names
 
 
 def _head_names() -> dict[str, str]:
     return {
-        **_pair("head.transform", "text_decoder.cls.predictions.transform.dense"),
-        **_pair("head.norm", "text_decoder.cls.predictions.transform.LayerNorm"),
+        **pair("head.transform", "text_decoder.cls.predictions.transform.dense"),
+        **pair("head.norm", "text_decoder.cls.predictions.transform.LayerNorm"),
         "head.vocabulary.bias": "text_decoder.cls.predictions.bias",
     }
 
@@ -270,10 +266,6 @@ def _theirs_vision(depth: int) -> list[str]:
     return names + [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
 
 
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
-
-
 def _drop_tied(state: State) -> None:
     for copy, source in _TIED_IN_CAPTIONER.items():
         tensor = state.pop(copy, None)
@@ -283,8 +275,8 @@ def _drop_tied(state: State) -> None:
             raise UsageError(f"{copy} and {source} differ in this checkpoint; a BLIP captioner has them tied.")
 
 
-def _refuse_odd_keys(state: Mapping[str, Tensor], expected: Any, kind: Kind) -> None:
-    missing, unknown = sorted(set(expected) - state.keys()), sorted(state.keys() - set(expected))
-    if missing or unknown:
-        parts = [f"{what}: {', '.join(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
-        raise UsageError(f"The weights are not those of a BLIP {kind} of this config. " + "; ".join(parts) + ".")
+def _refuse_other_kind(state: Mapping[str, Tensor], kind: Kind) -> None:
+    other = _OTHER[kind]
+    has_own, has_other = (any(name.startswith(_ONLY_IN[each]) for name in state) for each in (kind, other))
+    if has_other and not has_own:
+        raise UsageError(f"These are the weights of a BLIP {other}; expected a {kind}. Give the folder of a {kind}.")

@@ -18,6 +18,7 @@ from transformers import Blip2Config
 from capfilt.errors import UsageError
 from capfilt.models.qformer import QFormerConfig
 from capfilt.models.vit import ViTConfig
+from capfilt.models.weight_names import pair
 
 State = dict[str, Tensor]
 
@@ -36,7 +37,7 @@ def vision_names(depth: int) -> dict[str, str]:
     names = {
         "class_embedding": "vision_model.embeddings.class_embedding",
         "position_embedding": "vision_model.embeddings.position_embedding",
-        **_pair("patch_embedding", "vision_model.embeddings.patch_embedding"),
+        **pair("patch_embedding", "vision_model.embeddings.patch_embedding"),
     }
     parts = {
         "norm1": "layer_norm1", "query_key_value": "self_attn.qkv", "projection": "self_attn.projection",
@@ -44,13 +45,13 @@ def vision_names(depth: int) -> dict[str, str]:
     }  # fmt: skip
     for index in range(depth):
         for ours, theirs in parts.items():
-            names |= _pair(f"blocks.{index}.{ours}", f"vision_model.encoder.layers.{index}.{theirs}")
+            names |= pair(f"blocks.{index}.{ours}", f"vision_model.encoder.layers.{index}.{theirs}")
     return names
 
 
 def qformer_names(config: QFormerConfig) -> dict[str, str]:
     """Names of `QFormer` → transformers'."""
-    names = {"query_tokens": "query_tokens", **_pair("embedding_norm", "qformer.layernorm")}
+    names = {"query_tokens": "query_tokens", **pair("embedding_norm", "qformer.layernorm")}
     if config.with_text:
         names["word_embedding.weight"] = "embeddings.word_embeddings.weight"
         names["position_embedding.weight"] = "embeddings.position_embeddings.weight"
@@ -68,20 +69,20 @@ def qformer_names(config: QFormerConfig) -> dict[str, str]:
 def stage1_names(config: QFormerConfig) -> dict[str, str]:
     """Names of `Stage1`, but for `EXTRA_STAGE1_KEYS` → `Blip2ForImageTextRetrieval`."""
     return {
-        **_pair("vision_norm", "vision_model.post_layernorm"),
+        **pair("vision_norm", "vision_model.post_layernorm"),
         **{f"qformer.{ours}": theirs for ours, theirs in qformer_names(config).items()},
-        **_pair("vision_projection", "vision_projection"),
-        **_pair("text_projection", "text_projection"),
-        **_pair("itm_head", "itm_head"),
+        **pair("vision_projection", "vision_projection"),
+        **pair("text_projection", "text_projection"),
+        **pair("itm_head", "itm_head"),
     }
 
 
 def stage2_names(config: QFormerConfig) -> dict[str, str]:
     """Names of `Stage2`, but for the language model → `Blip2ForConditionalGeneration`."""
     return {
-        **_pair("vision_norm", "vision_model.post_layernorm"),
+        **pair("vision_norm", "vision_model.post_layernorm"),
         **{f"qformer.{ours}": theirs for ours, theirs in qformer_names(config).items()},
-        **_pair("projection", "language_projection"),
+        **pair("projection", "language_projection"),
     }
 
 
@@ -120,7 +121,7 @@ def text_encoder_start(
     prefix = find_text_encoder(state)
     table = {"embeddings.word_embeddings.weight": ["word_embedding.weight"]}
     table["embeddings.position_embeddings.weight"] = ["position_embedding.weight"]
-    table |= {theirs: [ours] for ours, theirs in _pair("embedding_norm", "embeddings.LayerNorm").items()}
+    table |= {theirs: [ours] for ours, theirs in pair("embedding_norm", "embeddings.LayerNorm").items()}
     for index in range(config.depth):
         layer, theirs = f"layers.{index}", f"encoder.layer.{index}"
         copied = _attention(f"{layer}.self", f"{theirs}.attention", "self")
@@ -208,8 +209,8 @@ def sizes_from_config(config: Blip2Config) -> tuple[ViTConfig, QFormerConfig]:
 def head_start(state: Mapping[str, Tensor]) -> State:
     """Weights of BERT's masked-language or BLIP's captioning head as those of `LanguageModelHead`."""
     names = {
-        **_pair("transform", "predictions.transform.dense"),
-        **_pair("norm", "predictions.transform.LayerNorm"),
+        **pair("transform", "predictions.transform.dense"),
+        **pair("norm", "predictions.transform.LayerNorm"),
         "vocabulary.bias": "predictions.bias",
     }
     for prefix in ("cls.", "text_decoder.cls."):
@@ -219,24 +220,20 @@ def head_start(state: Mapping[str, Tensor]) -> State:
     return {}
 
 
-def _pair(ours: str, theirs: str) -> dict[str, str]:
-    return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
-
-
 def _attention(ours: str, theirs: str, inner: str) -> dict[str, str]:
     """`{ours}_attention` and `{ours}_norm` → BERT's layout, whose inner part is called `inner`."""
-    names = _pair(f"{ours}_attention.output", f"{theirs}.output.dense")
-    names |= _pair(f"{ours}_norm", f"{theirs}.output.LayerNorm")
+    names = pair(f"{ours}_attention.output", f"{theirs}.output.dense")
+    names |= pair(f"{ours}_norm", f"{theirs}.output.LayerNorm")
     for part in ("query", "key", "value"):
-        names |= _pair(f"{ours}_attention.{part}", f"{theirs}.{inner}.{part}")
+        names |= pair(f"{ours}_attention.{part}", f"{theirs}.{inner}.{part}")
     return names
 
 
 def _feed_forward(ours: str, theirs: str, suffix: str) -> dict[str, str]:
     return {
-        **_pair(f"{ours}_feed_forward.fc1", f"{theirs}.intermediate{suffix}.dense"),
-        **_pair(f"{ours}_feed_forward.fc2", f"{theirs}.output{suffix}.dense"),
-        **_pair(f"{ours}_norm", f"{theirs}.output{suffix}.LayerNorm"),
+        **pair(f"{ours}_feed_forward.fc1", f"{theirs}.intermediate{suffix}.dense"),
+        **pair(f"{ours}_feed_forward.fc2", f"{theirs}.output{suffix}.dense"),
+        **pair(f"{ours}_norm", f"{theirs}.output{suffix}.LayerNorm"),
     }
 
 

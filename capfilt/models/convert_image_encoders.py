@@ -11,7 +11,7 @@ which stages 1 and 2 train. Strict: an error names every key that is missing or 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from capfilt.errors import UsageError
 from capfilt.models.convert_blip2 import State
 from capfilt.models.packed import Activation
 from capfilt.models.vit import ViTConfig, interpolate_positions
+from capfilt.models.weight_names import refuse_odd_keys
 
 QUICK_GELU_SCALE = 1.702
 EVA_HEAD_WIDTH = 88
@@ -206,14 +207,6 @@ def at_image_size(state: Mapping[str, Tensor], sizes: ViTConfig, image_size_px: 
     side = image_size_px // sizes.patch_size_px
     positions = interpolate_positions(state["position_embedding"], (side, side))
     return {**state, "position_embedding": positions}, replace(sizes, image_size_px=image_size_px)
-
-
-def refuse_odd_keys(found: Iterable[str], expected: Iterable[str], what: str) -> None:
-    """UsageError naming every key that is missing or unknown."""
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    parts = [f"{kind}: {', '.join(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
-    if parts:
-        raise UsageError(f"The weights are not those of {what} of these sizes. {'; '.join(parts)}.")
 
 
 def _as_ours(state: State, sizes: ViTConfig) -> State:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from capfilt.errors import UsageError
 from capfilt.models.convert_blip2 import State, stage1_names, stage2_names
-from capfilt.models.convert_image_encoders import refuse_odd_keys
 from capfilt.models.qformer import QFormerConfig
+from capfilt.models.weight_names import refuse_odd_keys
 
 HEAD_WIDTH = 64
 """Width of an attention head of BERT, from which every Q-Former was made; the .pth does not say."""

@@ -10,7 +10,7 @@ unknown; what a classifier has behind the features is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from capfilt.errors import UsageError
 from capfilt.models.convert_blip2 import State
 from capfilt.models.vit import ViTConfig, interpolate_positions
+from capfilt.models.weight_names import count_layers, pair, refuse_odd_keys
 
 HEAD_WIDTH = 64
 """Width of an attention head in timm's ViTs up to `LARGEST_WIDTH`; their files do not say."""
@@ -36,11 +37,6 @@ _THEIR_PARTS = {
     "norm1": "layernorm_before", "projection": "attention.output.dense", "norm2": "layernorm_after",
     "fc1": "intermediate.dense", "fc2": "output.dense",
 }  # fmt: skip
-
-
-def pair(ours: str, theirs: str) -> dict[str, str]:
-    """Names of weight and bias of one of our modules → theirs."""
-    return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
 
 
 def timm_names(depth: int) -> dict[str, str]:
@@ -118,19 +114,6 @@ def positions_at(state: Mapping[str, Tensor], config: ViTConfig) -> State:
     """Our weights with positions for the images of `config`: interpolated where they were for others."""
     side = config.image_size_px // config.patch_size_px
     return {**state, "position_embedding": interpolate_positions(state["position_embedding"], (side, side))}
-
-
-def refuse_odd_keys(found: Iterable[str], expected: Iterable[str], what: str) -> None:
-    """UsageError naming every key that is missing or unknown."""
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or unknown:
-        parts = [f"{kind}: {', '.join(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
-        raise UsageError(f"The weights are not those of {what}. " + "; ".join(parts) + ".")
-
-
-def count_layers(names: Iterable[str], prefix: str) -> int:
-    """How many numbers follow the prefix: layers of a stack."""
-    return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
 
 
 def _without_head(state: Mapping[str, Tensor]) -> State:

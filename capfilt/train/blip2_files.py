@@ -37,6 +37,7 @@ from capfilt.weights.image_encoders import (
 )
 from capfilt.weights.model_files import (
     load_tokenizer,
+    naming,
     read_config,
     read_preparation,
     read_tensors,
@@ -101,7 +102,8 @@ class Blip2Files:
         if self.tower is None and not image_encoder:
             raise UsageError(f"{self.name} holds no image encoder. Give --image-encoder: {GIVE_IMAGE_ENCODER}.")
         if self.tower is not None:
-            return build_image_encoder(self.tower, device, image_size_px=image_size_px, dtype=dtype)
+            with naming(self.name):
+                return build_image_encoder(self.tower, device, image_size_px=image_size_px, dtype=dtype)
         encoder = load_image_encoder(image_encoder, device, layer=layer, image_size_px=image_size_px, dtype=dtype)
         width = encoder.vision.config.width
         if width != self.qformer.vision_width:
@@ -116,10 +118,12 @@ def read_blip2(name: str | Path, stage: str | None = None) -> Blip2Files:
     """The BLIP-2 that `name` means; with a stage, UsageError where it is not that one's."""
     path = Path(name).expanduser()
     if _is_lavis(path):
-        return _checked(_read_lavis(path), stage)
+        with naming(path):
+            return _checked(_read_lavis(path), stage)
     folder = _find_folder(name, stage)
     _checked_config(folder, stage)
-    return _read_folder(folder)
+    with naming(folder):
+        return _read_folder(folder)
 
 
 def find_stage(name: str | Path) -> str:

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from capfilt.data.field_changes import field_changes
 from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError, RunLockedError, UsageError
 from capfilt.train.processes import fill_tensor, full_tensor
+from capfilt.train.records import METRICS_FILE, PLOT_FILE
 from capfilt.weights.foreign_files import describe_file
 
 FORMAT_VERSION = 2
@@ -38,7 +40,7 @@ _DIGESTS = {
     "qformer_init_sha256": "start of the Q-Former", "init_sha256": "result of stage 1", "llm_sha256": "language model",
 }  # fmt: skip
 """Field of a training that is a digest → what it is of."""
-_OWN_FILES = (".lock", "metrics.jsonl", "losses.png", "tensorboard")
+_OWN_FILES = (".lock", METRICS_FILE, PLOT_FILE, "tensorboard")
 """Of a training that has no checkpoint yet."""
 _LOG_SUFFIXES = (".log", ".txt", ".out", ".err")
 _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
@@ -46,7 +48,11 @@ _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 
 @contextmanager
 def lock_output(output_dir: Path) -> Iterator[None]:
-    """Keeps a second training out of `output_dir`; RunLockedError where one is at work, UsageError for a file."""
+    """Keeps a second training out of `output_dir`; RunLockedError where one is at work, UsageError for a file.
+
+    A folder that was not there is taken away again where an error leaves nothing in it.
+    """
+    was_there = output_dir.exists()
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output {output_dir} is a file; expected a folder, new or of an earlier training.")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -57,7 +63,20 @@ def lock_output(output_dir: Path) -> Iterator[None]:
             raise RunLockedError(
                 f"Another training writes to {output_dir}. Wait for it, or give another --output."
             ) from None
-        yield
+        try:
+            yield
+        except BaseException:
+            if not was_there:
+                _remove_empty(output_dir)
+            raise
+
+
+def _remove_empty(output_dir: Path) -> None:
+    """Remove a folder that holds the lock and no line of metrics."""
+    left = [entry for entry in output_dir.iterdir() if entry.name != ".lock"]
+    if all(entry.name == METRICS_FILE and not entry.stat().st_size for entry in left):
+        with suppress(OSError):  # the error is what the user must read
+            shutil.rmtree(output_dir)
 
 
 def refuse_foreign_files(output_dir: Path) -> None:
@@ -182,11 +201,7 @@ def setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """
     begun = {"autocast": old["autocast"]} if new.get("autocast") == "auto" and "autocast" in old else {}
     new = json.loads(json.dumps({**new, **begun}))
-    differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return ", ".join(
-        f"another {_DIGESTS[name]}" if name in _DIGESTS else f"{name} {old.get(name)!r} -> {new.get(name)!r}"
-        for name in differing
-    )
+    return ", ".join(field_changes(old, new, _DIGESTS))
 
 
 def load_checkpoint(path: Path, *, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:

@@ -42,7 +42,7 @@ from capfilt.train.clip_tower import save_clip_tower
 from capfilt.train.tokens import tokenise
 from capfilt.weights.image_encoders import CLIP_TOWER_DIR, ImageEncoder
 from capfilt.weights.llms import build_llm, llm_for_blip2
-from capfilt.weights.model_files import ImagePreparation
+from capfilt.weights.model_files import ImagePreparation, naming, refuse_odd_shapes
 
 IMAGE_TOKEN = "<image>"
 """Stands for a query output in the language model's input; transformers looks for it there."""
@@ -144,8 +144,10 @@ def load_stage2(
     encoder = files.load_image_encoder(device, image_encoder=image_encoder, image_size_px=image_size_px, dtype=dtype)
     llm = _choose_llm(files, llm, device, llm_dtype)
     stage = Stage2(_with_dropout(files, dropout), llm, vision_norm_eps=encoder.vision.config.layer_norm_eps)
-    _, unexpected = stage.load_state_dict(to_ours(files.state, stage2_names(files.qformer)), strict=False)
-    assert not unexpected, unexpected  # the language model's are in place already
+    with naming(files.name):
+        ours = to_ours(files.state, stage2_names(files.qformer))
+        refuse_odd_shapes(ours, stage.state_dict())
+    stage.load_state_dict(ours, strict=False)  # the language model's are in place already
     return SavedStage2(encoder, stage.to(device))
 
 
@@ -193,9 +195,11 @@ def _build_stage1(files: Blip2Files, encoder: ImageEncoder, tokenizer: Any, drop
         vision_norm_eps=encoder.vision.config.layer_norm_eps,
     )
     new = {name: tensor for name, tensor in stage.state_dict().items() if name in EXTRA_STAGE1_KEYS}
-    ours = to_ours(files.state, stage1_names(files.qformer)) | (files.extra or new)
-    ours["temperature"] = ours["temperature"].reshape(1)  # a scalar in LAVIS's files
-    ours["lm_head.vocabulary.weight"] = ours["qformer.word_embedding.weight"]
+    with naming(files.name):
+        ours = to_ours(files.state, stage1_names(files.qformer)) | (files.extra or new)
+        ours["temperature"] = ours["temperature"].reshape(1)  # a scalar in LAVIS's files
+        ours["lm_head.vocabulary.weight"] = ours["qformer.word_embedding.weight"]
+        refuse_odd_shapes(ours, stage.state_dict())
     stage.load_state_dict(ours)
     return stage
 

@@ -160,6 +160,6 @@ def _non_finite_message(values: Mapping[str, float], step: int, keys: list[str])
         what = f"loss ({', '.join(f'{name} {value:.4g}' for name, value in losses.items())})"
     return (
         f"Step {step + 1}: the {what} is not finite; the weights were left as they were. "
-        f"Keys of the batch: {', '.join(keys)}. The last checkpoint is kept: look at those samples "
+        f"Keys of the batch: {', '.join(keys)}. Checkpoints saved before are kept: look at those samples "
         f"in the run's shards (KEY.jpg, KEY.txt), or train with a lower --learning-rate into another --output."
     )

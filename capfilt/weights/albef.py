@@ -47,6 +47,7 @@ from capfilt.weights.find import find_model_dir
 from capfilt.weights.model_files import (
     ImagePreparation,
     load_tokenizer,
+    naming,
     read_config,
     read_preparation,
     read_safetensors,
@@ -109,7 +110,8 @@ def _load(name: str, *, fine_tuned: bool) -> LoadedAlbef:
     path = Path(name).expanduser()
     if path.is_file():
         state, side_dir, files = as_pre_trained(read_tensors(path)), tokenizer_dir(path), [path]
-        vit, config, embed_dim = sizes_from_original(state)
+        with naming(path):
+            vit, config, embed_dim = sizes_from_original(state)
         tokenizer = load_tokenizer(side_dir, is_bert=True)
         config = replace(config, **{name: getattr(tokenizer, name) for name in _TOKEN_IDS})
         preparation = ImagePreparation(vit.image_size_px)
@@ -119,15 +121,16 @@ def _load(name: str, *, fine_tuned: bool) -> LoadedAlbef:
         state, tokenizer = _read_folder(side_dir), load_tokenizer(side_dir, is_bert=True)
         preparation = read_preparation(side_dir, vit.image_size_px)
         files = [file for file in sorted(side_dir.iterdir()) if _is_of_model(file)]
-    weights = from_original(
-        {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()},
-        vision_depth=vit.depth, text_depth=config.text_depth, fusion_depth=config.fusion_depth,
-        with_head=has_head(state) or not fine_tuned,
-    )  # fmt: skip
     model = Albef(VisionTransformer(vit), config, embed_dim=embed_dim)
-    if not any(name.startswith("head.") for name in weights.model):
-        model.head = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
-    refuse_odd_shapes(weights.model, model.state_dict())
+    with naming(path if path.is_file() else side_dir):
+        weights = from_original(
+            {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()},
+            vision_depth=vit.depth, text_depth=config.text_depth, fusion_depth=config.fusion_depth,
+            with_head=has_head(state) or not fine_tuned,
+        )  # fmt: skip
+        if not any(name.startswith("head.") for name in weights.model):
+            model.head = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+        refuse_odd_shapes(weights.model, model.state_dict())
     model.load_state_dict(weights.model)
     refuse_other_tokenizer(tokenizer, config, side_dir)
     digests = {file.name: file_sha256(file) for file in files}

@@ -36,6 +36,7 @@ from capfilt.weights.model_files import (
     ImagePreparation,
     find_weights,
     load_tokenizer,
+    naming,
     read_config,
     read_image_processor,
     read_preparation,
@@ -102,7 +103,8 @@ def load_blip(
         _refuse_other_resizing(path, preparation)
     with torch.device("meta"):
         model = _build(kind, sizes)
-    model.load_state_dict(_our_weights(state, kind, model, sizes), assign=True)
+    with naming(path):
+        model.load_state_dict(_our_weights(state, kind, model, sizes), assign=True)
     if isinstance(model, Captioner):
         model.head.vocabulary.weight = model.decoder.word_embedding.weight
     files = [*weight_files, *(side_dir / file for file in _SIDE_FILES if (side_dir / file).is_file())]
@@ -144,7 +146,8 @@ def load_trainable_blip(path: Path, kind: Kind, dropout: float = 0.0) -> LoadedB
         preparation, temperature = read_preparation(path, sizes[0].image_size_px), _read_temperature(path)
     sizes = (sizes[0], replace(sizes[1], dropout=dropout), sizes[2])
     model = _build(kind, sizes)
-    model.load_state_dict(_our_weights(state, kind, model, sizes))
+    with naming(path):
+        model.load_state_dict(_our_weights(state, kind, model, sizes))
     return LoadedBlip(model, _load_tokenizer(side_dir, sizes[1]), preparation, temperature=temperature)
 
 
@@ -213,7 +216,8 @@ def _read_original(path: Path, kind: Kind) -> tuple[State, Sizes, float]:
     """The weights of an original .pth by transformers' names, the sizes they tell, and the temperature of ITC."""
     state = read_tensors(path)
     temperature = float(state["temp"]) if "temp" in state else START_TEMPERATURE
-    return original_to_transformers(state, kind), sizes_from_original(state, kind), temperature
+    with naming(path):
+        return original_to_transformers(state, kind), sizes_from_original(state, kind), temperature
 
 
 def _read_temperature(folder: Path) -> float:

@@ -49,11 +49,13 @@ from capfilt.weights.clip import ClipSource, find_clip, load_image_tower
 from capfilt.weights.find import find_model_dir
 from capfilt.weights.model_files import (
     ImagePreparation,
+    naming,
     read_config,
     read_image_processor,
     read_preparation,
     read_tensors,
     read_weights,
+    refuse_odd_shapes,
     weights_digest,
 )
 
@@ -121,7 +123,8 @@ def load_image_encoder(
         image_size_px: side of the images; None for the encoder's own. Positions are interpolated for another.
         dtype: precision it computes in.
     """
-    return build_image_encoder(read_tower(name), device, layer=layer, image_size_px=image_size_px, dtype=dtype)
+    with naming(name or "the image encoder"):
+        return build_image_encoder(read_tower(name), device, layer=layer, image_size_px=image_size_px, dtype=dtype)
 
 
 def build_image_encoder(
@@ -143,7 +146,7 @@ def build_image_encoder(
     with torch.device("meta"):
         vision = VisionTransformer(sizes)
     vision.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
-    _refuse_odd_shapes(weights, vision.state_dict())
+    refuse_odd_shapes(weights, vision.state_dict())
     vision.load_state_dict({key: tensor.to(dtype).contiguous() for key, tensor in weights.items()}, assign=True)
     start = {kind: norm[kind].float() if norm else _plain_norm(kind, sizes.width) for kind in _NORM_KINDS}
     return ImageEncoder(vision.requires_grad_(False).to(device).eval(), start, preparation)
@@ -282,16 +285,6 @@ def _refuse_other_resampling(folder: Path) -> None:
     resample = read_image_processor(folder).get("resample", _BICUBIC)
     if resample != _BICUBIC:
         raise UsageError(f"The image processor in {folder} asks for resampling {resample}; expected bicubic (3).")
-
-
-def _refuse_odd_shapes(found: State, expected: Mapping[str, Tensor]) -> None:
-    odd = [
-        f"{name} {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-        for name, tensor in found.items()
-        if tensor.shape != expected[name].shape
-    ]
-    if odd:
-        raise UsageError(f"{len(odd)} weights of the image encoder do not have its sizes: {'; '.join(odd[:5])}.")
 
 
 def _plain_norm(kind: str, width: int) -> Tensor:

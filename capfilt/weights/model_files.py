@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,17 @@ def refuse_foreign_weights(path: Path) -> None:
     to run it.
     """
     read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+
+
+@contextmanager
+def naming(source: str | Path) -> Iterator[None]:
+    """UsageErrors raised inside name the folder or file `source`, where they do not yet."""
+    try:
+        yield
+    except UsageError as error:
+        if str(source) in str(error):
+            raise
+        raise type(error)(f"{source}: {error}") from error
 
 
 def refuse_odd_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

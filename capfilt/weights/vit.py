@@ -21,7 +21,14 @@ from capfilt.models.convert_vit import (
 )
 from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.weights.find import find_model_dir
-from capfilt.weights.model_files import read_config, read_tensors, read_weights, refuse_odd_shapes, weights_digest
+from capfilt.weights.model_files import (
+    naming,
+    read_config,
+    read_tensors,
+    read_weights,
+    refuse_odd_shapes,
+    weights_digest,
+)
 
 _TRANSFORMERS = ("vit", "deit")
 """`model_type` of transformers' folders that are read."""
@@ -42,7 +49,8 @@ def load_vit_start(name: str, *, image_size_px: int | None = None) -> VitStart:
     Raises UsageError where `name` means nothing that can be read, naming every missing and unknown weight.
     """
     path = Path(name).expanduser()
-    config, weights, digest = _read_file(path) if path.is_file() else _read_folder(name)
+    with naming(name):
+        config, weights, digest = _read_file(path) if path.is_file() else _read_folder(name)
     if image_size_px is not None and image_size_px != config.image_size_px:
         if image_size_px % config.patch_size_px:
             raise UsageError(

@@ -92,6 +92,7 @@ def test_stats_select_verify(run: Path, models: Models) -> None:
     nothing = capfilt("select", run, "--threshold", 1, "--keep", 1)
     assert everything["num_kept"] > 0
     assert "Kept 0 of" in nothing.out
+    assert "No pair is left to train on. `capfilt stats" in nothing.err
     assert "Nothing to do" in capfilt("select", run, "--threshold", 1, "--keep", 1).out
     web = capfilt("select", run, "--threshold", 0, "--sources", "web", "--generation", "web", "--json").json()
     assert 0 < web["num_kept"] < everything["num_kept"]
@@ -109,7 +110,11 @@ def test_stats_select_verify(run: Path, models: Models) -> None:
     damaged = capfilt("verify", run, "--json")
     assert damaged.code == 5
     assert damaged.json()["findings"][0]["shard"] == "00001"
+    assert "remove the .parquet; the command that made it makes it anew" in capfilt("verify", run).err
     assert capfilt("stats", run).code == 5
+    manifest.unlink()
+    assert capfilt("select", run, "--threshold", 0).code == 0
+    assert capfilt("verify", run, "--deep").code == 0
 
 
 def test_another_prompt_is_refused_and_fits_a_generation(run: Path, models: Models) -> None:

@@ -225,9 +225,9 @@ def test_second_run_does_nothing_and_says_so(done: _Done) -> None:
 
 
 def test_other_table_or_settings_are_refused(done: _Done, tmp_path: Path) -> None:
-    with pytest.raises(FingerprintMismatchError, match="image_size_px: 512 -> 64"):
+    with pytest.raises(FingerprintMismatchError, match="image_size_px 512 -> 64"):
         download(str(done.table), done.run, replace(SETTINGS, image_size_px=64))
-    with pytest.raises(FingerprintMismatchError, match="samples_per_shard: 50 -> None"):
+    with pytest.raises(FingerprintMismatchError, match="samples_per_shard 50 -> None"):
         download(str(done.table), done.run, replace(SETTINGS, num_shards=3))
     other = tmp_path / "other.parquet"
     pq.write_table(pq.read_table(done.table).slice(1), other)

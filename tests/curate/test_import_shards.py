@@ -215,7 +215,7 @@ def test_other_limits_and_downloaded_shards_are_refused(
 ) -> None:
     write_foreign(tmp_path / "a.tar", [("a.jpg", picture())])
     import_shards([str(tmp_path / "a.tar")], run)
-    with pytest.raises(FingerprintMismatchError, match="max_pixels: 50000000 -> 9"):
+    with pytest.raises(FingerprintMismatchError, match="max_pixels 50000000 -> 9"):
         import_shards([str(tmp_path / "a.tar")], run, DownloadSettings(max_pixels=9))
     monkeypatch.setattr("capfilt.curate.import_shards._MAKER", "other")
     with pytest.raises(UsageError, match="holds downloaded shards"):

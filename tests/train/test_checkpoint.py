@@ -123,6 +123,18 @@ def test_a_second_training_is_kept_out(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize(("lines", "is_gone"), [("", True), ('{"step": 1}\n', False)])
+def test_a_refused_training_leaves_no_empty_folder(tmp_path: Path, lines: str, is_gone: bool) -> None:
+    with pytest.raises(UsageError), lock_output(tmp_path / "new"):
+        (tmp_path / "new" / "metrics.jsonl").write_text(lines)
+        raise UsageError("a model that does not fit")
+    assert (tmp_path / "new").exists() != is_gone
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UsageError), lock_output(tmp_path / "there"):
+        raise UsageError("a model that does not fit")
+    assert (tmp_path / "there").is_dir(), "the user's own"
+
+
 def test_a_file_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("x")
     with (

@@ -84,6 +84,13 @@ def test_original_pth_loads_with_the_tokenizer_beside_it(kind: Kind, tmp_path: P
         load(tmp_path / "model.pth", kind)
 
 
+@pytest.mark.parametrize(("kind", "other"), [("captioner", "filter"), ("filter", "captioner")])
+def test_the_other_kind_is_named_for_what_it_is(folders: dict[str, Path], kind: Kind, other: Kind) -> None:
+    with pytest.raises(UsageError, match=f"weights of a BLIP {other}; expected a {kind}") as refused:
+        load(folders[other], kind)
+    assert str(folders[other]) in str(refused.value)
+
+
 @pytest.mark.parametrize("kind", ["captioner", "filter"])
 def test_what_is_trained_has_the_weights_of_what_is_run(folders: dict[str, Path], kind: Kind) -> None:
     to_run, to_train = load(folders[kind], kind), load_trainable_blip(folders[kind], kind)
