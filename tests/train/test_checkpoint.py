@@ -123,15 +123,21 @@ def test_a_second_training_is_kept_out(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize(("lines", "is_gone"), [("", True), ('{"step": 1}\n', False)])
-def test_a_refused_training_leaves_no_empty_folder(tmp_path: Path, lines: str, is_gone: bool) -> None:
-    with pytest.raises(UsageError), lock_output(tmp_path / "new"):
-        (tmp_path / "new" / "metrics.jsonl").write_text(lines)
+def refuse_training(output_dir: Path, metrics: str | None = None) -> None:
+    with lock_output(output_dir):
+        if metrics is not None:
+            (output_dir / "metrics.jsonl").write_text(metrics)
         raise UsageError("a model that does not fit")
+
+
+@pytest.mark.parametrize(("metrics", "is_gone"), [(None, True), ("", True), ('{"step": 1}\n', False)])
+def test_a_refused_training_leaves_no_empty_folder(tmp_path: Path, metrics: str | None, is_gone: bool) -> None:
+    with pytest.raises(UsageError):
+        refuse_training(tmp_path / "new", metrics)
     assert (tmp_path / "new").exists() != is_gone
     (tmp_path / "there").mkdir()
-    with pytest.raises(UsageError), lock_output(tmp_path / "there"):
-        raise UsageError("a model that does not fit")
+    with pytest.raises(UsageError):
+        refuse_training(tmp_path / "there", metrics)
     assert (tmp_path / "there").is_dir(), "the user's own"
 
 
