@@ -208,7 +208,7 @@ def test_resume_only_where_everything_matches(make_run: Callable[..., RunDir], s
     assert stage_state(run, "captions", "00000", {"seed": 0}, digest) == "done"
     assert stage_state(run, "captions", "00000", {"seed": 0}, "other") == "stale_input"
     assert stage_state(run, "captions", "00001", {"seed": 0}, digest) == "missing"
-    with pytest.raises(FingerprintMismatchError, match=r"seed: 0 -> 1; top_p: absent -> 0.9.*--generation NAME"):
+    with pytest.raises(FingerprintMismatchError, match=r"seed 0 -> 1; top_p none -> 0.9.*--generation NAME"):
         stage_state(run, "captions", "00000", {"seed": 1, "top_p": 0.9}, digest)
     with pytest.raises(FingerprintMismatchError, match="another run directory"):
         stage_state(run, "shards", "00000", {}, "table")
