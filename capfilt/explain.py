@@ -44,12 +44,13 @@ from capfilt.models.gradcam import (
 from capfilt.models.med import Captioner, Filter
 from capfilt.models.vit import VisionTransformer, change_image_size
 from capfilt.settings import EMBEDDED, Stage1Settings
+from capfilt.train.blip2_files import is_blip2_file
 from capfilt.train.generate import prepare_images
 from capfilt.train.saved import load_stage1
 from capfilt.weights.blip import LoadedBlip, load_blip
 from capfilt.weights.devices import choose_device
 from capfilt.weights.find import find_model_dir
-from capfilt.weights.model_files import ImagePreparation, read_config, read_torch_file
+from capfilt.weights.model_files import ImagePreparation, read_config, read_tensors
 
 STAGE1_MAX_TOKENS = Stage1Settings.max_text_tokens
 """Longest text of a stage-1 model, as in its training."""
@@ -226,9 +227,10 @@ def _kind_of_folder(folder: Path) -> ModelKind:
 
 
 def _kind_of_original(path: Path) -> ModelKind:
-    """The original's captioner has no ITM head; its pre-trained models have one and a decoder."""
-    content = read_torch_file(path)
-    state = content.get("model", content)
+    """BLIP's captioner has no ITM head; its pre-trained models have one and a decoder."""
+    if is_blip2_file(path):
+        return "stage1"
+    state = read_tensors(path)
     is_captioner = "itm_head.weight" not in state and any(str(key).startswith("text_decoder.") for key in state)
     return "captioner" if is_captioner else "filter"
 

@@ -5,7 +5,6 @@ In: a recipe and a run directory. Out: a line for each step. Changes nothing, lo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,15 +184,15 @@ def _plan_trainings(recipe: Recipe, run: RunDir, *, has_manifest: bool) -> list[
 
 
 def _compare_training(section: TrainingSection, recipe: Recipe, run: RunDir, output_dir: Path) -> StepPlan:
-    from capfilt.train.checkpoint import find_checkpoint, setting_changes
+    from capfilt.train.checkpoint import find_checkpoint, read_training_record, setting_changes
     from capfilt.train.loop import binding_settings
     from capfilt.train.pairs import runs_digest
     from capfilt.train.processes import launched_autocast
 
     name, what, training = section.name, _training_text(section), TRAININGS[section.name]
-    record = output_dir / "training.json"
-    if record.exists():
-        state, fields = "done", json.loads(record.read_text())["fields"]
+    record = read_training_record(output_dir)
+    if record is not None:
+        state, fields = "done", record["fields"]
     elif (found := find_checkpoint(output_dir)) is not None:
         state, fields = f"{found[1]['step']:,} steps", found[1]["fields"]
     else:

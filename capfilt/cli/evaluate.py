@@ -20,6 +20,9 @@ from capfilt.cli.options import (
     MinNewTokens,
     NumBeams,
     WriterBatchSize,
+    WriterImageEncoder,
+    WriterLlm,
+    refuse_idle,
     settings_from,
 )
 from capfilt.errors import UsageError
@@ -81,14 +84,20 @@ def captions(
     max_new_tokens: MaxNewTokens = None,
     length_penalty: LengthPenalty = None,
     batch_size: WriterBatchSize = None,
+    llm: WriterLlm = GenerationSettings.llm,
+    image_encoder: WriterImageEncoder = GenerationSettings.image_encoder,
     device: Device = GenerationSettings.device,
     dtype: Dtype = GenerationSettings.dtype,
     generation: Generation = None,
     as_json: AsJson = False,
+    *,
+    context: typer.Context,
 ) -> None:
     """CIDEr, BLEU-1 to 4 and ROUGE-L of a model's captions, or of a results file's."""
     settings = settings_from(GenerationSettings, locals())
     _check_one(model, results, save_results)
+    if results is not None:
+        refuse_idle(context, _OF_A_MODEL, "with --results, where no model writes")
     from capfilt.data.result_files import read_caption_results
     from capfilt.evaluate.captions import check_inputs, evaluate_captioner, evaluate_captions, read_references
 
@@ -107,7 +116,7 @@ def captions(
 @app.command("vqa")
 def vqa(
     questions: Annotated[Path, typer.Option(metavar="FILE", help="VQA questions JSON.", show_default=False)],
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Stage-2 model: folder or hub id.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Stage-2 model: folder, hub id or .pth.")] = None,
     annotations: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="VQA annotations JSON: people's answers. Unset: answers are only saved."),
@@ -128,13 +137,19 @@ def vqa(
     max_new_tokens: MaxNewTokens = None,
     length_penalty: LengthPenalty = None,
     batch_size: WriterBatchSize = None,
+    llm: WriterLlm = GenerationSettings.llm,
+    image_encoder: WriterImageEncoder = GenerationSettings.image_encoder,
     device: Device = GenerationSettings.device,
     dtype: Dtype = GenerationSettings.dtype,
     as_json: AsJson = False,
+    *,
+    context: typer.Context,
 ) -> None:
     """VQA accuracy of a model's answers, or of a results file's: overall, by type of answer and question."""
     settings = settings_from(GenerationSettings, locals())
     _check_one(model, results, save_results)
+    if results is not None:
+        refuse_idle(context, _OF_A_MODEL, "with --results, where no model writes")
     from capfilt.data.questions import read_questions
     from capfilt.data.result_files import read_answer_results
     from capfilt.evaluate.vqa import check_inputs, evaluate_answerer, evaluate_answers
@@ -148,6 +163,13 @@ def vqa(
         evaluation = evaluate_answerer(writer, found, results=save_results, progress=open_progress())
     figures = {} if evaluation.accuracy is None else {"accuracy": evaluation.accuracy, **evaluation.by_answer_type}
     _say(evaluation, figures, ["without_answer", "without_annotation", "unknown"], as_json)
+
+
+_OF_A_MODEL = (
+    "prompt", "num_beams", "min_new_tokens", "max_new_tokens", "length_penalty", "batch_size", "llm", "image_encoder",
+    "device", "dtype",
+)  # fmt: skip
+"""Options that a model is told by."""
 
 
 def _check_one(model: str | None, results: Path | None, save_results: Path | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from capfilt.cli.console import following, note, open_progress, say, say_json
-from capfilt.cli.options import AsJson, BatchSize, Device, Dtype, Generation, Resizer
+from capfilt.cli.options import AsJson, BatchSize, Device, Dtype, Generation, Resizer, refuse_idle
 from capfilt.errors import UsageError
 from capfilt.settings import DTYPES, FilterSettings, RankSettings
 
@@ -189,6 +189,8 @@ def filter_(
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
+    *,
+    context: typer.Context,
 ) -> None:
     """Scores against labels: precision, recall, AUC, calibration, and what other thresholds would keep."""
     given = {"--labels": labels, "--world": world or None, "--pairs": pairs, "--judgments": judgments}
@@ -198,11 +200,7 @@ def filter_(
             f"Given: {', '.join(chosen) or 'nothing to measure against'}; expected one of --labels FILE or --world "
             "(of a RUN), --pairs FILE or --judgments FILE (for a MODEL)."
         )
-    _refuse_idle(
-        chosen[0],
-        {"--run": run, "--captions": captions, "--images": images, "--generation": generation}
-        | {"--allow-unjoined": allow_unjoined or None, "--clip-weights": clip_weights},
-    )
+    refuse_idle(context, sorted(_OF_ONE_WAY - set(_USED_WITH[chosen[0]])), f"with {chosen[0]}")
     from capfilt.evaluate.filter_report import FilterOptions, report_filter, score_judged, score_labelled
     from capfilt.evaluate.scores_view import filter_lines
     from capfilt.progress import speaks_unicode
@@ -241,19 +239,15 @@ def filter_(
         note(f"Next: {next_command}   (another choice, from the stored scores)")
 
 
+_OF_A_SCORER = ("clip_weights", "first_token", "resizer", "batch_size", "device", "dtype")
 _USED_WITH = {
-    "--labels": ("--generation", "--allow-unjoined"),
-    "--world": ("--generation",),
-    "--pairs": ("--run", "--images", "--clip-weights"),
-    "--judgments": ("--captions", "--images", "--clip-weights"),
+    "--labels": ("generation", "allow_unjoined"),
+    "--world": ("generation",),
+    "--pairs": ("run", "images", *_OF_A_SCORER),
+    "--judgments": ("captions", "images", *_OF_A_SCORER),
 }
-
-
-def _refuse_idle(chosen: str, options: dict[str, object]) -> None:
-    """Options that the chosen way to measure does not ask are refused instead of doing nothing."""
-    idle = [name for name, value in options.items() if value is not None and name not in _USED_WITH[chosen]]
-    if idle:
-        raise UsageError(f"{', '.join(idle)} does nothing with {chosen}. Leave it out.")
+"""Way to measure → the parameters that it asks; others that belong to some way do nothing."""
+_OF_ONE_WAY = {name for names in _USED_WITH.values() for name in names}
 
 
 def _read_pairs(pairs: Path, images: Path | None, run: Path | None) -> list[LabelledImageText]:

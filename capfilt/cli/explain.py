@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from capfilt.explain import ExplainableModel, Explanation
 
+PNG_AUTHOR, PNG_HEAD_BYTES = b"Software\0capfilt", 1 << 12
+"""What `capfilt.report.gradcam` writes into its pictures, and where."""
 NUM_STRONGEST = 5
 """Words named in the terminal."""
 
@@ -84,10 +86,11 @@ def explain(
 
 def _read_picture(path: Path) -> Image.Image:
     """An image file that a user named. Raises UsageError where it is no picture that capfilt reads."""
+    from capfilt.data.image_sources import ImageFile
     from capfilt.data.images import ImageRefused, decode_image
 
     try:
-        return decode_image(path.read_bytes())
+        return decode_image(ImageFile(path).read())
     except (ImageRefused, OSError) as error:
         raise UsageError(f"{path} cannot be used: {error}. Give another picture.") from None
 
@@ -106,6 +109,8 @@ def _output_files(output: Path, num_texts: int, image: Path) -> list[Path]:
             raise UsageError(f"--output {file} is the picture itself. Give another name.")
         if file.is_dir():
             raise UsageError(f"--output {file} is a folder. Give a name that ends in .png.")
+        if file.exists() and PNG_AUTHOR not in file.read_bytes()[:PNG_HEAD_BYTES]:
+            raise UsageError(f"--output {file} is there and was not drawn by capfilt; it would be lost. Name another.")
     return files
 
 

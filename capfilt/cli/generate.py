@@ -19,6 +19,8 @@ from capfilt.cli.options import (
     MinNewTokens,
     NumBeams,
     WriterBatchSize,
+    WriterImageEncoder,
+    WriterLlm,
     settings_from,
 )
 from capfilt.errors import UsageError
@@ -69,12 +71,8 @@ def generate(
     ] = GenerationSettings.temperature,
     seed: Annotated[int, typer.Option(help="With --top-p: fixes the draws.")] = GenerationSettings.seed,
     batch_size: WriterBatchSize = GenerationSettings.batch_size,
-    llm: Annotated[
-        str, typer.Option(metavar="PATH|ID", help="Language model, for a .pth of LAVIS's, which has none.")
-    ] = GenerationSettings.llm,
-    image_encoder: Annotated[
-        str, typer.Option(metavar="PATH|ID", help="Image encoder, for a .pth of LAVIS's that was saved without.")
-    ] = GenerationSettings.image_encoder,
+    llm: WriterLlm = GenerationSettings.llm,
+    image_encoder: WriterImageEncoder = GenerationSettings.image_encoder,
     device: Device = GenerationSettings.device,
     dtype: Dtype = GenerationSettings.dtype,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="Print a JSON object a line, as each is written.")] = False,

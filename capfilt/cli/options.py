@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+
+from capfilt.errors import UsageError
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", show_default=False)]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run directories.", show_default=False)]
@@ -76,6 +78,15 @@ WriterBatchSize = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
+WriterLlm = Annotated[
+    str, typer.Option("--llm", metavar="PATH|ID", help="Language model, for a .pth of LAVIS's, which has none.")
+]
+WriterImageEncoder = Annotated[
+    str,
+    typer.Option(
+        "--image-encoder", metavar="PATH|ID", help="Image encoder, for a .pth of LAVIS's that was saved without."
+    ),
+]
 
 Settings = TypeVar("Settings")
 
@@ -83,3 +94,21 @@ Settings = TypeVar("Settings")
 def settings_from(cls: type[Settings], options: Mapping[str, Any]) -> Settings:
     """The settings that a command's options (its `locals()`) fill by name; the others keep their defaults."""
     return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options})  # type: ignore[arg-type]
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether the user gave a parameter, rather than its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def option_of(name: str) -> str:
+    """The option of a parameter."""
+    return f"--{name.replace('_', '-')}"
+
+
+def refuse_idle(context: typer.Context, names: Iterable[str], because: str) -> None:
+    """UsageError where the user gave one of these parameters, which do nothing here."""
+    if idle := [option_of(name) for name in names if is_given(context, name)]:
+        does = "does" if len(idle) == 1 else "do"
+        raise UsageError(f"{', '.join(idle)} {does} nothing {because}. Leave {'it' if len(idle) == 1 else 'them'} out.")

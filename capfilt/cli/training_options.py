@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar, get_type_h
 
 import typer
 
-from capfilt.cli.options import AsJson, Device
+from capfilt.cli.options import AsJson, Device, is_given, option_of
 from capfilt.errors import UsageError
 from capfilt.progress import format_seconds
 from capfilt.settings import TrainSettings
@@ -94,8 +94,8 @@ def training_settings(cls: type[Settings], options: Mapping[str, Any], unused: I
     seen: set[str] = set()
     for assignment in shared["assignments"]:
         name, value = _read_assignment(assignment, names, hints)
-        if name in given and _is_on_the_command_line(shared["context"], name):
-            raise UsageError(f"{_option_of(name)} and --set {name} are both given; expected one of them.")
+        if name in given and is_given(shared["context"], name):
+            raise UsageError(f"{option_of(name)} and --set {name} are both given; expected one of them.")
         if name in seen:
             raise UsageError(f"--set {name} is given twice; expected it once.")
         seen.add(name)
@@ -115,15 +115,6 @@ def _read_assignment(assignment: str, names: Sequence[str], hints: Mapping[str, 
         return name, typed_text(text, hints[name])
     except TypeError as error:
         raise UsageError(f"--set {assignment}: {name} is {text!r}; expected {error}.") from None
-
-
-def _is_on_the_command_line(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _option_of(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def open_runs(runs: Sequence[Path], generation: str | None) -> list[RunDir]:

@@ -16,11 +16,11 @@ from capfilt.data.image_sources import ImageSource, check_images_dir, find_image
 from capfilt.data.json_lists import Entry, Id, as_id, read_entries
 from capfilt.data.manifest import iterate_manifest
 from capfilt.data.rundir import RunDir
+from capfilt.data.text_lines import read_lines
 from capfilt.errors import UsageError
 
 DEFAULT_SPLITS = ("test",)
 """Of a Karpathy file, which holds train, restval (of COCO), val and test."""
-MAX_LINE_CHARS = 100_000
 
 _TOKEN_LINE = re.compile(r"([^\t]+)#(\d+)\t(.*)")
 
@@ -149,7 +149,7 @@ def read_judgments(path: Path, tokens: Path, images_dir: Path | None = None) -> 
     check_images_dir(images_dir)
     texts = {f"{name}#{index}": caption for _, name, index, caption in _token_lines(tokens)}
     pairs = []
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         parts = line.split()
         if len(parts) < 3 or not set(parts[2:]) <= {"1", "2", "3", "4"}:
             raise UsageError(
@@ -173,31 +173,17 @@ def read_run(run: RunDir) -> Iterator[CaptionedImage]:
         for row in rows.to_pylist():
             kept.setdefault(row["key"], []).append(row["text"])
         for image in iterate_shard_images(run, shard):
-            yield CaptionedImage(as_id(image.key) or image.key, _stripped(kept.get(image.key, ())), image)
+            name = as_id(image.key)
+            yield CaptionedImage(image.key if name is None else name, _stripped(kept.get(image.key, ())), image)
 
 
 def _token_lines(path: Path) -> Iterator[tuple[int, str, str, str]]:
     """(line, image, number of its caption, caption) of a token file."""
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         match = _TOKEN_LINE.fullmatch(line)
         if match is None:
             raise UsageError(f"{path}, line {number} is {_cut(line)}; expected IMAGE.jpg#NUMBER, a tab, a caption.")
         yield number, match[1], match[2], match[3]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, numbered from 1, without their ends."""
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        try:
-            number = 0
-            while line := file.readline(MAX_LINE_CHARS):
-                number += 1
-                if len(line) == MAX_LINE_CHARS:
-                    raise UsageError(f"{path}, line {number} has {MAX_LINE_CHARS:,} characters or more.")
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path} is not text in UTF-8 ({error.reason}). Convert it: `iconv -t utf-8`.") from None
 
 
 def _begins_as_json(path: Path) -> bool:

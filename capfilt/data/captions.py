@@ -5,9 +5,13 @@ from __future__ import annotations
 import html
 import re
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 _TAGS = re.compile(r"<!--.*?-->|</?[a-zA-Z][^<>]*>", re.DOTALL)
 _DROPPED_MARKS = re.compile(r"[.!\"()*#:;~<>]")
 _SPACES = re.compile(r"\s+")
+_WORD = r"[^\s.!\"()*#:;~<>]"
 
 
 def clean_caption(text: str, max_words: int = 50) -> str:
@@ -19,3 +23,13 @@ def clean_caption(text: str, max_words: int = 50) -> str:
     shown = html.unescape(_TAGS.sub(" ", text)).lower()
     words = _SPACES.sub(" ", _DROPPED_MARKS.sub(" ", shown)).strip().split(" ")
     return " ".join(words[:max_words])
+
+
+def has_words(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whether something of each text is left by `clean_caption`; booleans."""
+    seen = pc.match_substring_regex(texts, _WORD)
+    in_doubt = pc.and_(seen, pc.match_substring_regex(texts, "[<&]"))  # tags and entities, which may be all there is
+    if pc.any(in_doubt).as_py():
+        cleaned = [not text or bool(clean_caption(text)) for text in pc.if_else(in_doubt, texts, "").to_pylist()]
+        seen = pc.and_(seen, pa.array(cleaned, pa.bool_()))
+    return pc.fill_null(seen, False)

@@ -95,7 +95,7 @@ def _rows(path: Path, needed: tuple[str, ...], one_of: tuple[str, ...]) -> Itera
                     f"{', '.join(needed)} and {' or '.join(one_of)}."
                 )
             yield where, row
-    except (pa.ArrowException, csv.Error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (pa.ArrowException, csv.Error, ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} cannot be read after row {number} ({first_line(error)}). Give a {path.suffix} file in UTF-8."
         ) from None
@@ -145,11 +145,12 @@ def _index(where: str, value: Any) -> int | None:
     if value is None or value == "":
         return None
     try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise UsageError(
-            f"{where} has the caption_index {clean_for_terminal(str(value))!r}; expected a whole number."
-        ) from None
+        number = int(value)
+        if not isinstance(value, bool) and (isinstance(value, str) or number == value):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UsageError(f"{where} has the caption_index {clean_for_terminal(str(value))!r}; expected a whole number.")
 
 
 def _text(where: str, row: Mapping[str, Any], name: str) -> str:

@@ -103,6 +103,8 @@ def report_filter(pairs: LabelledPairs, options: FilterOptions, judgments: Judgm
 
     figures = {ALL: measure(np.ones(len(pairs.labels), np.bool_))}
     if pairs.sources is not None:
+        if ALL in pairs.sources:
+            raise UsageError(f"A source of the pairs is named {ALL!r}, as all of them together are. Rename it.")
         sources = np.array(pairs.sources)
         figures |= {str(source): measure(sources == source) for source in np.unique(sources)[::-1]}
     return FilterReport(

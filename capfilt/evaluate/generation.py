@@ -126,10 +126,18 @@ def _open_partial(results: Path, fields: dict[str, Any], requests: Sequence[Requ
 
 
 def _model_files(fields: dict[str, Any]) -> list[list[Any]]:
-    """Name, size and date of a local model's files: another training in the same folder is another model."""
-    model = Path(fields["model"])
-    files = sorted(model.iterdir()) if model.is_dir() else [model]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    """Name, size and date of the local models' files: another training in the same folder is another model."""
+    found: list[list[Any]] = []
+    for name in ("model", "llm", "image_encoder"):
+        if name in fields:
+            found += _files_of(Path(fields[name]))
+    return found
+
+
+def _files_of(model: Path) -> list[list[Any]]:
+    paths = sorted(model.rglob("*")) if model.is_dir() else [model]
+    files = [(str(path.relative_to(model)), path.stat()) for path in paths if path.is_file()]
+    return [[name, facts.st_size, facts.st_mtime_ns] for name, facts in files]
 
 
 def _read_partial(path: Path, header: dict[str, Any], lines: Sequence[str]) -> dict[Id, str]:

@@ -196,5 +196,5 @@ class _Curve:
         return self.at(float(self.thresholds[best]))
 
     def at_precision(self, target: float) -> AtThreshold | None:
-        reaching = np.flatnonzero(self.true_kept >= target * self.kept)
+        reaching = np.flatnonzero(self.true_kept / self.kept >= target)
         return self.at(float(self.thresholds[reaching[-1]])) if len(reaching) else None

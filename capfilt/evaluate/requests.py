@@ -13,12 +13,12 @@ from pathlib import Path
 
 from capfilt.data.image_sources import ImageFile
 from capfilt.data.json_lists import Entry, parse_value
+from capfilt.data.text_lines import read_lines
 from capfilt.errors import UsageError
 from capfilt.evaluate.streaming import Request
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 """Names of images that are taken from a folder; a file that is named itself may have any name."""
-MAX_LINE_CHARS = 1 << 20
 
 
 def expand_images(names: Sequence[str]) -> list[Path]:
@@ -56,7 +56,7 @@ def request_texts(images: Sequence[Path], prompts: Sequence[str]) -> Iterator[Re
 
 def read_prompts(path: Path) -> list[str]:
     """A prompt a line; blank lines are passed over. UsageError where there is none."""
-    prompts = [line.strip() for _, line in _lines(path) if line.strip()]
+    prompts = [line.strip() for _, line in read_lines(path) if line.strip()]
     if not prompts:
         raise UsageError(f"{path} has no prompts; expected one a line.")
     return prompts
@@ -65,7 +65,7 @@ def read_prompts(path: Path) -> list[str]:
 def read_image_prompts(path: Path) -> list[Request]:
     """JSON lines with `image`, a path, and `prompt`. UsageError names the line that is something else."""
     requests = []
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if line.strip():
             entry = Entry(path, f"line {number}", -1, parse_value(line, f"{path}, line {number}"))
             image = entry.text("image")
@@ -79,14 +79,3 @@ def _images_below(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
         folders.sort()
         yield from (Path(root, name) for name in sorted(files) if Path(name).suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            number = 0
-            while line := file.readline(MAX_LINE_CHARS):
-                number += 1
-                yield number, line
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path} is not text in UTF-8 ({error.reason}). Convert it: `iconv -t utf-8`.") from None

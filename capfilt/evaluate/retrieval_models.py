@@ -27,6 +27,7 @@ from capfilt.models.med import Filter
 from capfilt.models.packed import pack_linears
 from capfilt.models.text_layout import TextLayout
 from capfilt.models.vit import VisionTransformer, count_encoder_bytes
+from capfilt.train.blip2_files import is_blip2_file
 from capfilt.train.saved import SavedStage1, load_stage1
 from capfilt.weights.albef import is_original_albef, load_albef
 from capfilt.weights.blip import load_blip
@@ -252,7 +253,7 @@ def kind_of(name: str) -> str:
     """The entry of RETRIEVAL_MODELS that a model's files ask for. Raises UsageError for others."""
     path = Path(name).expanduser()
     if path.is_file():  # an original .pth, which names no kind; its reader says what it expects
-        return "albef" if is_original_albef(path) else "blip"
+        return "blip-2" if is_blip2_file(path) else "albef" if is_original_albef(path) else "blip"
     folder = find_model_dir(
         name, "retrieval model", embedded="filter", give="a folder, a hub id (owner/name), an original .pth"
     )

@@ -30,8 +30,9 @@ from capfilt.settings import CaptionSettings, GenerationSettings
 from capfilt.train.batches import to_square
 from capfilt.train.blip2_files import is_blip2_file
 from capfilt.train.generate import Generator, load_generator
+from capfilt.weights.devices import name_dtype
 from capfilt.weights.find import find_model_dir
-from capfilt.weights.model_files import read_config
+from capfilt.weights.model_files import named_classes, read_config
 
 Task = Literal["describe", "caption", "answer"]
 
@@ -72,7 +73,12 @@ class Stage2Writer:
         if least > most:
             raise UsageError(f"min_new_tokens is {least}; expected at most max_new_tokens, {most}.")
         seed = {"seed": settings.seed} if settings.top_p is not None else {}
-        self.fields = {"model": str(model), "task": task, "prompt": self.prompt, **self._options, **seed}
+        self.fields = {
+            "model": str(model), "task": task, "prompt": self.prompt, **self._options, **seed,
+            **{name: value for name in ("llm", "image_encoder") if (value := getattr(settings, name))},
+            "encoder_dtype": name_dtype(self._generator.encoder.dtype),
+            "llm_dtype": name_dtype(self._generator.stage.llm.model.dtype),
+        }  # fmt: skip
 
     def prepare(self, image: Image) -> np.ndarray:
         """uint8 (S, S, 3)."""
@@ -137,7 +143,7 @@ class CaptionerWriter:
             self.fields["num_beams"] = num_beams
         least, most = self._lengths or CAPTIONER_LENGTHS
         new = "new_tokens" if self._lengths else "length"
-        self.fields |= {f"min_{new}": least, f"max_{new}": most}
+        self.fields |= {f"min_{new}": least, f"max_{new}": most, "dtype": self._captioner.fields["dtype"]}
 
     def prepare(self, image: Image) -> Tensor:
         """uint8 (3, S, S)."""
@@ -186,12 +192,12 @@ def load_writer(model: str | Path, task: Task, settings: GenerationSettings) -> 
         return (Stage2Writer if is_blip2_file(path) else CaptionerWriter)(path, task, settings)
     give = "what `capfilt train stage2` or `capfilt train captioner` saved, or a hub id (owner/name)"
     folder = find_model_dir(str(model), "model", embedded="captioner", give=give)
-    architectures = read_config(folder).get("architectures") or []
+    architectures = named_classes(read_config(folder))
     for architecture, kind in WRITERS.items():
         if architecture in architectures:
             return kind(folder, task, settings)
     raise UsageError(
-        f"{folder} holds {architectures}; expected {' or '.join(WRITERS)}. "
+        f"{folder} holds {', '.join(architectures) or 'no model'}; expected {' or '.join(WRITERS)}. "
         "Make one: `capfilt train stage2 RUN --output DIR`."
     )
 

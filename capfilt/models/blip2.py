@@ -97,7 +97,7 @@ class Stage1(nn.Module):
 
         The images and texts of all `ranks` are negatives; every rank pads its texts to the same length then. Whole
         numbers `ids_B` tell images apart: pairs of the same image are no negatives (released code: one pair an image).
-        `uniform_2B` draws the hard negatives, of images and of texts, see `draw_hard_negatives`.
+        `uniform_2B` draws the hard negatives, the other texts and the other images, see `draw_hard_negatives`.
         """
         normed_BPD = self.vision_norm(features_BPD.float())
         image = self.qformer.image_key_values(normed_BPD)

@@ -28,7 +28,8 @@ from capfilt.models.losses import lm_loss
 from capfilt.models.ranks import ALONE, Ranks
 
 MAX_TOKENS = 32
-"""Longest caption that is trained on, in tokens (released code: 32). Prompts are never cut."""
+"""Longest caption that is trained on, in tokens (released code: 32), an OPT's end token included, a T5's not. Prompts
+are never cut. A caption that is cut ends as others do, with the end token (released code: without)."""
 
 
 class LanguageModel(Protocol):

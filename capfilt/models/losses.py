@@ -69,7 +69,7 @@ def soft_targets(
 ) -> Tensor:
     """Targets (B, K) of ITC: alpha · softmax(similarities of the momentum encoders) + (1 - alpha) · one-hot.
 
-    ALBEF §3.3, equations 6 and 7, as BLIP §3.2 takes them over; `offset` is the column of this rank's first pair.
+    ALBEF §3.3, equation 6, as BLIP §3.2 takes them over; `offset` is the column of this rank's first pair.
     With `same_image_BK` `matching_pairs` takes the place of one-hot.
     """
     rows = torch.arange(offset, offset + len(momentum_similarity_BK), device=momentum_similarity_BK.device)
@@ -114,7 +114,10 @@ def draw_hard_negatives(
         uniform_B = torch.rand(len(rows), device=rows.device)
     cumulated_BA = weights_BA.cumsum(dim=1)
     threshold_B1 = (1.0 - uniform_B.to(cumulated_BA)[:, None]) * cumulated_BA[:, -1:]  # more than 0, at most the sum
-    return (cumulated_BA < threshold_B1).sum(dim=1).clamp(max=similarity_BA.shape[1] - 1)
+    drawn_B = (cumulated_BA < threshold_B1).sum(dim=1).clamp(max=similarity_BA.shape[1] - 1)
+    # Sums in parallel, as a GPU's, need not rise everywhere by the last bit: what has no weight might come out.
+    is_excluded_B = excluded_BA.gather(1, drawn_B[:, None])[:, 0]
+    return torch.where(is_excluded_B, weights_BA.argmax(dim=1), drawn_B)
 
 
 def itm_loss(match_logits_B2: Tensor, mismatch_logits_N2: Tensor) -> Tensor:

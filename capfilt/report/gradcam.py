@@ -90,7 +90,7 @@ def draw_panels(picture: Image.Image, panels: Sequence[Panel], heading: str) -> 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph ")  # of scripts that matplotlib's own font lacks
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
-        canvas.print_png(buffer, pil_kwargs={"compress_level": 3})
+        canvas.print_png(buffer, metadata={"Software": "capfilt"}, pil_kwargs={"compress_level": 3})
     return buffer.getvalue()
 
 

@@ -16,6 +16,8 @@ class AlbefTrainSettings(TrainSettings):
     """Peak rate (ALBEF §3.5: 1e-4)."""
     min_learning_rate: float = 1e-5
     """Rate at the end of the cosine (ALBEF §3.5: 1e-5)."""
+    max_steps: int = 20_000
+    """Optimizer steps (ALBEF §3.5: 30 epochs in batches of 512, of 14.1M images some 830,000)."""
     warmup_steps: int = 1000
     """Linear warm-up from zero (ALBEF §3.5: 1,000 steps)."""
     weight_decay: float = 0.02
@@ -41,7 +43,7 @@ class AlbefTrainSettings(TrainSettings):
     losses: tuple[str, ...] = ("itc", "itm", "mlm")
     """Losses that are summed (ALBEF §3.2: all three)."""
     mlm_share: float = 0.15
-    """MLM: share of the words that are to be found (ALBEF §3.2: 15%)."""
+    """MLM: share of the tokens that are to be found (ALBEF §3.2: 15%)."""
     momentum: float = 0.995
     """ITC, MLM: share of its old weights that the momentum model keeps in a step (ALBEF §3.5: 0.995); 0 for no momentum
     model: contrast is then within the batch, and MLM has no pseudo-labels."""

@@ -18,7 +18,8 @@ class TrainSettings:
     batch_size: int = 64
     """Images that a process works on at a time; a step has batch_size · accumulation_steps · processes of them."""
     accumulation_steps: int = 1
-    """Batches whose gradients make one step; contrast is within a batch."""
+    """Batches whose gradients make one step, each with the same weight, however many words its texts have; contrast is
+    within a batch."""
     learning_rate: float = 1e-4
     """Peak rate (BLIP-2 §3.4: 1e-4)."""
     min_learning_rate: float = 0.0

@@ -165,7 +165,7 @@ class AlbefInputs:
         numbers = draws.uniform(2 + NUM_DRAWS * settings.max_text_tokens, num_texts)  # whatever the padding
         by_token_3BT = numbers[2:].unflatten(0, (NUM_DRAWS, -1)).transpose(1, 2)[..., :num_tokens]
         masked_BT, is_masked_BT = mask_tokens(tokens_BT, by_token_3BT, self._masking())
-        num_epochs = batch.cursor.num_epochs(self.num_images)
+        num_epochs = batch.cursor.num_epochs(self.num_images, len(batch.keys) * self.processes.num)
         return {
             "images_BCHW": batch.images_on(device), "tokens_BT": tokens_BT.to(device), "losses": settings.losses,
             "ids_B": image_ids(batch, device),

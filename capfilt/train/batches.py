@@ -36,9 +36,9 @@ class Cursor:
     epoch: int = 0
     position: int = 0
 
-    def num_epochs(self, num_images: int) -> float:
-        """Epochs of so many images that lie before it."""
-        return self.epoch + self.position / num_images
+    def num_epochs(self, num_images: int, num_taken: int = 0) -> float:
+        """Epochs of so many images that lie before it, less the images that were taken last."""
+        return self.epoch + (self.position - num_taken) / num_images
 
 
 @dataclass

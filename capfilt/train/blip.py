@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from capfilt.data.rundir import RunDir
+from capfilt.errors import UsageError
 from capfilt.models.blip import CaptionerLosses, FilterLosses, FineTuning
 from capfilt.models.contrast import bound_temperature
 from capfilt.models.med import Captioner, Filter
@@ -64,6 +65,11 @@ def train_captioner(
     start = load_part(settings, "captioner")
     assert isinstance(start.model, Captioner)
     prompt_tokens = start.tokenizer(settings.prompt, add_special_tokens=False).input_ids
+    if settings.max_text_tokens < len(prompt_tokens) + _FEWEST_TOKENS:
+        raise UsageError(
+            f"max_text_tokens is {settings.max_text_tokens}, of which the prompt takes {len(prompt_tokens)}; expected "
+            f"at least {len(prompt_tokens) + _FEWEST_TOKENS}, for [DEC], a word and [SEP]."
+        )
     losses = CaptionerLosses(
         start.model, num_prompt_tokens=len(prompt_tokens), label_smoothing=settings.label_smoothing
     )
@@ -91,6 +97,10 @@ def train_filter(
 
     part = _Part("filter", FineTuning(losses), losses)
     return _train(run_dirs, settings, output_dir, progress, part, start, save)
+
+
+_FEWEST_TOKENS = 3
+"""Of a caption without its prompt: [DEC], a word, [SEP]."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,8 @@ class _Inputs:
             inputs["false_tokens_BT"] = None if false_tokens_BT is None else false_tokens_BT.to(device)
             inputs["ids_B"] = image_ids(batch, device)
             inputs["uniform_2B"] = draws.uniform(2, len(batch.keys)).to(device)
-            num_epochs = batch.cursor.num_epochs(self.dataset.num_shown)
+            num_taken = len(batch.keys) * self.processes.num
+            num_epochs = batch.cursor.num_epochs(self.dataset.num_shown, num_taken)
             inputs["alpha"] = ramped_alpha(settings.alpha, settings.alpha_epochs, num_epochs)
         return inputs
 

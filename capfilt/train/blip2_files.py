@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from transformers import Blip2Config
 
 from capfilt.data.commit import file_sha256
 from capfilt.errors import UsageError
@@ -32,14 +30,17 @@ from capfilt.weights.image_encoders import (
     blip2_tower,
     build_image_encoder,
     load_image_encoder,
+    read_blip2_config,
     read_clip_tower,
     read_lavis_tower,
 )
 from capfilt.weights.model_files import (
     load_tokenizer,
+    named_classes,
     naming,
     read_config,
     read_preparation,
+    read_safetensors,
     read_tensors,
     read_weights,
     weights_digest,
@@ -148,9 +149,8 @@ def blip2_digest(name: str | Path) -> str:
 
 
 def _read_folder(folder: Path) -> Blip2Files:
-    raw = read_config(folder)
-    config: Any = Blip2Config(**raw)
-    stage = _stage_of(raw)
+    config = read_blip2_config(folder)
+    stage = _stage_of(read_config(folder))
     assert stage is not None
     state = read_weights(folder)
     vision, qformer = sizes_from_config(config)
@@ -171,7 +171,7 @@ def _read_folder(folder: Path) -> Blip2Files:
         files,
         embed_dim=config.image_text_hidden_size,
         dec_token_id=getattr(config, DEC_TOKEN_KEY, qformer.vocab_size - 1),
-        extra=load_file(extra) if extra.exists() else {},
+        extra=read_safetensors(extra) if extra.exists() else {},
     )
 
 
@@ -215,14 +215,14 @@ def _checked_config(folder: Path, stage: str | None) -> dict[str, Any]:
     if found is None or (stage is not None and found != stage):
         expected = [name for name, trained in STAGES.items() if stage in (None, trained)]
         raise UsageError(
-            f"{folder} holds {raw.get('architectures')}; expected {' or '.join(expected)}. "
+            f"{folder} holds {', '.join(named_classes(raw)) or 'no model'}; expected {' or '.join(expected)}. "
             f"Make one: `capfilt train {stage or 'stage1'} RUN --output DIR`."
         )
     return raw
 
 
 def _stage_of(config: dict[str, Any]) -> str | None:
-    return next((STAGES[name] for name in config.get("architectures") or [] if name in STAGES), None)
+    return next((STAGES[name] for name in named_classes(config) if name in STAGES), None)
 
 
 def _checked(files: Blip2Files, stage: str | None) -> Blip2Files:

@@ -6,6 +6,7 @@ In: a module. Out: its layers, or the same module changed in place; names of wei
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from capfilt.models.med import TextLayer
 from capfilt.models.qformer import QFormerLayer
+from capfilt.train.cpu import fast_bfloat16_attention
 
 _METHODS: dict[type[nn.Module], tuple[str, ...]] = {QFormerLayer: ("attend", "finish_queries", "finish_text")}
 """What the layers of a class are called by; `forward` alone for all others."""
@@ -58,11 +60,19 @@ def _calls(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         yield from ((block, name) for name in _METHODS.get(type(block), ("forward",)))
 
 
+def _same_kernels() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """Contexts of the forward pass and of its repetition, which is to take the same kernels: in reduced precision on a
+    CPU attention has one of its own (`fast_bfloat16_attention`), and the backward pass stands outside.
+    """
+    is_own = torch.is_autocast_enabled("cpu")
+    return nullcontext(), fast_bfloat16_attention() if is_own else nullcontext()
+
+
 def _recomputed(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(*inputs: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
             return method(*inputs, **options)
-        return checkpoint(method, *inputs, use_reentrant=False, **options)
+        return checkpoint(method, *inputs, use_reentrant=False, context_fn=_same_kernels, **options)
 
     return call

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from capfilt.data.field_changes import field_changes
+from capfilt.data.texts import first_line
 from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError, RunLockedError, UsageError
 from capfilt.train.processes import fill_tensor, full_tensor
 from capfilt.train.records import METRICS_FILE, PLOT_FILE
@@ -175,11 +176,29 @@ def refuse_damaged_model(output_dir: Path, digests: Mapping[str, str]) -> None:
         )
 
 
+def read_training_record(output_dir: Path) -> dict[str, Any] | None:
+    """training.json, which a finished training leaves; None where there is none. CorruptionError for a damaged one."""
+    path = output_dir / "training.json"
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(record[name], dict) for name in ("fields", "sha256", "summary")):
+            return record
+        problem = "its entries are not what a training writes"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        problem = f"{type(error).__name__}: {first_line(error)}"
+    raise CorruptionError(
+        f"{path} cannot be read ({problem}). Remove it and repeat the command: the last checkpoint gives the model "
+        "anew."
+    )
+
+
 def find_fields(output_dir: Path) -> dict[str, Any] | None:
     """What the training in `output_dir`, finished or under way, was started with; None where there is none."""
-    record = output_dir / "training.json"
-    if record.exists():
-        return json.loads(record.read_text())["fields"]
+    record = read_training_record(output_dir)
+    if record is not None:
+        return record["fields"]
     found = find_checkpoint(output_dir)
     return None if found is None else found[1]["fields"]
 

@@ -6,7 +6,8 @@ open_clip_config.json, open_clip_model.safetensors (float16) and the tokenizer's
 
 The image tower is open_clip's ModifiedResNet rather than its ViT: at 64 px and 128 pairs a step it found
 29% of 1,000 unseen scenes by their captions after 114 steps; a ViT (patch 8, width 128, 4 layers) 11% after
-100.
+100. Its batch norms count a process's own batch, and the running statistics saved are the first process's; several
+processes so take other steps than one with all of their pairs.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from torch import Tensor, nn
 
 from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
-from capfilt.models.losses import itc_loss
+from capfilt.models.contrast import same_images
+from capfilt.models.losses import cosines, itc_loss
 from capfilt.models.ranks import ALONE, Ranks
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import ClipTrainSettings
-from capfilt.train.batches import Batch, Draws, PairDataset, iterate_batches, normalise
+from capfilt.train.batches import Batch, Draws, PairDataset, image_ids, iterate_batches, normalise
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.processes import join_processes
@@ -79,6 +81,8 @@ def train_clip_on(
 ) -> TrainSummary:
     """Trains on a dataset whose pictures have `image_size_px`; `fields` identify it."""
     processes = join_processes(settings)
+    if processes.num > 1 and settings.sharding == "full":
+        raise UsageError("train clip has no --sharding full: open_clip's temperature is a scalar. Leave it out.")
     device = processes.device
     torch.manual_seed(settings.seed)
     tokenizer = load_clip_tokenizer(tokenizer_dir)
@@ -86,7 +90,8 @@ def train_clip_on(
 
     def prepare(batch: Batch, _draws: Draws) -> dict[str, Any]:
         tokens_BT = _encode(tokenizer, batch.texts, settings, device)
-        return {"images_BCHW": batch.images_on(device), "tokens_BT": tokens_BT, "ranks": processes.ranks}
+        images_BCHW, ids_B = batch.images_on(device), image_ids(batch, device)
+        return {"images_BCHW": images_BCHW, "tokens_BT": tokens_BT, "ids_B": ids_B, "ranks": processes.ranks}
 
     def clamp_temperature(_step: int) -> None:
         with torch.no_grad():
@@ -115,13 +120,17 @@ class ClipLosses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor, ranks: Ranks = ALONE) -> dict[str, Tensor]:
-        """`loss`, and the inverse temperature for the log."""
+    def forward(
+        self, images_BCHW: Tensor, tokens_BT: Tensor, ids_B: Tensor | None = None, ranks: Ranks = ALONE
+    ) -> dict[str, Tensor]:
+        """`loss`, and the inverse temperature for the log; pairs with equal `ids_B` share their target."""
         image_BE = self.model.encode_image(images_BCHW, normalize=True)
         text_BE = self.model.encode_text(tokens_BT, normalize=True)
         scale, offset = self.model.logit_scale.exp(), ranks.offset(len(image_BE))
-        i2t, t2i = scale * image_BE @ ranks.gather(text_BE).T, scale * text_BE @ ranks.gather(image_BE).T
-        return {"loss": itc_loss(i2t, t2i, offset=offset), "logit_scale": scale}
+        i2t = scale * cosines(image_BE, ranks.gather(text_BE))
+        t2i = scale * cosines(text_BE, ranks.gather(image_BE))
+        same_image_BA = same_images(ids_B, ranks)
+        return {"loss": itc_loss(i2t, t2i, offset=offset, same_image_BA=same_image_BA), "logit_scale": scale}
 
 
 def build_clip(settings: ClipTrainSettings, vocab_size: int) -> CLIP:

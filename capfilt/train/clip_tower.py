@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
     CLIPImageProcessor,
@@ -31,8 +30,8 @@ from transformers.utils import logging
 
 from capfilt.errors import UsageError
 from capfilt.models.convert_image_encoders import clip_config, to_clip
-from capfilt.weights.image_encoders import CLIP_TOWER_DIR, LAST, LAYER_KEY, ImageEncoder
-from capfilt.weights.model_files import read_config
+from capfilt.weights.image_encoders import CLIP_TOWER_DIR, LAST, LAYER_KEY, ImageEncoder, read_blip2_config
+from capfilt.weights.model_files import named_classes, read_config
 
 _CLASSES = {
     "Blip2ForConditionalGeneration": Blip2ForConditionalGeneration,
@@ -93,11 +92,10 @@ def load_blip2_with_clip(
     inner = folder / CLIP_TOWER_DIR
     if not (inner / "config.json").is_file():
         raise UsageError(f"{folder} has no {CLIP_TOWER_DIR}/. Open it with transformers' own class.")
-    raw = read_config(folder)
-    config: Any = Blip2Config(**raw)
-    cls = next((_CLASSES[name] for name in raw.get("architectures") or [] if name in _CLASSES), None)
+    config, named = read_blip2_config(folder), named_classes(read_config(folder))
+    cls = next((_CLASSES[name] for name in named if name in _CLASSES), None)
     if cls is None:
-        raise UsageError(f"{folder} holds {raw.get('architectures')}; expected one of {', '.join(_CLASSES)}.")
+        raise UsageError(f"{folder} holds {', '.join(named) or 'no model'}; expected one of {', '.join(_CLASSES)}.")
     depth = config.vision_config.num_hidden_layers
     config.vision_config.num_hidden_layers = 0  # it is replaced: nothing is drawn for it
     model, info = _quietly(cls, folder, config, dtype)

@@ -69,10 +69,13 @@ class FrozenFeatures:
     @property
     def fits(self) -> bool:
         """Whether features are computed once: no crop varies the images, and they go to disk or fit in the limit."""
-        varied = self._settings.random_crop < 1.0 or self._settings.random_flip
         size = num_feature_bytes(self._encoder.vision, len(self._shown), self.stored_dtype)
         on_disk = self._settings.feature_cache_dir is not None
-        return not varied and (on_disk or size <= self._settings.feature_cache_bytes)
+        return not self._is_varied and (on_disk or size <= self._settings.feature_cache_bytes)
+
+    @property
+    def _is_varied(self) -> bool:
+        return self._settings.random_crop < 1.0 or self._settings.random_flip
 
     def open_batches(self, cursor: Cursor) -> Iterator[Batch]:
         """Fills the cache, if there is to be one, and opens the stream; its batches hold no pixels then."""
@@ -90,7 +93,8 @@ class FrozenFeatures:
     def __call__(self, batch: Batch) -> Tensor:
         """Features (B, 1 + P, D) of the batch's images, on the device."""
         if self._cache is None:
-            return self._encode(batch.images_on(self._device))
+            features = self._encode(batch.images_on(self._device))
+            return features if self._is_varied else features.to(self.stored_dtype)  # as from a cache
         assert batch.rows is not None, "a dataset's batches carry rows"
         return self._cache[torch.from_numpy(self._place[batch.rows])].to(self._device)
 

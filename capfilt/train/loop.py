@@ -14,13 +14,12 @@ each step together.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from capfilt.train.checkpoint import (
     lock_output,
     newer_checkpoints,
     publish_files,
+    read_training_record,
     refuse_damaged_model,
     refuse_foreign_files,
     refuse_other_settings,
@@ -47,7 +47,7 @@ from capfilt.train.checkpoint import (
 )
 from capfilt.train.cpu import fast_cpu
 from capfilt.train.optim import learning_rate_at, set_learning_rate
-from capfilt.train.processes import Processes, launched_autocast, make_whole
+from capfilt.train.processes import Processes, launched_autocast, make_whole, refuse_sharding
 from capfilt.train.records import Records
 from capfilt.train.signals import deferred_signals, raise_signal
 from capfilt.train.step import Prepare, TrainState, make_state, take_step
@@ -141,6 +141,7 @@ def train(
     progress = progress if progress and processes.is_main else NullProgress()
     with _lock(output_dir, processes), fast_cpu():
         settings = _with_precision(settings, output_dir, processes.device)
+        refuse_sharding(processes.sharding, settings.optimizer, settings.autocast)
         identity = {**binding_settings(settings), "num_processes": processes.num, **(fields or {})}
         done = _finished(output_dir, identity)
         _refuse_other_starts(processes, {"finished": done is not None, "fields": identity})
@@ -153,7 +154,7 @@ def train(
         records.go_on(start)
         batches = open_batches(cursor)  # which may read all pictures first
         running.since = time.monotonic()
-        with deferred_signals() as caught:
+        with closing(records), deferred_signals() as caught:
             progress.start(name, settings.max_steps, "step")
             progress.advance(start, already=True)
             for step in range(start, settings.max_steps):
@@ -290,10 +291,9 @@ def _finish(output_dir: Path, save: Callable[[Path], None], identity: Mapping[st
 
 
 def _finished(output_dir: Path, identity: Mapping[str, Any]) -> TrainSummary | None:
-    path = output_dir / "training.json"
-    if not path.exists():
+    record = read_training_record(output_dir)
+    if record is None:
         return None
-    record = json.loads(path.read_text())
     refuse_other_settings(record, identity, output_dir)
     refuse_damaged_model(output_dir, record["sha256"])
     return TrainSummary(**{**record["summary"], "already_done": True})

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from capfilt.data.captions import clean_caption
+from capfilt.data.captions import clean_caption, has_words
 from capfilt.data.images import ImageRefused, decode_image
 from capfilt.data.manifest import iterate_manifest
 from capfilt.data.rundir import RunDir
@@ -71,8 +71,9 @@ def runs_digest(runs: Sequence[RunDir | str | Path]) -> str:
     digest = hashlib.sha256()
     columns = ["key", "text", "sha256"]
     for _run, shard, table in iterate_manifest(runs, [*columns, "kept", "drop_reason"]):
-        table = table.filter(pc.or_kleene(table["kept"], _is_known_false(table))).select(columns)
-        _add_to_digest(digest, shard, table)
+        _add_to_digest(digest, shard, table.filter(table["kept"]).select(columns))
+        if (known_false := table.filter(_is_known_false(table))).num_rows:
+            _add_to_digest(digest, f"{shard} known_false", known_false.select(columns))
     return digest.hexdigest()
 
 
@@ -269,7 +270,7 @@ def _read_index(runs: Sequence[RunDir | str | Path], known_false: bool) -> _Inde
     columns = ["key", "text", "sha256", "kept", "drop_reason"]
     numbered = ((n, *found) for n, run in enumerate(runs) for found in iterate_manifest([run], columns))
     for number, run, shard, rows in numbered:
-        table = rows.filter(rows["kept"])
+        table = rows.filter(pc.and_(rows["kept"], has_words(rows["text"])))  # "...", as some people write
         if not table.num_rows:
             continue
         for row in rows.filter(_is_known_false(rows)).to_pylist() if known_false else []:

@@ -45,7 +45,7 @@ class Pictures:
         """`find(number)` is called by one thread, what it returns, which decodes, by another.
 
         `smallest_crop` is the smallest share of a picture's area that is asked for: pictures in memory are held so
-        large that no crop is scaled up.
+        large that a square crop is not scaled up (one of 3 to 4 by 15% along a side).
         """
         self._num, self._find, self._size_px = num, find, image_size_px
         self._held_px = math.ceil(image_size_px / math.sqrt(smallest_crop))

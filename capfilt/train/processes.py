@@ -102,17 +102,22 @@ def join_processes(settings: TrainSettings) -> Processes:
     """
     sharding = "full" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else settings.sharding
     autocast = launched_autocast(settings)
-    if sharding == "full" and (settings.optimizer != "adamw" or autocast == "float16"):
-        raise UsageError(
-            f"sharding 'full' with optimizer {settings.optimizer!r} and autocast {autocast!r}; expected "
-            f"adamw, and float32 or bfloat16. Leave --sharding away, or change the other."
-        )
+    refuse_sharding(sharding, settings.optimizer, autocast)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes(choose_device(settings.device), sharding=sharding)
     state = _join_group(choose_device(settings.device).type == "cpu")
     ranks = Ranks(state.process_index, state.num_processes, _gather)
     device = cast(torch.device, state.device)
     return Processes(torch.device("cpu") if device.type == "cpu" else device, ranks, sharding)
+
+
+def refuse_sharding(sharding: str, optimizer: str, autocast: str) -> None:
+    """UsageError for weights that are to be shared out by an optimizer or in a precision that cannot."""
+    if sharding == "full" and (optimizer != "adamw" or autocast == "float16"):
+        raise UsageError(
+            f"sharding 'full' with optimizer {optimizer!r} and autocast {autocast!r}; expected adamw, and float32 or "
+            "bfloat16. Leave --sharding away, or change the other."
+        )
 
 
 def launched_autocast(settings: TrainSettings) -> str:

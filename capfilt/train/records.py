@@ -52,12 +52,15 @@ class Records:
             if self._curves is not None and name != "step":
                 self._curves.add_scalar(name, value, line["step"])
 
-    def finish(self) -> None:
-        """Draws the plot, closes the curves."""
-        if not self._active:
-            return
+    def close(self) -> None:
+        """Writes out the curves, which TensorBoard's writer holds back for minutes."""
         if self._curves is not None:
             self._curves.close()
+
+    def finish(self) -> None:
+        """Draws the plot."""
+        if not self._active:
+            return
         plot_losses([json.loads(line) for line in self._path.read_text().splitlines()], self._plot)
 
 
@@ -68,11 +71,10 @@ def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
     steps = [line["step"] for line in lines]
     figure = Figure(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    marker = "." if len(steps) < 3 else ""
     for name in [name for name in lines[0] if name not in _NO_LOSSES] if lines else []:
-        above.plot(
-            steps, [line.get(name, math.nan) for line in lines], label=name, marker="." if len(steps) < 3 else ""
-        )
-    below.plot(steps, [line["learning_rate"] for line in lines], color="0.4")
+        above.plot(steps, [line.get(name, math.nan) for line in lines], label=name, marker=marker)
+    below.plot(steps, [line["learning_rate"] for line in lines], color="0.4", marker=marker)
     above.set_ylabel("loss")
     below.set_ylabel("learning rate")
     below.set_xlabel("step")

@@ -27,12 +27,14 @@ from capfilt.models.clip import ClipImageTower, ClipTextTower
 from capfilt.models.packed import pack_linears
 from capfilt.settings import EMBEDDED, RankSettings
 from capfilt.weights.find import find_embedded, is_offline
-from capfilt.weights.model_files import read_safetensors, refuse_foreign_weights
+from capfilt.weights.model_files import read_json, read_safetensors, refuse_foreign_weights
 
 _DEFAULT_WEIGHTS = "openai"
 _PADDED_TEXTS_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
+_TOKENIZER_OPTIONS = {"clean", "context_length", "language", "strip_sep_token"}
+"""Of open_clip's own; it hands all others to transformers."""
 _OPEN_CLIP_CONFIG, _OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
@@ -83,10 +85,28 @@ def find_clip(settings: RankSettings) -> ClipSource:
 
 
 def _clip_folder(folder: Path) -> ClipSource:
+    _refuse_code(folder)
     files = sorted(
         file for pattern in ("*.json", "*.txt", "*.safetensors", "*.bin", "*.pth") for file in folder.glob(pattern)
     )
     return ClipSource(f"local-dir:{folder}", None, files)
+
+
+def _refuse_code(folder: Path) -> None:
+    """UsageError where a folder's configuration would have transformers run a program that lies in it.
+
+    open_clip hands what the configuration says of the tokenizer to transformers, trust_remote_code too.
+    """
+    text = read_json(folder / _OPEN_CLIP_CONFIG).get("model_cfg", {}).get("text_cfg", {})
+    options = text.get("tokenizer_kwargs") or {}
+    if unknown := sorted(set(options) - _TOKENIZER_OPTIONS):
+        raise UsageError(
+            f"{folder / _OPEN_CLIP_CONFIG} sets {', '.join(unknown)} for its tokenizer; expected only "
+            f"{', '.join(sorted(_TOKENIZER_OPTIONS))}: others may run a program. Remove them."
+        )
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and "auto_map" in read_json(folder / name):
+            raise UsageError(f"{folder / name} wants a program of its own, its auto_map; none is run. Give another.")
 
 
 def _clip_tag(name: str, tag: str) -> ClipSource:

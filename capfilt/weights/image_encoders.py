@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from capfilt.data.commit import file_sha256, fingerprint
+from capfilt.data.texts import first_line
 from capfilt.errors import UsageError
 from capfilt.models.convert_blip2 import State, refuse_unknown, sizes_from_config, to_ours, vision_names
 from capfilt.models.convert_image_encoders import (
@@ -192,6 +193,17 @@ def read_clip_tower(folder: Path) -> Tower:
     return Tower(sizes, weights, preparation, norm, has_last_block=config.get(LAYER_KEY) != LAST)
 
 
+def read_blip2_config(folder: Path) -> Any:
+    """transformers' `Blip2Config` of a folder. UsageError where it is none."""
+    from transformers import Blip2Config
+
+    raw = read_config(folder)
+    try:
+        return Blip2Config(**raw)
+    except Exception as error:  # transformers' checks of a configuration raise errors without a common base
+        raise UsageError(f"{folder}/config.json is no BLIP-2 configuration ({first_line(error)}).") from error
+
+
 def blip2_tower(config: Any, state: Mapping[str, Tensor], preparation: ImagePreparation) -> Tower:
     """The image encoder of a BLIP-2 in transformers' layout; its last block is the paper's second-last."""
     sizes, _ = sizes_from_config(config)
@@ -237,11 +249,9 @@ def _read_blip(folder: Path) -> Tower:
 
 
 def _read_blip2(folder: Path) -> Tower:
-    from transformers import Blip2Config
-
     if (inner := folder / CLIP_TOWER_DIR).is_dir():
         return read_clip_tower(inner)
-    config: Any = Blip2Config(**read_config(folder))
+    config = read_blip2_config(folder)
     _refuse_other_resampling(folder)
     return blip2_tower(config, read_weights(folder), read_preparation(folder, config.vision_config.image_size))
 

@@ -39,7 +39,7 @@ def load_llm(
     config = load_config(path, "Give a folder or hub id of an OPT or T5.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers' errors have no common base
         raise UsageError(f"{path} has no readable tokenizer ({loading_problem(error)}). Add tokenizer.json.") from error
     if config.model_type not in LLMS:
         raise UsageError(f"{path} is a {config.model_type!r}; the language model must be one of {', '.join(LLMS)}.")

@@ -47,7 +47,13 @@ class ImagePreparation:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """What config.json holds."""
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
+
+
+def named_classes(config: Mapping[str, Any]) -> list[str]:
+    """transformers' classes that a config.json names."""
+    found = config.get("architectures")
+    return list(map(str, found)) if isinstance(found, list) else []
 
 
 def load_config(path: str | Path, advice: str) -> Any:
@@ -58,7 +64,7 @@ def load_config(path: str | Path, advice: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers' checks of a configuration raise errors without a common base
         raise UsageError(f"transformers cannot read {path}/config.json ({loading_problem(error)}). {advice}") from error
 
 
@@ -81,7 +87,8 @@ def find_weights(folder: Path) -> list[Path]:
 def _refuse_missing_shards(folder: Path, files: list[Path]) -> None:
     """An index names the shards of its kind; without one there is one file."""
     for index in folder.glob(f"*{files[0].suffix}.index.json"):
-        named = set(_read_json(index).get("weight_map", {}).values())
+        weight_map = read_json(index).get("weight_map", {})
+        named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set[str]()
         if missing := sorted(named - {file.name for file in files}):
             raise UsageError(f"{folder} lacks {', '.join(missing)}, which {index.name} names. Fetch them again.")
 
@@ -237,8 +244,17 @@ def read_preparation(folder: Path, image_size_px: int) -> ImagePreparation:
     The processor's own size is not asked: some published folders state one that the encoder cannot take.
     """
     processor = read_image_processor(folder)
-    mean, std = processor.get("image_mean", CLIP_MEAN), processor.get("image_std", CLIP_STD)
-    return ImagePreparation(image_size_px, tuple(mean), tuple(std))
+    mean, std = (
+        _three_numbers(folder, name, processor.get(name, default))
+        for name, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
+    )
+    return ImagePreparation(image_size_px, mean, std)
+
+
+def _three_numbers(folder: Path, name: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(isinstance(n, int | float) for n in value):
+        raise UsageError(f"The image processor in {folder} has {name} {value!r}; expected three numbers.")
+    return tuple(value)
 
 
 def read_image_processor(folder: Path) -> dict[str, Any]:
@@ -246,12 +262,13 @@ def read_image_processor(folder: Path) -> dict[str, Any]:
     processor: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            found = _read_json(folder / name)
+            found = read_json(folder / name)
             processor |= found.get("image_processor", found)
     return processor
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a model's folder. UsageError where there is none."""
     inside = sorted(folder.parent.name for folder in path.parent.glob("*/config.json"))
     advice = f"There are models in its {', '.join(inside)}: give one of them." if inside else _LAYOUT_ADVICE
     try:

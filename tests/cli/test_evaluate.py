@@ -202,6 +202,7 @@ def test_wrong_usage(folder: Path, tmp_path: Path) -> None:
         (captions, "Give either a MODEL or --results FILE"),
         ((*captions, folder / "opt", "--results", results), "Give either a MODEL or --results FILE"),
         ((*captions, "--results", results, "--save-results", "x"), "nothing to keep"),
+        ((*captions, "--results", results, "--num-beams", 3), "--num-beams does nothing with --results"),
         ((*captions, folder / "opt"), "Give --images DIR"),
         ((*captions, folder / "opt", "--images", folder / "none"), "is no folder"),
         ((*captions, "--results", folder / "questions.json"), "expected JSON: a list"),

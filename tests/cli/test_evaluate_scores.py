@@ -184,3 +184,5 @@ def test_filter_wants_one_thing_to_measure_against(tmp_path: Path) -> None:
     assert (done.code, "Given: --world, --pairs" in done.err) == (2, True)
     done = capfilt("evaluate", "filter", tmp_path, "--world", "--images", "x")
     assert (done.code, "--images does nothing with --world" in done.err) == (2, True)
+    done = capfilt("evaluate", "filter", tmp_path, "--world", "--dtype", "float32", "--first-token", "cls")
+    assert (done.code, "--dtype, --first-token do nothing with --world" in done.err) == (2, True)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from capfilt.curate.scorers import ItmScorer
+from capfilt.settings import FilterSettings
 from capfilt.world.scenes import draw_scene, render
 from tests import factories
 from tests.cli.conftest import Models, capfilt, capfilt_process
@@ -29,13 +31,22 @@ def test_a_text_is_explained(scene: Path) -> None:
     assert done.code == 0, done.err
     probability, strongest, drawn = done.out.splitlines()
     assert probability.endswith(f"  {TEXT}")
-    assert float(probability.removeprefix("match probability ").split()[0]) <= 1
+    scorer = ItmScorer(FilterSettings(filter_model="embedded", device="cpu", dtype="float32"))
+    with Image.open(scene) as picture:
+        (expected,) = scorer.score([scorer.prepare(picture.convert("RGB"))], [[TEXT]])
+    shown = float(probability.removeprefix("match probability ").split()[0])
+    assert shown == pytest.approx(expected[0], abs=0.01)
     assert strongest.startswith("strongest words: ")
     assert strongest.count("%") == 5
     assert drawn == "explain-scene.png: the average and 8 words, layer 1"
     with Image.open("explain-scene.png") as sheet:
         assert sheet.width > 3 * 200
         assert sheet.height > 3 * 120
+    again = capfilt("explain", "embedded", scene, TEXT, "--device", "cpu")
+    assert again.code == 0, "its own drawing may be drawn again"
+    Image.new("RGB", (9, 9)).save("holiday.png")
+    refused = capfilt("explain", "embedded", scene, TEXT, "--output", "holiday.png")
+    assert (refused.code, "was not drawn by capfilt" in refused.err) == (2, True)
 
 
 def test_json_holds_the_raw_maps(scene: Path) -> None:

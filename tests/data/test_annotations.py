@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from capfilt.curate.human_captions import write_human_manifest
+from capfilt.curate.import_shards import import_shards
 from capfilt.data.annotations import (
     CaptionedImage,
     read_captioned_images,
@@ -147,7 +151,7 @@ def test_flickr8k_and_judgments(tmp_path: Path) -> None:
         ("a.jpg#0\tfine\na.jpg no number\n", "line 2 is 'a.jpg no number'; expected IMAGE.jpg#NUMBER, a tab"),
         ("", "is empty"),
         ("/a.jpg#0\tx\n", "line 1 names the image '/a.jpg'; expected a path below"),
-        ("a.jpg#0\t" + "x" * 200_000, "line 1 has 100,000 characters or more"),
+        ("a.jpg#0\t" + "x" * 2_000_000, "line 1 has 1,048,576 characters or more"),
     ],
 )
 def test_token_files_that_are_refused(tmp_path: Path, content: str, said: str) -> None:
@@ -178,6 +182,18 @@ def test_a_run(tmp_path: Path) -> None:
     assert broken is not None
     with pytest.raises(CorruptionError):
         broken.read()
+
+
+def test_a_runs_key_of_zero_is_the_number(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("0.png", encoded_image(0, "png")), ("0.txt", b"a dog")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    run = RunDir.create(tmp_path / "run")
+    import_shards([str(tmp_path / "a.tar")], run)
+    write_human_manifest(run)
+    assert [image.id for image in read_captioned_images(run.path)] == [0]
 
 
 def test_options_that_do_not_belong_to_the_file(tmp_path: Path) -> None:

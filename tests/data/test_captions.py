@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 
+import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capfilt.data.captions import clean_caption
+from capfilt.data.captions import clean_caption, has_words
 
 
 def test_captions_are_cleaned_as_blip_does() -> None:
@@ -44,3 +45,10 @@ def test_comments_without_end_take_no_time() -> None:
     started = time.process_time()
     clean_caption("<!--" * 3000)
     assert time.process_time() - started < 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.sampled_from('ab .!"()*#:;~<>/&;lt猫\n'), max_size=12) | st.none(), max_size=8))
+def test_has_words_says_what_cleaning_leaves(texts: list[str | None]) -> None:
+    found = has_words(pa.chunked_array([pa.array(texts, pa.string())])).to_pylist()
+    assert found == [bool(clean_caption(text)) if text is not None else False for text in texts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -70,6 +71,9 @@ def test_ways_to_write_a_label(label: object, is_true: bool, tmp_path: Path) -> 
         ({"key": "1", "caption_index": 0, "label": 2}, "row 1 has the label '2'; expected 0 or 1"),
         ({"key": "1", "caption_index": 0, "label": None}, "row 1 has the label 'none'"),
         ({"key": "1", "caption_index": "first", "label": 1}, "caption_index 'first'; expected a whole number"),
+        ({"key": "1", "caption_index": 0.7, "label": 1}, "caption_index '0.7'; expected a whole number"),
+        ({"key": "1", "caption_index": True, "label": 1}, "caption_index 'True'; expected a whole number"),
+        ({"key": "1", "caption_index": math.inf, "label": 1}, "caption_index 'inf'; expected a whole number"),
         ({"key": 1, "caption_index": 0, "label": 1}, "row 1 has the key '1'; expected a text"),
         ({"key": "1", "label": 1}, "columns key, label; expected key, label and caption_index or text"),
         ({"key": "1", "text": "", "label": 1}, "neither a caption_index nor a text"),

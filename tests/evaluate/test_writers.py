@@ -155,8 +155,9 @@ def test_fields_say_what_is_done(writers_dir: Path) -> None:
     caption = load(writers_dir / "opt", "caption").fields
     assert caption == {
         "model": str(writers_dir / "opt"), "task": "caption", "prompt": "a photo of", "num_beams": 5,
-        "min_new_tokens": 8, "max_new_tokens": 30,
+        "min_new_tokens": 8, "max_new_tokens": 30, "encoder_dtype": "float32", "llm_dtype": "float32",
     }  # fmt: skip
+    assert load(writers_dir / "captioner", "caption", dtype="bfloat16").fields["dtype"] == "bfloat16"
     drawn = load(writers_dir / "captioner", "describe", top_p=0.9).fields
     assert (drawn["decoding"], drawn["top_k"], drawn["min_length"], drawn["max_length"]) == ("nucleus", 50, 5, 20)
 

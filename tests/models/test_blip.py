@@ -85,7 +85,10 @@ def test_prompt_carries_no_loss() -> None:
     masked = losses(features, tokens)["lm"]
     assert masked.item() != pytest.approx(whole.item(), rel=1e-4)
     (gradient,) = torch.autograd.grad(masked, model.captioner.head.vocabulary.bias)
-    assert gradient[5].item() > 0, "a prompt's token is never a target, so its bias is only pushed down"
+    assert {5, 6}.isdisjoint(tokens[:, 3:].flatten().tolist())
+    for token in (5, 6):
+        assert gradient[token].item() > 0, "the prompt's tokens are never targets, so their biases are only pushed down"
+    assert gradient[7].item() < 0, "the first word behind the prompt is one"
 
 
 def test_itm_pairs_against_single_forwards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,6 +243,27 @@ CODE_KEYS: dict[str, dict[str, Any]] = {
 }
 
 
+def let_open_clip_trust(folder: Path) -> None:
+    """Have open_clip hand trust_remote_code to transformers' tokenizer."""
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"trust_remote_code": True}}
+    path.write_text(json.dumps(config))
+
+
+def test_the_payload_of_a_clip_folder_is_live(models: Models, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models.clip, tmp_path / "clip"))
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'canary')!r})\nclass T: pass\n")
+    for file in ("config.json", "tokenizer_config.json"):
+        (folder / file).write_text(json.dumps(CODE_KEYS["auto_map of a tokenizer"] | {"model_type": "bert"}))
+    let_open_clip_trust(folder)
+    script = "import sys, open_clip; open_clip.get_tokenizer('local-dir:' + sys.argv[1])"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, folder], capture_output=True, check=False)
+    assert (tmp_path / "canary").is_dir()
+    with pytest.raises(UsageError, match="sets trust_remote_code for its tokenizer"):
+        load_clip(find_clip(RankSettings(clip_model=str(folder))), CPU, torch.float32)
+
+
 @pytest.mark.parametrize("case", CODE_KEYS)
 def test_no_code_that_a_config_names_runs(models: Models, tmp_path: Path, case: str, figure: Figure) -> None:
     canary = tmp_path / "canary"
@@ -250,19 +271,23 @@ def test_no_code_that_a_config_names_runs(models: Models, tmp_path: Path, case: 
         "captioner": lambda folder: load_blip(str(folder), "captioner", device=CPU, dtype=torch.float32),
         "bert": lambda folder: (bert_sizes(folder), load_tokenizer(folder)),
         "opt": load_llm,
+        "clip": lambda folder: load_clip(find_clip(RankSettings(clip_model=str(folder))), CPU, torch.float32),
     }
     for name, load in loaders.items():
         folder = Path(shutil.copytree(getattr(models, name), tmp_path / name))
         (folder / "evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass T: pass\n")
         for file in ("config.json", "tokenizer_config.json"):
-            (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **CODE_KEYS[case]}))
+            found = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+            (folder / file).write_text(json.dumps({**found, **CODE_KEYS[case]}))
+        if name == "clip":
+            let_open_clip_trust(folder)
         try:
             load(folder)
         except UsageError as error:
-            assert "trust_remote_code" not in str(error)  # noqa: PT017 - refusing is as good as passing over
+            assert "trust_remote_code=True" not in str(error)  # noqa: PT017 - refusing is as good as passing over
         assert not canary.exists()
         assert not [module for module in sys.modules if module.startswith("transformers_modules")]
-    figure(14, f"{case}: 3 of 3 loaders ran nothing")
+    figure(14, f"{case}: 4 of 4 loaders ran nothing")
 
 
 MEMBERS = ["pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "mp", "py"]

@@ -280,6 +280,7 @@ def test_runs_are_shown_as_often_as_their_weights_say(run: RunDir, tmp_path: Pat
     assert counts[0] != counts[1], "another half in another epoch"
     assert dataset.num_shown == sum(counts[0].values()) == 83
     assert Cursor(1, 83).num_epochs(dataset.num_shown) == 2.0
+    assert Cursor(0, 8).num_epochs(dataset.num_shown, num_taken=8) == 0.0, "before the first batch"
     with pytest.raises(UsageError, match="1 weights for 2 runs"):
         read_pairs([run.path, other.path], image_size_px=16, run_weights=(1.0,))
 

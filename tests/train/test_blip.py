@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from transformers import (
 
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
+from capfilt.data.sealed import read_sealed, sealed_bytes
 from capfilt.errors import FingerprintMismatchError, UsageError
 from capfilt.settings import BlipTrainSettings
 from capfilt.train.batches import iterate_batches
@@ -173,6 +175,32 @@ def test_known_false_captions_and_several_captions_change_the_losses(tokenizer_d
     assert known["itm"] != plain["itm"]
     assert (known["itc"], known["lm"]) == pytest.approx((plain["itc"], plain["lm"]), rel=1e-5)
     assert several["lm"] != pytest.approx(plain["lm"], rel=1e-5)
+
+
+def test_a_prompt_that_leaves_no_room_for_a_caption_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+    run = write_world_run(tmp_path / "run", WorldRunSettings(num_scenes=8))
+    settings = replace(TINY, tokenizer=str(tokenizer_dir), max_steps=1)
+    train_blip([run], settings, tmp_path / "blip")
+    tuning = replace(settings, tokenizer="", init=str(tmp_path / "blip"), prompt="a picture of", max_text_tokens=5)
+    with pytest.raises(UsageError, match="of which the prompt takes 3; expected at least 6"):
+        train_captioner([run], tuning, tmp_path / "captioner")
+    train_captioner([run], replace(tuning, max_text_tokens=6), tmp_path / "captioner")
+
+
+def test_captions_without_a_word_are_left_out(tmp_path: Path) -> None:
+    run = write_world_run(tmp_path / "run", WorldRunSettings(num_scenes=8, captions_per_scene=2))
+    whole = read_pairs([run], image_size_px=32)
+    path = run.stage_file("manifest", "00000")
+    table, record, _ = read_sealed(path)
+    rows = table.to_pylist()
+    first = [row for row in rows if row["key"] == whole.keys[0]]
+    second = [row for row in rows if row["key"] == whole.keys[1]]
+    for row in [*first, *second[:-1]]:
+        row["text"] = "... <br/> !"
+    path.write_bytes(sealed_bytes(pa.Table.from_pylist(rows, schema=table.schema), record))
+    left = read_pairs([run], image_size_px=32)
+    assert list(left.keys) == list(whole.keys)[1:]
+    assert left.captions_of(0) == whole.captions_of(1)[-1:]
 
 
 def test_known_false_captions_are_those_of_the_image(tmp_path: Path) -> None:

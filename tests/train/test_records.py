@@ -41,7 +41,10 @@ def test_a_line_each_and_a_plot_that_shows_the_losses(tmp_path: Path) -> None:
 
 def test_a_plot_of_one_line_has_points(tmp_path: Path) -> None:
     write(tmp_path, lines_of(1))
-    assert (tmp_path / "losses.png").stat().st_size > 5000
+    plot = np.asarray(Image.open(tmp_path / "losses.png").convert("RGB")).astype(int)
+    blue = (plot[:, :, 2] > plot[:, :, 0] + 60) & (plot[:, :, 2] > 120)
+    height, width = blue.shape
+    assert blue[: height * 2 // 3, width // 4 : width * 3 // 4].any(), "in the middle, not in the legend"
 
 
 def test_lines_of_steps_taken_again_are_dropped(tmp_path: Path) -> None:
