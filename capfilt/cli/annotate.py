@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from capfilt.cli.console import following, note, open_progress, say_result
+from capfilt.cli.console import command, note, open_progress, say_result
 from capfilt.cli.options import (
     AsJson,
     BatchSize,
@@ -68,8 +69,8 @@ def caption(
     if num_captions is None:
         num_captions = 1 if decoding in ("greedy", "beam") else CaptionSettings.num_captions
     settings = settings_from(CaptionSettings, locals())
-    following_model = " --clip-model embedded" if captioner == EMBEDDED else ""
-    _annotate(run, generation, as_json, f"capfilt rank {run}{following_model}", ["captions"], caption=settings)
+    model = ["--clip-model", EMBEDDED] if captioner == EMBEDDED else []
+    _annotate(run, generation, as_json, ["rank", run, *model], ["captions"], caption=settings)
 
 
 def rank(
@@ -92,9 +93,8 @@ def rank(
 ) -> None:
     """Score every caption by CLIP and rank the captions of each image."""
     settings = settings_from(RankSettings, locals())
-    following_model = EMBEDDED if clip_model == EMBEDDED else "PATH"
-    next_command = f"capfilt filter {run} --filter-model {following_model}"
-    _annotate(run, generation, as_json, next_command, ["clip"], rank=settings)
+    model = EMBEDDED if clip_model == EMBEDDED else "PATH"
+    _annotate(run, generation, as_json, ["filter", run, "--filter-model", model], ["clip"], rank=settings)
 
 
 def filter_(
@@ -116,7 +116,7 @@ def filter_(
 ) -> None:
     """Score the web caption and the kept synthetic captions by ITM, and write the manifest."""
     settings = settings_from(FilterSettings, locals())
-    _annotate(run, generation, as_json, f"capfilt stats {run}", ["itm", "manifest"], filter=settings)
+    _annotate(run, generation, as_json, ["stats", run], ["itm", "manifest"], filter=settings)
 
 
 def select(
@@ -139,13 +139,14 @@ def select(
     opened = RunDir.open(run, generation)
     taken = None if sources is None else [name.strip() for name in sources.split(",")]
     summary = reselect(opened, threshold=threshold, keep=keep, sources=taken, progress=open_progress())
-    say_result(summary, summary.line(), following(f"capfilt stats {run}", generation), as_json=as_json)
+    stats = command("stats", run, generation=generation)
+    say_result(summary, summary.line(), stats, as_json=as_json)
     if summary.num_pairs and not summary.num_kept:
-        note(f"No pair is left to train on. `{following(f'capfilt stats {run}', generation)}` shows the scores.")
+        note(f"No pair is left to train on. `{stats}` shows the scores.")
 
 
 def _annotate(
-    run: Path, generation: str | None, as_json: bool, next_command: str, stages: list[str], **settings: Any
+    run: Path, generation: str | None, as_json: bool, following: Sequence[object], stages: list[str], **settings: Any
 ) -> None:
     """Run the shard loop for some stages, and say what it did."""
     from capfilt.data.rundir import RunDir
@@ -155,4 +156,4 @@ def _annotate(
 
     chosen = {"caption": None, "rank": None, "filter": None, **settings}
     summary = annotate(opened, stages, **chosen, progress=open_progress())
-    say_result(summary, summary.line(), following(next_command, generation), as_json=as_json)
+    say_result(summary, summary.line(), command(*following, generation=generation), as_json=as_json)

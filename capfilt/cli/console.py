@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
@@ -53,9 +54,10 @@ def end(summary: str, next_command: str | None = None) -> None:
         note(f"Next: {next_command}")
 
 
-def following(command: str, generation: str | None) -> str:
-    """The command to try next, in the same generation."""
-    return f"{command} --generation {generation}" if generation else command
+def command(*words: object, generation: str | None = None) -> str:
+    """A command to try next, as a shell takes it: `capfilt`, the words, and the generation where there is one."""
+    option = ["--generation", generation] if generation else []
+    return shlex.join(["capfilt", *map(str, words), *option])
 
 
 def say_json(value: object) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from capfilt.cli.console import following, note, open_progress, say, say_json
+from capfilt.cli.console import command, note, open_progress, say, say_json
 from capfilt.cli.options import AsJson, BatchSize, Device, Dtype, Generation, Resizer, refuse_idle
 from capfilt.errors import UsageError
 from capfilt.settings import DTYPES, FilterSettings, RankSettings
@@ -71,7 +71,7 @@ def retrieval(
     if save_scores is not None:
         _check_scores_path(save_scores)
     from capfilt.data.annotations import read_captioned_images
-    from capfilt.data.image_sources import ShardImage
+    from capfilt.data.image_sources import ShardImage, refuse_missing
     from capfilt.evaluate.pictures import SourcePictures
     from capfilt.evaluate.retrieval import evaluate_retrieval
     from capfilt.evaluate.retrieval_models import RetrievalOptions, load_retrieval_model
@@ -82,6 +82,7 @@ def retrieval(
     sources = [item.image for item in found if item.image is not None]
     if len(sources) < len(found):
         raise UsageError(f"{references} names images and does not hold them. Give their folder: --images DIR.")
+    refuse_missing(sources)
     owners = [number for number, item in enumerate(found) for _ in item.captions]
     texts = [caption for item in found for caption in item.captions]
     options = RetrievalOptions(
@@ -235,7 +236,7 @@ def filter_(
     for line in filter_lines(report, plain=not speaks_unicode(sys.stdout)):
         say(line)
     if found_judgments is None and pairs is None:
-        next_command = following(f"capfilt select {source} --threshold T --keep K", generation)
+        next_command = command("select", source, "--threshold", "T", "--keep", "K", generation=generation)
         note(f"Next: {next_command}   (another choice, from the stored scores)")
 
 

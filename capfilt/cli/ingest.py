@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from capfilt.cli.console import note, open_progress, say_result
+from capfilt.cli.console import command, note, open_progress, say_result
 from capfilt.cli.options import AsJson, Run, settings_from
 from capfilt.settings import DownloadSettings
 
@@ -89,7 +89,7 @@ def import_(
 
     captions = write_human_manifest(opened, open_progress())
     found = {"import": summary, "captions": captions}
-    train = f"capfilt train captioner {run} --init MODEL --output DIR"
+    train = command("train", "captioner", run, "--init", "MODEL", "--output", "DIR")
     say_result(found, f"{summary.line()} {captions.line()}", train, as_json=as_json)
 
 
@@ -100,4 +100,4 @@ def _end(summary: DownloadSummary | ImportSummary, run: RunDir, as_json: bool) -
     say_result(summary, summary.line(), None, as_json=as_json)
     require_images(run)
     if not as_json:
-        note(f"Next: capfilt run capfilt {run.path}")
+        note(f"Next: {command('run', 'capfilt', run.path)}")

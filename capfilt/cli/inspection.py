@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from capfilt.cli.console import clean, following, note, open_progress, say, say_json
+from capfilt.cli.console import clean, command, note, open_progress, say, say_json
 from capfilt.cli.options import AsJson, Generation, Run
 from capfilt.errors import UsageError
 
@@ -32,10 +32,10 @@ def stats(run: Run, generation: Generation = None, as_json: AsJson = False) -> N
     for line in stats_lines(found, plain=not speaks_unicode(sys.stdout)):
         say(line)
     if found.pairs:
-        next_command = following(f"capfilt select {run} --threshold T --keep K", generation)
+        next_command = command("select", run, "--threshold", "T", "--keep", "K", generation=generation)
         note(f"Next: {next_command}   (another choice, from the stored scores)")
     else:
-        note(f"Next: {following(f'capfilt run capfilt {run}', generation)}")
+        note(f"Next: {command('run', 'capfilt', run, generation=generation)}")
 
 
 def verify(
@@ -62,5 +62,5 @@ def verify(
         for remedy in report.remedies():
             note(remedy)
         if report.exit_code == 0:
-            note(f"Next: {following(f'capfilt stats {run}', generation)}")
+            note(f"Next: {command('stats', run, generation=generation)}")
     raise typer.Exit(report.exit_code)

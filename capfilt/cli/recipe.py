@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from capfilt.cli.console import clean, following, note, open_progress, say, say_json
+from capfilt.cli.console import clean, command, note, open_progress, say, say_json
 from capfilt.cli.options import AsJson, Generation
 from capfilt.cli.train import training_line
 from capfilt.pipeline import StepResult, run_dir_of, run_recipe
@@ -54,7 +54,7 @@ def run(
     if as_json:
         say_json(results)
     else:
-        note(f"Next: {following(f'capfilt stats {path}', generation)}")
+        note(f"Next: {command('stats', path, generation=generation)}")
 
 
 def _show_plan(recipe: Recipe, named: str, path: Path, generation: str | None, as_json: bool) -> None:
@@ -71,13 +71,13 @@ def _show_plan(recipe: Recipe, named: str, path: Path, generation: str | None, a
         say(f"  {plan.name:<{width}} {plan.state:<18} {clean(plan.what, 500)}")
         if plan.differences:
             say(f"  {'':<{width}} {clean(plan.differences, 500)}")
-    command = f"capfilt run {named} {path}"
     if plans[0].differences:
-        note(f"Nothing was changed. Shards are never rewritten; in another run: capfilt run {named} RUN")
+        note(f"Nothing was changed. Shards are never rewritten; in another run: {command('run', named, 'RUN')}")
     elif any(plan.differences for plan in plans):
-        note(f"Nothing was changed. The run would refuse the other settings; beside them: {command} --generation NAME")
+        beside = command("run", named, path, generation="NAME")
+        note(f"Nothing was changed. The run would refuse the other settings; beside them: {beside}")
     else:
-        note(f"Nothing was changed. Next: {following(command, generation)}")
+        note(f"Nothing was changed. Next: {command('run', named, path, generation=generation)}")
 
 
 def summary_line(step: StepResult) -> str:

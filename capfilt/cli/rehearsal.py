@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from capfilt.cli.console import note, open_progress, say
+from capfilt.cli.console import command, note, open_progress, say
 
 
 def demo(
@@ -18,4 +18,4 @@ def demo(
 
     for line in run_demo(run, open_progress()):
         say(line)
-    note(f"Next: capfilt stats {run}")
+    note(f"Next: {command('stats', run)}")

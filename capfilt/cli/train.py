@@ -8,7 +8,7 @@ from typing import Annotated, Unpack
 import typer
 
 from capfilt.cli import train_blip2
-from capfilt.cli.console import following, open_progress, say_result
+from capfilt.cli.console import command, open_progress, say_result
 from capfilt.cli.options import Output, Runs
 from capfilt.cli.training_options import (
     SharedOptions,
@@ -85,8 +85,7 @@ def blip(
     from capfilt.train.blip import train_blip
 
     summary = train_blip(opened, settings, output, open_progress())
-    runs_text = " ".join(map(str, runs))
-    next_command = following(f"capfilt train captioner {runs_text} --init {output} --output DIR", generation)
+    next_command = command("train", "captioner", *runs, "--init", output, "--output", "DIR", generation=generation)
     say_result(summary, training_line("blip", summary, output), next_command, as_json=shared["as_json"])
 
 
@@ -116,7 +115,7 @@ def captioner(
     from capfilt.train.blip import train_captioner
 
     summary = train_captioner(opened, settings, output, open_progress())
-    next_command = f"capfilt caption RUN --captioner {output}"
+    next_command = command("caption", "RUN", "--captioner", output)
     say_result(summary, training_line("captioner", summary, output), next_command, as_json=shared["as_json"])
 
 
@@ -138,7 +137,7 @@ def filter_(
     from capfilt.train.blip import train_filter
 
     summary = train_filter(opened, settings, output, open_progress())
-    next_command = f"capfilt filter RUN --filter-model {output}"
+    next_command = command("filter", "RUN", "--filter-model", output)
     say_result(summary, training_line("filter", summary, output), next_command, as_json=shared["as_json"])
 
 
@@ -181,7 +180,7 @@ def albef(
     from capfilt.train.albef import train_albef
 
     summary = train_albef(opened, settings, output, open_progress())
-    next_command = f"capfilt evaluate retrieval {output} --references FILE"
+    next_command = command("evaluate", "retrieval", output, "--references", "FILE")
     say_result(summary, training_line("albef", summary, output), next_command, as_json=shared["as_json"])
 
 
@@ -233,8 +232,8 @@ def stage1(
     from capfilt.train.stage1 import train_stage1
 
     summary = train_stage1(opened, settings, output, open_progress())
-    runs_text = " ".join(map(str, runs))
-    next_command = following(f"capfilt train stage2 {runs_text} --init {output} --llm PATH --output DIR", generation)
+    options = ("--init", output, "--llm", "PATH", "--output", "DIR")
+    next_command = command("train", "stage2", *runs, *options, generation=generation)
     say_result(summary, training_line("stage 1", summary, output), next_command, as_json=shared["as_json"])
 
 
@@ -285,7 +284,7 @@ def stage2(
     from capfilt.train.stage2 import train_stage2
 
     summary = train_stage2(opened, init, llm, settings, output, open_progress())
-    next_command = f"capfilt generate {output} IMAGE"
+    next_command = command("generate", output, "IMAGE")
     say_result(summary, training_line("stage 2", summary, output), next_command, as_json=shared["as_json"])
 
 
@@ -315,7 +314,7 @@ def clip(
     from capfilt.train.clip import train_clip
 
     summary = train_clip(opened, tokenizer, settings, output, open_progress())
-    next_command = f"capfilt rank RUN --clip-model {output}"
+    next_command = command("rank", "RUN", "--clip-model", output)
     say_result(summary, training_line("clip", summary, output), next_command, as_json=shared["as_json"])
 
 
@@ -338,7 +337,7 @@ def llm(
     from capfilt.train.llm import train_llm
 
     summary = train_llm(texts, tokenizer, settings, output, open_progress())
-    next_command = f"capfilt train stage2 RUN --init STAGE1_DIR --llm {output} --output DIR"
+    next_command = command("train", "stage2", "RUN", "--init", "STAGE1_DIR", "--llm", output, "--output", "DIR")
     say_result(summary, training_line(settings.architecture, summary, output), next_command, as_json=shared["as_json"])
 
 

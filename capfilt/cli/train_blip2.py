@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
 
-from capfilt.cli.console import open_progress, say_result
+from capfilt.cli.console import command, open_progress, say_result
 from capfilt.cli.options import Output, Runs
 from capfilt.cli.training_options import (
     SharedOptions,
@@ -77,8 +77,8 @@ def captions(
     from capfilt.train.blip2_tuning import train_blip2_captions
 
     summary = train_blip2_captions(opened, init, llm, settings, output, open_progress())
-    asked = f' --prompt "{settings.prompt}"' if settings.prompt else ""
-    next_command = f"capfilt generate {output} IMAGE{asked}"
+    asked = ["--prompt", settings.prompt] if settings.prompt else []
+    next_command = command("generate", output, "IMAGE", *asked)
     say_result(summary, training_line("blip2-captions", summary, output), next_command, as_json=shared["as_json"])
 
 
@@ -117,8 +117,10 @@ def vqa(
     from capfilt.train.blip2_tuning import train_blip2_vqa
 
     summary = train_blip2_vqa(files, init, llm, settings, output, open_progress())
-    asked = f' --prompt "{settings.prompt}"' if settings.prompt else ""
-    next_command = f"capfilt evaluate vqa {output} --questions FILE --annotations FILE --images DIR{asked}"
+    asked = ["--prompt", settings.prompt] if settings.prompt else []
+    next_command = command(
+        "evaluate", "vqa", output, *["--questions", "FILE", "--annotations", "FILE", "--images", "DIR"], *asked
+    )
     say_result(summary, training_line("blip2-vqa", summary, output), next_command, as_json=shared["as_json"])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from capfilt.data.rundir import RunDir
 from capfilt.data.shards import read_located, sample_rows
 from capfilt.errors import UsageError
+from capfilt.progress import counted
 
 MAX_FILE_BYTES = 256 << 20
 """Largest image file that is read; a larger one counts as unreadable."""
@@ -74,6 +75,16 @@ class ShardImage:
 
     def read(self) -> bytes:
         return read_located(self.run, self.shard, self.row).image
+
+
+def refuse_missing(sources: Sequence[ImageSource]) -> None:
+    """UsageError that counts the image files which are not there: before hours of work, not after."""
+    missing = [source.name for source in sources if isinstance(source, ImageFile) and not source.path.is_file()]
+    if missing:
+        raise UsageError(
+            f"{counted(len(missing), 'image')} of {len(sources):,} cannot be found: {', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}. Fetch what lacks, or take it out of the file."
+        )
 
 
 def find_image(images_dir: Path | None, names: Iterable[str], where: str) -> ImageFile | None:

@@ -99,7 +99,15 @@ def _split_by_ptb(texts: Sequence[str]) -> list[str]:
     if java is None:
         raise UsageError(f"There is no `java` on the PATH, which the PTB tokenizer needs. {_REMEDY}")
     jar = Path(ptbtokenizer.__file__).parent / _JAR
-    command = [java, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    command = [
+        java,
+        "-Dfile.encoding=UTF-8",
+        "-cp",
+        str(jar),
+        "edu.stanford.nlp.process.PTBTokenizer",
+        "-preserveLines",
+        "-lowerCase",
+    ]
     lines = "\n".join(_LINE_BREAKS.sub(" ", text) for text in texts)
     seconds = JAVA_SECONDS + len(texts) / JAVA_CAPTIONS_PER_SECOND
     code, output, errors = _run(command, lines.encode(), seconds)

@@ -52,9 +52,13 @@ def join_labels(run: RunDir, labels: Sequence[PairLabel], score: str, *, allow_u
     num_unscored = num_unlabelled = 0
     columns = ["key", "caption_index", "source", "text", f"{score}_score"]
     for row in _manifest_rows(run, columns):
-        number = by_index.get((row["key"], row["caption_index"]))
+        number, also = by_index.get((row["key"], row["caption_index"])), by_text.get((row["key"], row["text"]))
         if number is None or labels[number].text not in (None, row["text"]):
-            number = by_text.get((row["key"], row["text"]))
+            number = also
+        elif also is not None:
+            joined.add(also)
+            if labels[number].is_true != labels[also].is_true:
+                raise _contradiction(labels[number], labels[also])
         value = row[f"{score}_score"]
         if number is None:
             num_unlabelled += value is not None
@@ -115,8 +119,12 @@ def _index_labels(
             first = by_text.setdefault((label.key, label.text), number)
         earlier = labels[first]
         if earlier.is_true != label.is_true or earlier.text != label.text:
-            raise UsageError(f"{earlier.where} and {label.where} say different things of one pair. Keep one of them.")
+            raise _contradiction(earlier, label)
     return by_index, by_text
+
+
+def _contradiction(one: PairLabel, other: PairLabel) -> UsageError:
+    return UsageError(f"{one.where} and {other.where} say different things of one pair. Keep one of them.")
 
 
 def _unjoined_message(run: RunDir, unjoined: Sequence[PairLabel], num_labels: int) -> str:

@@ -246,7 +246,10 @@ RETRIEVAL_MODELS: dict[str, Callable[[str, RetrievalOptions], RetrievalModel]] =
 
 def load_retrieval_model(name: str, options: RetrievalOptions) -> RetrievalModel:
     """The model of a folder, a hub id or an original .pth; UsageError where it is of no kind that is known here."""
-    return RETRIEVAL_MODELS[kind_of(name)](name, options)
+    kind = kind_of(name)
+    if kind != "blip" and options.first_token != RetrievalOptions.first_token:
+        raise UsageError(f"{name} is no BLIP filter, whose first token --first-token chooses. Leave it out.")
+    return RETRIEVAL_MODELS[kind](name, options)
 
 
 def kind_of(name: str) -> str:

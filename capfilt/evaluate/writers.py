@@ -111,6 +111,8 @@ class CaptionerWriter:
         """Raises UsageError where the model cannot be had, or what is asked for is not in it."""
         if task == "answer":
             raise UsageError(f"{model} is a BLIP captioner, which answers no questions. Give a stage-2 model.")
+        if settings.llm or settings.image_encoder:
+            raise UsageError(f"{model} is a BLIP captioner, whole as it is. Leave --llm and --image-encoder out.")
         if settings.length_penalty is not None:
             raise UsageError("A BLIP captioner's beam search has no length penalty. Leave --length-penalty out.")
         num_beams = CAPTIONER_BEAMS[task] if settings.num_beams is None else settings.num_beams

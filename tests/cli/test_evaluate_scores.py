@@ -52,7 +52,6 @@ def test_retrieval_of_a_coco_file(coco: Path, images_dir: Path, models: Models, 
     assert done.code == 0, done.err
     found = done.json()
     assert (found["num_images"], found["num_texts"], found["k_test"]) == (4, 7, 3)
-    assert found["itc"]["image_to_text"]["10"] == found["itm"]["text_to_image"]["5"] == 100.0
     assert 12 <= found["num_itm_pairs"] <= 28
     rows = pq.read_table(scores).to_pylist()
     assert len(rows) == found["num_itm_pairs"]
@@ -64,7 +63,7 @@ def test_retrieval_of_a_coco_file(coco: Path, images_dir: Path, models: Models, 
     assert "4 images, 7 texts; float32 on cpu" in done.out
     assert "R@10" in done.out
     lines = [line.split() for line in done.out.splitlines() if line.startswith("  ITC ")]
-    assert [len(line) for line in lines] >= [8]
+    assert len(lines[0]) == 8
     assert float(lines[0][-1]) == pytest.approx(found["itc"]["mean"], abs=0.05)
     assert "matching" in done.err
 
@@ -97,7 +96,7 @@ def test_retrieval_that_cannot_be(coco: Path, images_dir: Path, models: Models, 
     (images_dir / "3.png").unlink()
     done = capfilt(*command, "--images", images_dir)
     assert done.code == 2
-    assert "3.png cannot be used (No such file" in done.err
+    assert "1 image of 4 cannot be found" in done.err
 
 
 def test_filter_with_labels_of_a_run(tmp_path: Path) -> None:

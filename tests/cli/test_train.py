@@ -37,7 +37,7 @@ def test_both_stages_and_what_they_write(folder: Path) -> None:
     first = ("train", "stage1", run, "--output", stage1, "--image-encoder", folder / "blip", *STEPS)
     done = capfilt(*first)
     assert done.code == 0, done.err
-    assert "stage 1: 2 steps, loss" in done.out
+    assert "stage 1: 2 steps, mean loss" in done.out
     assert "Next: capfilt train stage2" in done.err
     assert "nothing to do, 2 steps are done" in capfilt(*first).out
 
@@ -73,7 +73,7 @@ def test_albef_from_the_command_line(folder: Path) -> None:
     assert (refused.code, "Attention heads of width 16 (image) and 8 (text)" in refused.err) == (2, True), refused.err
     done = capfilt(*command)
     assert done.code == 0, done.err
-    assert "albef: 2 steps, loss" in done.out
+    assert "albef: 2 steps, mean loss" in done.out
     assert f"Next: capfilt evaluate retrieval {output}" in done.err
     init = ("--init", output, "--output", folder / "albef-2", "--set", "losses=itc,mlm", "--json")
     done = capfilt("train", "albef", folder / "run", *init, *STEPS)

@@ -53,7 +53,7 @@ def test_questions_are_trained_on_and_answered(folder: Path, tmp_path: Path) -> 
     command += ("--image-size-px", 48, "--train-image-encoder", *STEPS)
     done = capfilt(*command)
     assert done.code == 0, done.err
-    assert "blip2-vqa: 2 steps, loss" in done.out
+    assert "blip2-vqa: 2 steps, mean loss" in done.out
     assert f"Next: capfilt evaluate vqa {tmp_path / 'out'} --questions FILE" in done.err
     assert "nothing to do, 2 steps are done" in capfilt(*command).out
     Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out")
@@ -66,7 +66,7 @@ def test_captions_are_trained_on_and_written(folder: Path, tmp_path: Path) -> No
     command = ("train", "blip2-captions", folder / "run", "--init", folder / "stage2", "--output", tmp_path / "out")
     done = capfilt(*command, "--image-size-px", 0, "--generation", "first", *STEPS)
     assert done.code == 0, done.err
-    assert f'Next: capfilt generate {tmp_path / "out"} IMAGE --prompt "a photo of"' in done.err
+    assert f"Next: capfilt generate {tmp_path / 'out'} IMAGE --prompt 'a photo of'" in done.err
     fields = json.loads((tmp_path / "out" / "training.json").read_text())["fields"]
     assert (fields["training"], fields["prompt"], fields["image_size_px"]) == ("blip2-captions", "a photo of", 0)
     picture = next((folder / "images" / "train2014").iterdir())

@@ -91,6 +91,11 @@ def test_labels_that_contradict_each_other(run: RunDir) -> None:
     key = by_hand(run)[1]["key"]
     with pytest.raises(UsageError, match="row 1 and labels.csv, row 2 say different things"):
         join_labels(run, [label(key, 0, True), label(key, 0, False, row=2)], "itm")
+    row = next(row for row in by_hand(run) if row["itm_score"] is not None)
+    one = label(row["key"], row["caption_index"], True)
+    with pytest.raises(UsageError, match="row 1 and labels.csv, row 2 say different things"):
+        join_labels(run, [one, label(row["key"], None, False, row["text"], row=2)], "itm")
+    assert len(join_labels(run, [one, label(row["key"], None, True, row["text"], row=2)], "itm").scores) == 1
 
 
 def test_the_world_judges_its_own_runs(tmp_path: Path) -> None:

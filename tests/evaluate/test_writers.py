@@ -167,6 +167,7 @@ def test_fields_say_what_is_done(writers_dir: Path) -> None:
     [
         ("captioner", "answer", {}, "which answers no questions"),
         ("captioner", "caption", {"length_penalty": 0.5}, "no length penalty"),
+        ("captioner", "caption", {"llm": "embedded-opt"}, "whole as it is. Leave --llm and --image-encoder out"),
         ("captioner", "caption", {"max_new_tokens": 99}, "at most 64, the model's"),
         ("captioner", "caption", {"min_new_tokens": 30}, "min_new_tokens is 30; expected at most"),
         ("opt", "caption", {"max_new_tokens": 5}, "min_new_tokens is 8; expected at most max_new_tokens, 5"),
