@@ -22,7 +22,8 @@ from capfilt.settings import DownloadSettings, TrainSettings
 from capfilt.trainings import TRAININGS
 
 if TYPE_CHECKING:
-    from capfilt.data.rundir import RunDir
+    from capfilt.data.retries import planned_shards
+from capfilt.data.rundir import RunDir
 
 WORLD_PORTS = range(20080, 22080)
 """The miniature world's site prefers one of these, by its seed: runs of one world have equal addresses."""
@@ -183,7 +184,7 @@ def _take_source(source: SourceSettings, settings: DownloadSettings, run: Any, p
     if source.table:
         return StepResult("download", download(source.table, run, settings, progress))
     num_urls = source.world_urls or 0
-    done = len(plan_shards(num_urls, settings.samples_per_shard, settings.num_shards)) == len(run.shard_names())
+    done = len(plan_shards(num_urls, settings.samples_per_shard, settings.num_shards)) == len(planned_shards(run))
     with open_world(run.path, num_urls, source.world_seed, serve=not done) as table:
         return StepResult("download", download(str(table), run, settings, progress))
 

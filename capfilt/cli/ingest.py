@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from capfilt.curate.import_shards import ImportSummary
     from capfilt.data.rundir import RunDir
 
+NumProcesses = Annotated[int, typer.Option(min=1, help="Shards at the same time.")]
+
+NumThreads = Annotated[int, typer.Option(min=1, help="Connections at the same time in one shard.")]
+
+Timeout = Annotated[float, typer.Option("--timeout", help="Wall clock for one address, redirects included (seconds).")]
+
+Retries = Annotated[int, typer.Option(min=0, help="Further tries where the failure may pass.")]
+
+PrivateAddresses = Annotated[
+    bool,
+    typer.Option("--allow-private-addresses", help="Open loopback and private networks, and any port."),
+]
+
 
 def download(
     table: Annotated[
@@ -36,22 +49,11 @@ def download(
     image_size_px: Annotated[
         int, typer.Option("--image-size", help="Shorter edges above this are scaled down to it (pixels).")
     ] = DownloadSettings.image_size_px,
-    num_processes: Annotated[
-        int, typer.Option(min=1, help="Shards at the same time.")
-    ] = DownloadSettings.num_processes,
-    num_threads: Annotated[
-        int, typer.Option(min=1, help="Connections at the same time in one shard.")
-    ] = DownloadSettings.num_threads,
-    timeout_seconds: Annotated[
-        float, typer.Option("--timeout", help="Wall clock for one address, redirects included (seconds).")
-    ] = DownloadSettings.timeout_seconds,
-    retries: Annotated[
-        int, typer.Option(min=0, help="Further tries where the failure may pass.")
-    ] = DownloadSettings.retries,
-    allow_private_addresses: Annotated[
-        bool,
-        typer.Option("--allow-private-addresses", help="Open loopback and private networks, and any port."),
-    ] = False,
+    num_processes: NumProcesses = DownloadSettings.num_processes,
+    num_threads: NumThreads = DownloadSettings.num_threads,
+    timeout_seconds: Timeout = DownloadSettings.timeout_seconds,
+    retries: Retries = DownloadSettings.retries,
+    allow_private_addresses: PrivateAddresses = False,
     as_json: AsJson = False,
 ) -> None:
     """Download a URL table into WebDataset shards; every failure is kept with its reason."""
@@ -62,6 +64,36 @@ def download(
     with RunDir.new(run) as opened:
         summary = download_table(table, opened, settings, open_progress())
     _end(summary, opened, as_json)
+
+
+def retry(
+    run: Run,
+    reasons: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reason",
+            metavar="REASON",
+            help="Reason whose rows are tried, as in `capfilt stats`; repeatable. Unset: "
+            "those that may pass (time-outs, broken connections, servers that are busy or down).",
+            show_default=False,
+        ),
+    ] = None,
+    num_processes: NumProcesses = DownloadSettings.num_processes,
+    num_threads: NumThreads = DownloadSettings.num_threads,
+    timeout_seconds: Timeout = DownloadSettings.timeout_seconds,
+    retries: Retries = DownloadSettings.retries,
+    allow_private_addresses: PrivateAddresses = False,
+    as_json: AsJson = False,
+) -> None:
+    """Try failed addresses of a finished download again, and only those, into the same run."""
+    from capfilt.data.rundir import RunDir
+
+    opened = RunDir.open(run)
+    from capfilt.curate.retry import retry as try_again
+
+    summary = try_again(opened, reasons or [], settings_from(DownloadSettings, locals()), open_progress())
+    following = command("run", "capfilt", run) if summary.num_succeeded else None
+    say_result(summary, summary.line(), following, as_json=as_json)
 
 
 def import_(

@@ -46,6 +46,7 @@ app = typer.Typer(
 )
 app.command("demo")(rehearsal.demo)
 app.command("download")(ingest.download)
+app.command("retry")(ingest.retry)
 app.command("import")(ingest.import_)
 app.command("caption")(annotate.caption)
 app.command("rank")(annotate.rank)

@@ -28,6 +28,7 @@ from capfilt.curate.supervision import Attempts, Nursery, Worker
 from capfilt.curate.url_table import UrlTable, open_url_table
 from capfilt.data.commit import CommitRecord, commit_stage, read_commit_record, stage_state
 from capfilt.data.reasons import Quarantined, shorten_counts
+from capfilt.data.retries import planned_shards, superseded_reasons
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
 from capfilt.errors import CapfiltError
@@ -54,7 +55,7 @@ class DownloadSummary:
     failures: dict[str, int]
     """Reason code → rows, the most frequent first."""
     num_shards: int
-    """Shards of the run."""
+    """Shards of the run, those of rows that were tried again included."""
     num_new_shards: int
     """Shards that this command downloaded."""
     notes: tuple[str, ...]
@@ -115,9 +116,43 @@ def download(table: str, run: RunDir, settings: DownloadSettings, progress: Prog
         fields = download_fields(urls.sha256, settings)
         missing = _missing_shards(run, sizes, fields, urls.sha256)
         if missing:
-            work = _Download(run, settings, urls, sizes, fields, staging, progress or NullProgress())
-            work.run_all(missing)
+            plan = ShardPlan(
+                urls=urls, sizes=sizes, fields=fields,
+                extra={"num_shards": len(sizes), "source_rows": urls.num_rows},
+            )  # fmt: skip
+            download_shards(run, settings, plan, missing, staging, progress or NullProgress())
         return _summary(run, urls, len(missing), time.monotonic() - started)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """What is to be downloaded into which shards."""
+
+    urls: UrlTable
+    sizes: list[int]
+    """Rows of each shard, in the order of the table."""
+    fields: dict[str, Any]
+    """What the shards' fingerprint covers."""
+    extra: dict[str, str | int]
+    """What their commit records say besides."""
+    first: int = 0
+    """Number of the first shard."""
+
+    def size_of(self, number: int) -> int:
+        """Rows of the shard of that number."""
+        return self.sizes[number - self.first]
+
+
+def download_shards(
+    run: RunDir,
+    settings: DownloadSettings,
+    plan: ShardPlan,
+    missing: Sequence[int],
+    staging: Path,
+    progress: Progress,
+) -> None:
+    """Download and commit those shards of a plan that are missing. Raises CapfiltError when some failed for good."""
+    _Download(run, settings, plan, staging, progress).run_all(missing)
 
 
 def download_fields(table_sha256: str, settings: DownloadSettings) -> dict[str, Any]:
@@ -134,9 +169,9 @@ def shard_name(number: int) -> str:
 
 
 def _missing_shards(run: RunDir, sizes: list[int], fields: dict[str, Any], digest: str) -> list[int]:
-    for name in run.shard_names():
+    done = set(planned_shards(run))
+    for name in sorted(done):
         stage_state(run, "shards", name, fields, digest)  # raises where it is of another download
-    done = set(run.shard_names())
     return [number for number in range(len(sizes)) if shard_name(number) not in done]
 
 
@@ -145,6 +180,7 @@ def _summary(run: RunDir, urls: UrlTable, num_new: int, seconds: float) -> Downl
     failures: Counter[str] = Counter()
     for record in records:
         failures.update(_failures_of(record))
+    failures -= superseded_reasons(run)
     return DownloadSummary(
         num_rows=urls.num_rows,
         num_succeeded=sum(record.rows_kept for record in records),
@@ -171,14 +207,12 @@ class _Download:
         self,
         run: RunDir,
         settings: DownloadSettings,
-        urls: UrlTable,
-        sizes: list[int],
-        fields: dict[str, Any],
+        plan: ShardPlan,
         staging: Path,
         progress: Progress,
     ) -> None:
-        self._run, self._settings, self._urls, self._sizes = run, settings, urls, sizes
-        self._fields, self._staging, self._progress = fields, staging, progress
+        self._run, self._settings, self._plan = run, settings, plan
+        self._staging, self._progress = staging, progress
         self._nursery = Nursery(settings, staging)
         self._workers: list[Worker] = []
         self._selector = selectors.DefaultSelector()
@@ -189,8 +223,10 @@ class _Download:
 
     def run_all(self, missing: Sequence[int]) -> None:
         """Download and commit the missing shards. Raises CapfiltError when some failed for good."""
-        self._parts = write_parts(self._urls, self._sizes, set(missing), self._staging)
-        num_rows = sum(self._sizes[number] for number in missing)
+        plan = self._plan
+        wanted = {number - plan.first for number in missing}
+        self._parts = write_parts(plan.urls, plan.sizes, wanted, self._staging)
+        num_rows = sum(plan.size_of(number) for number in missing)
         self._progress.start("download", num_rows, "URLs")
         try:
             for _ in range(min(self._settings.num_processes, len(missing))):
@@ -229,7 +265,8 @@ class _Download:
         elif self._splits:
             self._give_split(worker, self._splits.popleft())
         elif not splitting and (part := next(self._parts, None)) is not None:
-            shards = [_Shard(number, self._sizes[number]) for number in part.numbers]
+            numbers = [number + self._plan.first for number in part.numbers]
+            shards = [_Shard(number, self._plan.size_of(number)) for number in numbers]
             self._give_split(worker, _Split(part, shards))
 
     def _give_split(self, worker: Worker, split: _Split) -> None:
@@ -240,7 +277,7 @@ class _Download:
             "first_shard": split.shards[0].number,
             "shard_rows": split.shards[0].num_rows,
             "done": [shard.number for shard in split.shards if shard.name in done],
-            "extra": list(self._urls.extra),
+            "extra": list(self._plan.urls.extra),
             "to_dir": str(self._staging),
         }
         worker.give(split, message)
@@ -252,7 +289,7 @@ class _Download:
             "task": "download",
             "shard": shard.number,
             "feather": shard.feather,
-            "samples_per_shard": max(self._sizes),
+            "samples_per_shard": max(self._plan.sizes),
             "skip": shard.attempts.blamed_rows,
             "to_dir": str(shard.attempt_dir),
         }
@@ -339,17 +376,13 @@ class _Download:
             self._run,
             "shards",
             shard.name,
-            rows.select([*SCHEMAS["shards"].names, *self._urls.extra]),
-            fields=self._fields,
-            input_digest=self._urls.sha256,
+            rows.select([*SCHEMAS["shards"].names, *self._plan.urls.extra]),
+            fields=self._plan.fields,
+            input_digest=self._plan.urls.sha256,
             rows_in=shard.num_rows,
             quarantine=quarantine,
             tar=shard.attempt_dir / "shard.tar",
-            extra={
-                "num_shards": len(self._sizes),
-                "source_rows": self._urls.num_rows,
-                **{_REASON_PREFIX + reason: count for reason, count in counts.items()},
-            },
+            extra=self._plan.extra | {_REASON_PREFIX + reason: count for reason, count in counts.items()},
         )
         self._show(shard, shard.num_rows, record.rows_kept)
         _remove_files(shard.attempt_dir)

@@ -24,11 +24,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.curate.table_formats import FORMATS, MIXED, TableFormat
+from capfilt.data.retries import RETRY_OF
 from capfilt.data.schemas import SCHEMAS
 from capfilt.errors import UsageError
 
 URL, CAPTION, REASON, DETAIL = "url", "caption", "reason", "detail"
-RESERVED = frozenset(SCHEMAS["shards"].names) | {URL, CAPTION, REASON, DETAIL, "exif", "md5", "sha512"}
+RESERVED = frozenset(SCHEMAS["shards"].names) | {URL, CAPTION, REASON, DETAIL, RETRY_OF, "exif", "md5", "sha512"}
 """Names that a carried column cannot have: the columns of a shard's own file, and img2dataset's."""
 
 _PACKAGES = {

@@ -6,6 +6,7 @@ every key, to find keys that two shards share. What is looked at:
   - rows in = kept + rejected + quarantined, kept and quarantined keys unique and disjoint
   - one stage's kept = the next one's rows in; digests chain from the tar to the manifest
   - texts, scores, ranks and verdicts of the stages agree; every row of the URL table has come to something
+  - every row that was tried again is one that had failed
   - deep: every byte of every tar, every image against its digest
 """
 
@@ -28,6 +29,7 @@ from capfilt.data.commit import (
     read_table,
 )
 from capfilt.data.reconcile import check_counts, check_rows, check_tar, count_kept
+from capfilt.data.retries import attempts_of, is_retry, planned_shards, retry_shards
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import HUMAN
 from capfilt.errors import CapfiltError, CorruptionError
@@ -132,6 +134,7 @@ def verify_run(run: RunDir, deep: bool = False, progress: Progress | None = None
     progress.finish()
     keys.report_shared(run, report)
     _check_plan(run, shards, report)
+    _check_retries(run, report)
     for view in views:
         _check_parameters(view, report)
     return report
@@ -275,26 +278,49 @@ def _check_plan(run: RunDir, shards: list[str], report: Report) -> None:
     """Shards are numbered without gaps; where their maker knew how many shards and rows there will be, all
     shards say so, and all have come to something."""
     plans: dict[str, tuple[int, int | None]] = {}
+    num_retried = 0
     for shard in shards:
         with suppress(CorruptionError, TypeError, ValueError):  # reported already, or no plan
-            extra = read_commit_record(run.stage_file("shards", shard)).extra
-            plans[shard] = (int(extra.get("num_shards", 0)), extra.get("source_rows"))
+            record = read_commit_record(run.stage_file("shards", shard))
+            if is_retry(record):
+                num_retried += record.rows_in
+            else:
+                plans[shard] = (int(record.extra.get("num_shards", 0)), record.extra.get("source_rows"))
     first, (num_shards, source_rows) = next(iter(plans.items()), ("", (0, None)))
     for shard, plan in plans.items():
         if plan != (num_shards, source_rows):
             problem = f"its plan has {plan[0]} shards and {plan[1]} rows; that of shard {first} has "
             problem += f"{num_shards} and {source_rows}"
             _add(report.findings, "shards", shard, [problem])
-    present = {int(shard) for shard in shards}
+    present = {int(shard) for shard in shards if shard in plans}
     planned = min(num_shards, _MAX_SHARDS)
     absent = sorted(set(range(max(planned, max(present, default=-1) + 1))) - present)
     for number in absent:
         _add(report.unfinished, "shards", f"{number:05d}", ["the shard is not there"])
     counts = report.counts.get("shards", StageCounts())
     is_whole = not absent and counts.num_shards == len(shards)
-    if source_rows is not None and is_whole and counts.rows_in != source_rows:
-        problem = f"the shards account for {counts.rows_in} rows; the table has {source_rows}"
+    if source_rows is not None and is_whole and counts.rows_in - num_retried != source_rows:
+        problem = f"the shards account for {counts.rows_in - num_retried} rows; the table has {source_rows}"
         _add(report.findings, "shards", "", [problem])
+
+
+def _check_retries(run: RunDir, report: Report) -> None:
+    """A row that was tried again had failed in the attempt before, and has the same address."""
+    with suppress(CapfiltError):  # a shard is damaged, and reported
+        last: dict[str, tuple[str | None, str | None]] = {}
+        attempts = [(shard, dict(attempts_of(run, shard))) for shard in retry_shards(run)]
+        roots = {root for _, rows in attempts for root in rows.values()}
+        columns = ["key", "url", "reason"]
+        for shard in planned_shards(run) if roots else []:
+            rows = read_table(run.stage_file("shards", shard), columns=columns).to_pylist()
+            last |= {row["key"]: (row["url"], row["reason"]) for row in rows if row["key"] in roots}
+        for shard, root_of in attempts:
+            for row in read_table(run.stage_file("shards", shard), columns=columns).to_pylist():
+                url, reason = last.get(root := root_of[row["key"]], (None, None))
+                if reason is None or url != row["url"]:
+                    problem = f"{row['key']} is said to try {root} again, which had not failed, or has another address"
+                    _add(report.findings, "shards", shard, [problem])
+                last[root] = (url, row["reason"])
 
 
 def _check_parameters(view: RunDir, report: Report) -> None:
@@ -306,9 +332,12 @@ def _check_parameters(view: RunDir, report: Report) -> None:
         folder = view.stage_file(stage, "0").parent
         for path in sorted(folder.glob("*.parquet")):
             try:
-                made_with = read_commit_record(path).fingerprint
+                record = read_commit_record(path)
             except CapfiltError:
                 continue  # reported already
+            if is_retry(record):
+                continue  # of limits of its own
+            made_with = record.fingerprint
             first = first or (made_with, path.stem)
             if made_with != first[0]:
                 problem = f"it was made with other parameters than shard {first[1]}"

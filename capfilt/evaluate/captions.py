@@ -16,7 +16,13 @@ from capfilt.data.json_lists import Id
 from capfilt.data.result_files import write_caption_results
 from capfilt.errors import UsageError
 from capfilt.evaluate.caption_metrics import check_tokenizer, score_captions
-from capfilt.evaluate.generation import Generated, Unusable, check_results_path, partial_path, write_all
+from capfilt.evaluate.generation import (
+    Generated,
+    Unusable,
+    check_results_path,
+    refuse_nothing_written,
+    write_data_set,
+)
 from capfilt.evaluate.streaming import Request, TextWriter
 from capfilt.progress import Progress
 
@@ -118,13 +124,7 @@ def caption_images(
     requests = [Request(image.id, image.image) for image in images if image.image is not None]
     if len(requests) < len(images):
         raise UsageError(_NO_FOLDER)
-    check_results_path(results)
-    generated = write_all(writer, requests, results, progress)
-    if results is not None:
-        if generated.texts:
-            write_caption_results(results, generated.texts)
-        partial_path(results).unlink(missing_ok=True)
-    return generated
+    return write_data_set(writer, requests, results, write_caption_results, progress)
 
 
 def check_inputs(images: Sequence[CaptionedImage], tokenizer: str = "ptb", results: Path | None = None) -> None:
@@ -153,12 +153,8 @@ def evaluate_captioner(
     check_inputs(images, tokenizer, results)
     has_references = any(image.captions for image in images)
     generated = caption_images(writer, images, results, progress)
+    refuse_nothing_written(generated, "images could be captioned")
     unusable = {entry.id for entry in generated.unusable}
-    if not generated.texts:
-        first = generated.unusable[0]
-        raise UsageError(
-            f"None of {len(images):,} images could be captioned; the first: {first.image}: {first.reason}."
-        )
     found = evaluate_captions(images, generated.texts, tokenizer=tokenizer)
     left = [key for key in found.without_caption if key not in unusable]
     without = found.without_reference if has_references else []

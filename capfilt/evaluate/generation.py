@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,8 +75,34 @@ def write_all(
     return Generated(in_order, unusable, writer.fields)
 
 
+def write_data_set(
+    writer: TextWriter,
+    requests: Sequence[Request],
+    results: Path | None,
+    write_results: Callable[[Path, dict[Id, str]], None],
+    progress: Progress | None = None,
+    *,
+    unit: str = "image",
+) -> Generated:
+    """`write_all`, then the results file where one is named, by `write_results`. Errors as `check_results_path` too."""
+    check_results_path(results)
+    generated = write_all(writer, requests, results, progress, unit=unit)
+    if results is not None:
+        if generated.texts:
+            write_results(results, generated.texts)
+        partial_path(results).unlink(missing_ok=True)
+    return generated
+
+
+def refuse_nothing_written(generated: Generated, what: str) -> None:
+    """UsageError where no text could be written at all, with the reason of the first."""
+    if not generated.texts:
+        first = generated.unusable[0]
+        raise UsageError(f"None of {len(generated.unusable):,} {what}; the first: {first.image}: {first.reason}.")
+
+
 def partial_path(results: Path) -> Path:
-    """Where finished batches lie until the results file is written; removed by whoever writes it."""
+    """Where finished batches lie until the results file is written."""
     return results.with_name(f"{results.name}.partial")
 
 

@@ -99,24 +99,17 @@ class RetrievalModel(Protocol):
         ...
 
 
-class BlipRetrieval:
-    """A BLIP filter: ITC from [CLS], ITM from [ENC] (BLIP §3.2)."""
+class _TwoEncoders:
+    """What BLIP's filter and ALBEF do alike: images and texts are encoded, one embedding each."""
 
-    def __init__(self, name: str, options: RetrievalOptions) -> None:
-        """Load it. Raises UsageError where it cannot be had."""
-        self.device = choose_device(options.device)
-        dtype = choose_fast_dtype(options.dtype, self.device)
-        loaded = load_blip(
-            name, "filter", device=self.device, dtype=dtype, resizer=options.resizer or ImagePreparation.resizer
-        )
-        assert isinstance(loaded.model, Filter)
-        self._model, self._tokenizer, self._preparation = loaded.model, loaded.tokenizer, loaded.preparation
-        pack_linears(self._model)
-        config = loaded.model.encoder.config
-        is_enc = options.first_token == "enc"
-        self._first_itm_token = config.enc_token_id if is_enc else self._tokenizer.cls_token_id
-        self._max_tokens = min(ITM_MAX_TOKENS, config.max_positions // 8 * 8)
-        self.image_batch_size = _image_batch_size(options, self.device, self._model.vision, dtype)
+    _max_tokens: int
+    """Longest text; the subclass's."""
+
+    def __init__(self, model: Any, tokenizer: Any, preparation: ImagePreparation, options: RetrievalOptions) -> None:
+        self._model, self._tokenizer, self._preparation = model, tokenizer, preparation
+        embedding = model.vision.class_embedding
+        self.device, dtype = embedding.device, embedding.dtype
+        self.image_batch_size = _image_batch_size(options, self.device, model.vision, dtype)
         self.computing = describe_computing(dtype, self.device)
 
     def prepare(self, picture: Image) -> Tensor:
@@ -132,6 +125,25 @@ class BlipRetrieval:
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return _tokenize(self._tokenizer, texts, self._max_tokens)
+
+
+class BlipRetrieval(_TwoEncoders):
+    """A BLIP filter: ITC from [CLS], ITM from [ENC] (BLIP §3.2)."""
+
+    def __init__(self, name: str, options: RetrievalOptions) -> None:
+        """Load it. Raises UsageError where it cannot be had."""
+        device = choose_device(options.device)
+        loaded = load_blip(
+            name, "filter", device=device, dtype=choose_fast_dtype(options.dtype, device),
+            resizer=options.resizer or ImagePreparation.resizer,
+        )  # fmt: skip
+        assert isinstance(loaded.model, Filter)
+        super().__init__(loaded.model, loaded.tokenizer, loaded.preparation, options)
+        pack_linears(loaded.model)
+        config = loaded.model.encoder.config
+        is_enc = options.first_token == "enc"
+        self._first_itm_token = config.enc_token_id if is_enc else self._tokenizer.cls_token_id
+        self._max_tokens = min(ITM_MAX_TOKENS, config.max_positions // 8 * 8)
 
     @torch.inference_mode()
     def embed_texts(self, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -196,32 +208,18 @@ class Stage1Retrieval:
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
 
 
-class AlbefRetrieval:
+class AlbefRetrieval(_TwoEncoders):
     """An ALBEF: ITC from the text encoder's [CLS], ITM from the fusion encoder's (ALBEF §3.2)."""
 
     def __init__(self, name: str, options: RetrievalOptions) -> None:
         """Load it. Raises UsageError where it cannot be had."""
-        self.device = choose_device(options.device)
-        dtype = choose_fast_dtype(options.dtype, self.device)
-        loaded = load_albef(name, device=self.device, dtype=dtype, resizer=options.resizer or ImagePreparation.resizer)
-        self._model, self._tokenizer, self._preparation = loaded.model, loaded.tokenizer, loaded.preparation
+        device = choose_device(options.device)
+        loaded = load_albef(
+            name, device=device, dtype=choose_fast_dtype(options.dtype, device),
+            resizer=options.resizer or ImagePreparation.resizer,
+        )  # fmt: skip
+        super().__init__(loaded.model, loaded.tokenizer, loaded.preparation, options)
         self._max_tokens = min(ALBEF_MAX_TOKENS, self._model.config.max_positions)
-        self.image_batch_size = _image_batch_size(options, self.device, self._model.vision, dtype)
-        self.computing = describe_computing(dtype, self.device)
-
-    def prepare(self, picture: Image) -> Tensor:
-        return pinned(to_square(picture, self._preparation), self.device)
-
-    @torch.inference_mode()
-    def encode_images(self, prepared: Sequence[Tensor]) -> Tensor:
-        return self._model.vision(normalise(prepared, self._preparation, self._model.vision.class_embedding))
-
-    @torch.inference_mode()
-    def embed_images(self, features_BPD: Tensor) -> Tensor:
-        return self._model.embed_images(features_BPD)[:, None].float()
-
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return _tokenize(self._tokenizer, texts, self._max_tokens)
 
     @torch.inference_mode()
     def embed_texts(self, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -277,7 +275,9 @@ def _image_batch_size(
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """[CLS] … [SEP] of each text, prepared as in training (`clean_caption`)."""
+    """[CLS] … [SEP] of each text, prepared as in training (`clean_caption`: 50 words; BLIP's and ALBEF's released codes
+    cut at 30 here, which the longest text in tokens does about as well).
+    """
     cleaned = [clean_caption(text) for text in texts]
     return tokenizer(cleaned, truncation=True, max_length=max_tokens).input_ids if cleaned else []
 

@@ -15,7 +15,13 @@ from capfilt.data.json_lists import Id
 from capfilt.data.questions import Question
 from capfilt.data.result_files import write_answer_results
 from capfilt.errors import UsageError
-from capfilt.evaluate.generation import Generated, Unusable, check_results_path, partial_path, write_all
+from capfilt.evaluate.generation import (
+    Generated,
+    Unusable,
+    check_results_path,
+    refuse_nothing_written,
+    write_data_set,
+)
 from capfilt.evaluate.streaming import Request, TextWriter
 from capfilt.evaluate.vqa_accuracy import answer_accuracy
 from capfilt.progress import Progress
@@ -101,13 +107,7 @@ def answer_questions(
     requests = [Request(q.id, q.image, q.text) for q in questions if q.image is not None]
     if len(requests) < len(questions):
         raise UsageError(_NO_FOLDER)
-    check_results_path(results)
-    generated = write_all(writer, requests, results, progress, unit="question")
-    if results is not None:
-        if generated.texts:
-            write_answer_results(results, generated.texts)
-        partial_path(results).unlink(missing_ok=True)
-    return generated
+    return write_data_set(writer, requests, results, write_answer_results, progress, unit="question")
 
 
 def check_inputs(questions: Sequence[Question], results: Path | None = None) -> None:
@@ -130,11 +130,7 @@ def evaluate_answerer(
     check_inputs(questions, results)
     has_answers = any(question.answers for question in questions)
     generated = answer_questions(writer, questions, results, progress)
-    if not generated.texts:
-        first = generated.unusable[0]
-        raise UsageError(
-            f"None of {len(questions):,} questions could be answered; the first: {first.image}: {first.reason}."
-        )
+    refuse_nothing_written(generated, "questions could be answered")
     found = evaluate_answers(questions, generated.texts)
     unusable = {entry.id for entry in generated.unusable}
     left = [key for key in found.without_answer if key not in unusable]

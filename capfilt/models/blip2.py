@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capfilt.models.contrast import equal_pairs, same_images
+from capfilt.models.contrast import Contrast, same_images
 from capfilt.models.llms import LanguageModel
-from capfilt.models.losses import cosines, draw_hard_negatives, itc_loss, itm_loss, lm_loss
+from capfilt.models.losses import cosines, itm_loss, lm_loss
 from capfilt.models.med import LanguageModelHead, MEDConfig
 from capfilt.models.qformer import ImageKeyValues, KeyValue, QFormer, QFormerConfig, join_images, select_images
 from capfilt.models.ranks import ALONE, Ranks
@@ -104,15 +104,15 @@ class Stage1(nn.Module):
         queries, key_values = self.qformer.encode_queries(image)
         found: dict[str, Tensor] = {}
         if "itc" in losses or "itm" in losses:
-            i2t, t2i = (found / self.temperature for found in self._cosines(queries, texts, ranks))
-            same_image_BA, offset = same_images(ids_B, ranks), ranks.offset(len(queries))
+            i2t, t2i = (cosine / self.temperature for cosine in self._cosines(queries, texts, ranks))
+            contrast = Contrast(i2t, t2i, ranks.offset(len(queries)), same_images(ids_B, ranks))
             if "itc" in losses:
-                found["itc"] = itc_loss(
-                    i2t, t2i, offset=offset, label_smoothing=LABEL_SMOOTHING, same_image_BA=same_image_BA
-                )
+                found["itc"] = contrast.loss(LABEL_SMOOTHING)
             if "itm" in losses:
-                negatives = self._draw_negatives(texts, same_image_BA, i2t.detach(), t2i.detach(), uniform_2B, ranks)
-                found["itm"] = self._itm_loss(normed_BPD, image, texts, *negatives, ranks)
+                all_texts = Texts(tokens=ranks.gather(texts.tokens), mask=ranks.gather(texts.mask))
+                chosen, other_image = contrast.hard_negatives(texts.tokens, all_texts.tokens, uniform_2B)
+                other_texts = Texts(tokens=all_texts.tokens[chosen], mask=all_texts.mask[chosen])
+                found["itm"] = self._itm_loss(normed_BPD, image, texts, other_image, other_texts, ranks)
         if "itg" in losses:
             found["itg"] = self._itg_loss(texts, key_values, ranks)
         return {"loss": torch.stack(list(found.values())).sum(), **found}
@@ -125,24 +125,6 @@ class Stage1(nn.Module):
             return image_to_text, image_to_text.T
         of_all_AQB = cosines(ranks.gather(images_BQE), texts_BE)
         return image_to_text, of_all_AQB.amax(dim=1).T
-
-    def _draw_negatives(
-        self,
-        texts: Texts,
-        same_image_BA: Tensor | None,
-        i2t_BA: Tensor,
-        t2i_BA: Tensor,
-        uniform_2B: Tensor | None,
-        ranks: Ranks,
-    ) -> tuple[Tensor, Texts]:
-        """For each text the place of another image among those of all ranks, for each image another text."""
-        for_image, for_text = uniform_2B if uniform_2B is not None else (None, None)
-        tokens_AT, mask_AT = ranks.gather(texts.tokens), ranks.gather(texts.mask)
-        same_BA = equal_pairs(texts.tokens, tokens_AT, same_image_BA)
-        offset = ranks.offset(len(i2t_BA))
-        chosen = draw_hard_negatives(i2t_BA, same_BA, for_image, offset=offset)
-        other_image = draw_hard_negatives(t2i_BA, same_BA, for_text, offset=offset)
-        return other_image, Texts(tokens=tokens_AT[chosen], mask=mask_AT[chosen])
 
     def _itm_loss(
         self,

@@ -37,10 +37,12 @@ class Contrast:
     targets: tuple[Tensor, Tensor] | None = None
     """(B, K) each, of ITC; None for one-hot."""
 
-    def loss(self) -> Tensor:
-        """ITC's loss."""
+    def loss(self, label_smoothing: float = 0.0) -> Tensor:
+        """ITC's loss; `label_smoothing` of one-hot targets."""
         if self.targets is None:
-            return itc_loss(self.i2t, self.t2i, offset=self.offset, same_image_BA=self.same_image)
+            return itc_loss(
+                self.i2t, self.t2i, offset=self.offset, label_smoothing=label_smoothing, same_image_BA=self.same_image
+            )
         return soft_itc_loss(self.i2t, self.t2i, self.targets)
 
     def hard_negatives(
@@ -131,7 +133,8 @@ class ImageTextContrast(nn.Module):
             return torch.cat([self(own_BE, others_AE), queued_BK], dim=1)
 
         offset, same_image_BK = ranks.offset(len(texts_BE)), None
-        if ids_B is not None and (same_image_BA := same_images(ids_B, ranks)) is not None:
+        same_image_BA = same_images(ids_B, ranks)
+        if ids_B is not None and same_image_BA is not None:
             same_image_BK = torch.cat([same_image_BA, queue.same_images(ids_B)], dim=1)
         with torch.no_grad():
             slow_i2t = similarities(slow_images_BE, slow_texts_AE, queued_texts)

@@ -8,7 +8,7 @@ they come from counts of whole numbers. Stages that have not run yet have no fig
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.data.commit import read_quarantine, read_table
+from capfilt.data.retries import superseded_keys
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import SUCCESS
 from capfilt.errors import UsageError
@@ -59,7 +60,7 @@ class Spread:
 
 @dataclass
 class DownloadStats:
-    """What became of the rows of the URL table (or of the imported samples)."""
+    """What became of the rows of the URL table (or of the imported samples), in the last attempt of each."""
 
     num_rows: int = 0
     num_images: int = 0
@@ -121,26 +122,28 @@ def compute_stats(run: RunDir) -> RunStats:
     shards = run.shard_names()
     if not shards:
         raise UsageError(f"No shards in {run.path}/shards. Run `capfilt download TABLE {run.path}` first.")
+    superseded = superseded_keys(run)
     committed = {stage: [s for s in run.committed(stage) if s in set(shards)] for stage in STAGES}
     pairs, num_images_kept = _pair_stats(run, committed["manifest"])
     return RunStats(
         run=str(run.path),
         generation=run.generation,
         shards_by_stage={stage: len(names) for stage, names in committed.items()},
-        download=_download_stats(run, shards),
+        download=_download_stats(run, shards, superseded),
         diversity=_diversity_stats(run, committed["captions"]) if committed["captions"] else None,
         pairs=pairs,
         num_images_kept=num_images_kept,
-        quarantine=_quarantine_stats(run, committed),
+        quarantine=_quarantine_stats(run, committed, superseded),
     )
 
 
-def _download_stats(run: RunDir, shards: Iterable[str]) -> DownloadStats:
+def _download_stats(run: RunDir, shards: Iterable[str], superseded: Collection[str]) -> DownloadStats:
     stats = DownloadStats()
     status, reason, widths, heights = Counter(), Counter(), Counter(), Counter()
     edges = np.zeros(len(EDGE_BOUNDS_PX) + 1, dtype=np.int64)
     for shard in shards:
-        table = read_table(run.read_file("shards", shard), columns=["status", "reason", "width", "height"])
+        table = read_table(run.read_file("shards", shard), columns=["key", "status", "reason", "width", "height"])
+        table = _without(table, superseded)
         status.update(_counts(table["status"]))
         reason.update(_counts(table["reason"]))
         images = table.filter(pc.field("status") == SUCCESS)
@@ -241,15 +244,22 @@ def _words(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(pc.equal(trimmed, ""), pa.scalar([], type=words.type), words)
 
 
-def _quarantine_stats(run: RunDir, committed: Mapping[str, Iterable[str]]) -> dict[str, dict[str, int]]:
+def _quarantine_stats(
+    run: RunDir, committed: Mapping[str, Iterable[str]], superseded: Collection[str]
+) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for stage, shards in committed.items():
         reasons: Counter[str] = Counter()
         for shard in shards:
-            reasons.update(_counts(read_quarantine(run, stage, shard)["reason"]))
+            rows = read_quarantine(run, stage, shard)
+            reasons.update(_counts(_without(rows, superseded if stage == "shards" else set())["reason"]))
         if reasons:
             found[stage] = _by_count(reasons)
     return found
+
+
+def _without(rows: pa.Table, keys: Collection[str]) -> pa.Table:
+    return rows.filter(pc.invert(pc.is_in(rows["key"], pa.array(sorted(keys), pa.string())))) if keys else rows
 
 
 def _counts(column: pa.ChunkedArray) -> dict:

@@ -33,7 +33,14 @@ from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.processes import Processes, join_processes
 from capfilt.train.starts import bert_sizes, find_bert, new_vision, sizes_from_settings
 from capfilt.train.tokens import refuse_longer_texts, tokenise
-from capfilt.weights.albef import LoadedAlbef, load_trainable_albef, refuse_unlike_original, save_albef
+from capfilt.weights.albef import (
+    LoadedAlbef,
+    albef_digests,
+    find_albef_dir,
+    load_trainable_albef,
+    refuse_unlike_original,
+    save_albef,
+)
 from capfilt.weights.find import SIDE_FILES, find_model_dir
 from capfilt.weights.model_files import (
     ImagePreparation,
@@ -43,6 +50,7 @@ from capfilt.weights.model_files import (
     tokenizer_digest,
     weights_digest,
 )
+from capfilt.weights.vit import load_vit_start
 
 DEFAULT_IMAGE_SIZE_PX = 256
 """Of a new one (ALBEF §3.5: 256 in pre-training)."""
@@ -62,7 +70,7 @@ def train_albef(
     """
     torch.manual_seed(settings.seed)
     progress = progress or NullProgress()
-    start, digest = _start(settings)
+    start = _start_from_init(settings) if settings.init else _start_anew(settings)
     refuse_longer_texts(settings.max_text_tokens, start.model.config.max_positions)
     if settings.save_original:
         refuse_unlike_original(start.model)
@@ -95,19 +103,25 @@ def train_albef(
         progress=progress,
         name="train albef",
         extra_tensors=lambda: momentum_tensors(objective),
-        fields={"input": runs_digest(run_dirs), "origin_sha256": digest},
+        fields={"input": runs_digest(run_dirs), "origin_sha256": origin_digest(settings)},
         after_step=lambda _step: follow_model(objective),
         some_unused=set(settings.losses) != set(ALL_LOSSES),
     )  # fmt: skip
 
 
 def origin_digest(settings: AlbefTrainSettings) -> str:
-    """What identifies the files that a training starts from, which are read for it."""
-    return _start(settings)[1]
-
-
-def _start(settings: AlbefTrainSettings) -> tuple[LoadedAlbef, str]:
-    return _start_from_init(settings) if settings.init else _start_anew(settings)
+    """What identifies the files that a training starts from."""
+    if settings.init:
+        path = Path(settings.init).expanduser()
+        digests = albef_digests(path if path.is_file() else find_albef_dir(settings.init))
+        named = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+        return hashlib.sha256(named.encode()).hexdigest()
+    if settings.text_init:
+        text = weights_digest(find_bert(settings.text_init))
+    else:
+        text = tokenizer_digest(_tokenizer_dir(settings))
+    vision = load_vit_start(settings.vision_init).digest if settings.vision_init else ""
+    return " ".join(part for part in (text, vision) if part)
 
 
 def build_objective(start: LoadedAlbef, settings: AlbefTrainSettings) -> AlbefLosses:
@@ -182,13 +196,10 @@ class AlbefInputs:
         )  # fmt: skip
 
 
-def _start_from_init(settings: AlbefTrainSettings) -> tuple[LoadedAlbef, str]:
-    """An earlier model, for images of the size asked for, and what identifies its files."""
+def _start_from_init(settings: AlbefTrainSettings) -> LoadedAlbef:
+    """An earlier model, for images of the size asked for."""
     loaded = load_trainable_albef(settings.init)
-    if settings.image_size_px is not None:
-        loaded = _at_image_size(loaded, settings.image_size_px)
-    named = "".join(f"{name} {digest}\n" for name, digest in sorted(loaded.digests.items()))
-    return loaded, hashlib.sha256(named.encode()).hexdigest()
+    return loaded if settings.image_size_px is None else _at_image_size(loaded, settings.image_size_px)
 
 
 def _at_image_size(loaded: LoadedAlbef, image_size_px: int) -> LoadedAlbef:
@@ -205,23 +216,22 @@ def _at_image_size(loaded: LoadedAlbef, image_size_px: int) -> LoadedAlbef:
     return replace(loaded, momentum=momentum, preparation=preparation)
 
 
-def _start_anew(settings: AlbefTrainSettings) -> tuple[LoadedAlbef, str]:
-    """A new model: at random, or its parts from published weights; and what identifies those."""
+def _start_anew(settings: AlbefTrainSettings) -> LoadedAlbef:
+    """A new model: at random, or its parts from published weights."""
     image_size_px = settings.image_size_px or DEFAULT_IMAGE_SIZE_PX
-    vision, vision_digest = new_vision(settings, DEFAULT_IMAGE_SIZE_PX)
-    config, tokenizer, weights, text_digest = _new_text(settings, vision.config.width)
+    vision = new_vision(settings, DEFAULT_IMAGE_SIZE_PX)
+    config, tokenizer, weights = _new_text(settings, vision.config.width)
     model = Albef(vision, config, embed_dim=settings.embed_dim)
     if weights:
         state = model.state_dict()
         weights["head.vocabulary.weight"] = weights["text.word_embedding.weight"]
         refuse_odd_shapes(weights, state)
         model.load_state_dict(state | weights)
-    start = LoadedAlbef(model, tokenizer, ImagePreparation(image_size_px))
-    return start, " ".join(part for part in (text_digest, vision_digest) if part)
+    return LoadedAlbef(model, tokenizer, ImagePreparation(image_size_px))
 
 
-def _new_text(settings: AlbefTrainSettings, vision_width: int) -> tuple[AlbefConfig, Any, State, str]:
-    """Sizes, tokenizer and first weights (none from nothing) of the text side, and what identifies their files."""
+def _new_text(settings: AlbefTrainSettings, vision_width: int) -> tuple[AlbefConfig, Any, State]:
+    """Sizes, tokenizer and first weights (none from nothing) of the text side."""
     shared: dict[str, Any] = {
         "text_depth": settings.text_depth, "vision_width": vision_width, "dropout": settings.dropout,
     }  # fmt: skip
@@ -232,17 +242,21 @@ def _new_text(settings: AlbefTrainSettings, vision_width: int) -> tuple[AlbefCon
         rows = len(state[find_text_encoder(state) + "embeddings.word_embeddings.weight"])
         sizes = {**bert_sizes(folder), "depth": depth, "vocab_size": rows}
         config = AlbefConfig(**sizes, **_token_ids(tokenizer), **shared)
-        return config, tokenizer, from_bert(state, config), weights_digest(folder)
+        return config, tokenizer, from_bert(state, config)
+    tokenizer = _bert_tokenizer(_tokenizer_dir(settings))
+    sizes = {**sizes_from_settings(settings, depth), "vocab_size": len(tokenizer)}
+    config = AlbefConfig(**sizes, **_token_ids(tokenizer), **shared)
+    return config, tokenizer, {}
+
+
+def _tokenizer_dir(settings: AlbefTrainSettings) -> Path:
+    """The folder of the tokenizer that a model from nothing has."""
     if not settings.tokenizer:
         raise UsageError(
             "None of --init, --text-init and --tokenizer is given; name an ALBEF to go on from, a BERT to start from "
             "(google-bert/bert-base-uncased), or a tokenizer to start from nothing (`embedded`: the miniature world's)."
         )
-    folder = find_model_dir(settings.tokenizer, "tokenizer", patterns=SIDE_FILES)
-    tokenizer = _bert_tokenizer(folder)
-    sizes = {**sizes_from_settings(settings, depth), "vocab_size": len(tokenizer)}
-    config = AlbefConfig(**sizes, **_token_ids(tokenizer), **shared)
-    return config, tokenizer, {}, tokenizer_digest(folder)
+    return find_model_dir(settings.tokenizer, "tokenizer", patterns=SIDE_FILES)
 
 
 def _bert_tokenizer(folder: Path) -> Any:

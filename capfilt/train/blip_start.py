@@ -152,7 +152,7 @@ def _start_anew(settings: BlipTrainSettings) -> tuple[Blip, LoadedBlip]:
             "(`embedded`: the miniature world's)."
         )
     tokenizer = _blip_tokenizer(settings.tokenizer or settings.text_init)
-    vision, _ = new_vision(settings, DEFAULT_IMAGE_SIZE_PX)
+    vision = new_vision(settings, DEFAULT_IMAGE_SIZE_PX)
     model = Blip(
         vision,
         _text_sizes(settings, tokenizer, vision.config.width),

@@ -24,7 +24,6 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.model import CLIP
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capfilt.data.rundir import RunDir
@@ -39,7 +38,7 @@ from capfilt.train.loop import TrainSummary, train
 from capfilt.train.pairs import read_pairs, runs_digest
 from capfilt.train.processes import join_processes
 from capfilt.train.tokenizer_files import save_tokenizer
-from capfilt.weights.model_files import CLIP_MEAN, CLIP_STD, load_tokenizer, weights_digest
+from capfilt.weights.model_files import CLIP_MEAN, CLIP_STD, load_tokenizer, save_tensors, weights_digest
 
 HEAD_WIDTH = 32
 """Width of an attention head (CLIP: 64); there are too few channels here for wider ones."""
@@ -159,11 +158,7 @@ def save_clip(folder: Path, model: CLIP, settings: ClipTrainSettings, tokenizer:
     preprocess = {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "squash"}
     config = {"model_cfg": _model_config(settings, model.vocab_size), "preprocess_cfg": preprocess}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-    state = {
-        name: (t.half() if t.is_floating_point() else t).detach().cpu().contiguous().clone()
-        for name, t in model.state_dict().items()
-    }
-    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS_FILE, model.state_dict(), torch.float16)
     save_tokenizer(tokenizer, folder)
 
 

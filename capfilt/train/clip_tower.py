@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     Blip2ForConditionalGeneration,
@@ -31,7 +30,7 @@ from transformers.utils import logging
 from capfilt.errors import UsageError
 from capfilt.models.convert_image_encoders import clip_config, to_clip
 from capfilt.weights.image_encoders import CLIP_TOWER_DIR, LAST, LAYER_KEY, ImageEncoder, read_blip2_config
-from capfilt.weights.model_files import named_classes, read_config
+from capfilt.weights.model_files import named_classes, read_config, save_tensors
 
 _CLASSES = {
     "Blip2ForConditionalGeneration": Blip2ForConditionalGeneration,
@@ -70,9 +69,7 @@ def save_clip_tower(folder: Path, encoder: ImageEncoder) -> None:
     setattr(config, LAYER_KEY, LAST)
     config.save_pretrained(folder)
     state = to_clip(encoder.vision.state_dict(), encoder.vision.config, encoder.norm)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors keeps its files to their owner
+    save_tensors(folder / "model.safetensors", state)
     preparation = encoder.preparation
     side = {"height": preparation.image_size_px, "width": preparation.image_size_px}
     CLIPImageProcessor(

@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -50,7 +49,7 @@ from capfilt.train.batches import Batch, Cursor, Draws, draw
 from capfilt.train.loop import TrainSummary, train
 from capfilt.train.processes import join_processes
 from capfilt.train.tokenizer_files import save_tokenizer
-from capfilt.weights.model_files import load_tokenizer, weights_digest
+from capfilt.weights.model_files import load_tokenizer, save_tensors, weights_digest
 
 HEAD_WIDTH = 32
 """Width of an attention head (OPT: 64); there are too few channels here for wider ones."""
@@ -324,8 +323,7 @@ def _save(folder: Path, llm: Pretraining) -> None:
     llm.generation.save_pretrained(folder)
     first = {t.data_ptr(): name for name, t in reversed(llm.model.state_dict().items())}  # of tied ones
     state = llm.model.state_dict()
-    halves = {name: state[name].half().cpu().contiguous() for name in first.values()}
-    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", {name: state[name] for name in first.values()}, torch.float16)
     save_tokenizer(llm.tokenizer, folder)
 
 

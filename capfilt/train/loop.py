@@ -18,7 +18,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -157,23 +157,9 @@ def train(
         with closing(records), deferred_signals() as caught:
             progress.start(name, settings.max_steps, "step")
             progress.advance(start, already=True)
+            steps = _Steps(output_dir, state, identity, running, records, progress, after_step)
             for step in range(start, settings.max_steps):
-                set_learning_rate(state.optimizer, rate := learning_rate_at(step, settings))
-                taken = take_step(state, batches, step, caught)
-                if after_step is not None:
-                    after_step(step)
-                running.add(taken.values, taken.num_images)
-                step += 1
-                is_last = step == settings.max_steps
-                if step % settings.log_every_steps == 0 or is_last:
-                    _log(running, step, rate, records, progress)
-                shown: dict[str, Any] = {**taken.values, "lr": f"{rate:.1e}"}
-                progress.advance(1, **shown)
-                if step % settings.save_every_steps == 0 or is_last or taken.stop:
-                    _save(output_dir, state, step, taken.cursor, identity, running)
-                if taken.stop:
-                    progress.say(f"Stopped after step {step:,}, which is saved; the same command goes on from there.")
-                    raise_signal(caught[0] if caught else signal.SIGTERM)
+                steps.take(step, batches, caught)
             progress.finish()
             summary = _summary(running, settings, processes)
             make_whole(objective)
@@ -182,6 +168,39 @@ def train(
                 _finish(output_dir, save, identity, summary)
             processes.wait()
         return summary
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of a training, each logged, shown and saved as the settings say."""
+
+    output_dir: Path
+    state: TrainState
+    identity: Mapping[str, Any]
+    running: _Running
+    records: Records
+    progress: Progress
+    after_step: Callable[[int], None] | None
+
+    def take(self, step: int, batches: Iterator[Batch], caught: Sequence[int]) -> None:
+        """One step; where a signal was caught it is saved, and the signal raised."""
+        settings = self.state.settings
+        set_learning_rate(self.state.optimizer, rate := learning_rate_at(step, settings))
+        taken = take_step(self.state, batches, step, caught)
+        if self.after_step is not None:
+            self.after_step(step)
+        self.running.add(taken.values, taken.num_images)
+        step += 1
+        is_last = step == settings.max_steps
+        if step % settings.log_every_steps == 0 or is_last:
+            _log(self.running, step, rate, self.records, self.progress)
+        shown: dict[str, Any] = {**taken.values, "lr": f"{rate:.1e}"}
+        self.progress.advance(1, **shown)
+        if step % settings.save_every_steps == 0 or is_last or taken.stop:
+            _save(self.output_dir, self.state, step, taken.cursor, self.identity, self.running)
+        if taken.stop:
+            self.progress.say(f"Stopped after step {step:,}, which is saved; the same command goes on from there.")
+            raise_signal(caught[0] if caught else signal.SIGTERM)
 
 
 def _log(running: _Running, step: int, rate: float, records: Records, progress: Progress) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from capfilt.errors import UsageError
 from capfilt.models.blip2 import Stage1, Stage2, Texts
@@ -42,7 +41,7 @@ from capfilt.train.clip_tower import save_clip_tower
 from capfilt.train.tokens import tokenise
 from capfilt.weights.image_encoders import CLIP_TOWER_DIR, ImageEncoder
 from capfilt.weights.llms import build_llm, llm_for_blip2
-from capfilt.weights.model_files import ImagePreparation, naming, refuse_odd_shapes
+from capfilt.weights.model_files import ImagePreparation, naming, refuse_odd_shapes, reset_padding, save_tensors
 
 IMAGE_TOKEN = "<image>"
 """Stands for a query output in the language model's input; transformers looks for it there."""
@@ -82,7 +81,7 @@ def save_stage1(folder: Path, encoder: ImageEncoder, stage: Stage1, tokenizer: A
     setattr(config, DEC_TOKEN_KEY, stage.dec_token_id)
     own = to_theirs(state, stage1_names(stage.qformer.config))
     _write(folder, config, "Blip2ForImageTextRetrieval", own, encoder)
-    _save_tensors(folder / EXTRA_FILE, extra)
+    save_tensors(folder / EXTRA_FILE, extra)
     _save_processor(folder, encoder.preparation, tokenizer, num_query_tokens=0)
 
 
@@ -236,13 +235,7 @@ def _write(folder: Path, config: Any, architecture: str, own: State, encoder: Im
         config.capfilt_image_encoder = CLIP_TOWER_DIR
         save_clip_tower(folder / CLIP_TOWER_DIR, encoder)
     config.save_pretrained(folder)
-    _save_tensors(folder / "model.safetensors", own)
-
-
-def _save_tensors(path: Path, state: State) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors keeps its files to their owner
+    save_tensors(folder / "model.safetensors", own)
 
 
 def _save_processor(folder: Path, preparation: ImagePreparation, tokenizer: Any, *, num_query_tokens: int) -> None:
@@ -255,8 +248,7 @@ def _save_processor(folder: Path, preparation: ImagePreparation, tokenizer: Any,
         image_mean=list(preparation.mean),
         image_std=list(preparation.std),
     )
-    tokenizer.backend_tokenizer.no_truncation()  # what the last batch was cut and padded to is no property
-    tokenizer.backend_tokenizer.no_padding()
+    reset_padding(tokenizer)
     Blip2Processor(images, tokenizer, num_query_tokens=num_query_tokens).save_pretrained(folder)
 
 

@@ -16,17 +16,14 @@ from capfilt.weights.model_files import load_config
 from capfilt.weights.vit import build_vision, load_vit_start
 
 
-def new_vision(
-    settings: BlipTrainSettings | AlbefTrainSettings, default_image_size_px: int
-) -> tuple[VisionTransformer, str]:
-    """The published ViT that the settings name, or one of their sizes; and the digest of its file, "" without one.
+def new_vision(settings: BlipTrainSettings | AlbefTrainSettings, default_image_size_px: int) -> VisionTransformer:
+    """The published ViT that the settings name, or one of their sizes.
 
     Raises UsageError for an image that patches do not fill, and what `load_vit_start` raises.
     """
     side = settings.image_size_px or default_image_size_px
     if settings.vision_init:
-        start = load_vit_start(settings.vision_init, image_size_px=side)
-        return build_vision(start), start.digest
+        return build_vision(load_vit_start(settings.vision_init, image_size_px=side))
     if side % settings.patch_size_px:
         raise UsageError(f"image_size_px is {side}; expected a multiple of the patch, {settings.patch_size_px}.")
     sizes = ViTConfig(
@@ -34,7 +31,7 @@ def new_vision(
         depth=settings.vision_depth, num_heads=settings.vision_width // settings.head_width,
         mlp_width=4 * settings.vision_width,
     )  # fmt: skip
-    return VisionTransformer(sizes), ""
+    return VisionTransformer(sizes)
 
 
 def find_bert(name: str) -> Path:

@@ -10,14 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from capfilt.weights.model_files import reset_padding
+
 _OF_THIS_MACHINE = ("name_or_path", "is_local", "local_files_only")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Writes a tokenizer in words that transformers 4 knows too, without paths of this machine."""
-    if tokenizer.is_fast:  # what the last batch was cut and padded to is no property of it
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
+    reset_padding(tokenizer)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capfilt.data.commit import file_sha256
@@ -54,6 +53,8 @@ from capfilt.weights.model_files import (
     read_tensors,
     read_weights,
     refuse_odd_shapes,
+    reset_padding,
+    save_tensors,
 )
 
 MOMENTUM_FILE = "momentum.safetensors"
@@ -109,7 +110,7 @@ def _load(name: str, *, fine_tuned: bool) -> LoadedAlbef:
     """`fine_tuned`: one without the head of MLM will do."""
     path = Path(name).expanduser()
     if path.is_file():
-        state, side_dir, files = as_pre_trained(read_tensors(path)), tokenizer_dir(path), [path]
+        state, side_dir = as_pre_trained(read_tensors(path)), tokenizer_dir(path)
         with naming(path):
             vit, config, embed_dim = sizes_from_original(state)
         tokenizer = load_tokenizer(side_dir, is_bert=True)
@@ -120,7 +121,6 @@ def _load(name: str, *, fine_tuned: bool) -> LoadedAlbef:
         vit, config, embed_dim = read_albef_sizes(side_dir)
         state, tokenizer = _read_folder(side_dir), load_tokenizer(side_dir, is_bert=True)
         preparation = read_preparation(side_dir, vit.image_size_px)
-        files = [file for file in sorted(side_dir.iterdir()) if _is_of_model(file)]
     model = Albef(VisionTransformer(vit), config, embed_dim=embed_dim)
     with naming(path if path.is_file() else side_dir):
         weights = from_original(
@@ -133,8 +133,14 @@ def _load(name: str, *, fine_tuned: bool) -> LoadedAlbef:
         refuse_odd_shapes(weights.model, model.state_dict())
     model.load_state_dict(weights.model)
     refuse_other_tokenizer(tokenizer, config, side_dir)
-    digests = {file.name: file_sha256(file) for file in files}
+    digests = albef_digests(path if path.is_file() else side_dir)
     return LoadedAlbef(model, tokenizer, preparation, weights.temperature, weights.momentum, digests)
+
+
+def albef_digests(path: Path) -> dict[str, str]:
+    """File name → sha256 of an original .pth, or of what belongs to the model in a folder."""
+    files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if _is_of_model(file)]
+    return {file.name: file_sha256(file) for file in files}
 
 
 def find_albef_dir(name: str) -> Path:
@@ -185,8 +191,7 @@ def save_albef(folder: Path, saved: LoadedAlbef, *, original: bool = False) -> N
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     preprocessor = preprocessor_config(saved.preparation)
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    saved.tokenizer.backend_tokenizer.no_truncation()  # what the last batch was cut and padded to is no property
-    saved.tokenizer.backend_tokenizer.no_padding()
+    reset_padding(saved.tokenizer)
     saved.tokenizer.save_pretrained(folder)
     ours = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     slow = None if saved.momentum is None else {name: t.detach().cpu() for name, t in saved.momentum.items()}
@@ -199,9 +204,9 @@ def save_albef(folder: Path, saved: LoadedAlbef, *, original: bool = False) -> N
     plain = to_original(replace(weights, momentum=None), vision_depth=vit.depth, **depths)
     for_training = {name: tensor for name, tensor in once.items() if name not in plain}
     own = {name.removeprefix(_PREFIX): tensor for name, tensor in once.items() if name in plain}
-    _save_tensors(folder / "model.safetensors", own)
+    save_tensors(folder / "model.safetensors", own)
     if for_training:
-        _save_tensors(folder / MOMENTUM_FILE, for_training)
+        save_tensors(folder / MOMENTUM_FILE, for_training)
 
 
 def refuse_unlike_original(model: Albef) -> None:
@@ -237,8 +242,3 @@ def _read_folder(folder: Path) -> State:
     state = {f"{_PREFIX}{key}" if key.startswith(_SHORT) else key: t for key, t in read_weights(folder).items()}
     momentum = folder / MOMENTUM_FILE
     return state | read_safetensors(momentum) if momentum.is_file() else state
-
-
-def _save_tensors(path: Path, state: State) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors keeps its files to their owner

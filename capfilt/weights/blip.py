@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from capfilt.data.commit import file_sha256
 from capfilt.errors import UsageError
@@ -43,6 +42,8 @@ from capfilt.weights.model_files import (
     read_tensors,
     read_weights,
     refuse_odd_shapes,
+    reset_padding,
+    save_tensors,
     weights_digest,
 )
 
@@ -194,13 +195,10 @@ def save_blip(
         config["capfilt_temperature"] = temperature
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", preprocessor_config(side.preparation))
-    side.tokenizer.backend_tokenizer.no_truncation()  # what the last batch was cut and padded to is no property
-    side.tokenizer.backend_tokenizer.no_padding()
+    reset_padding(side.tokenizer)
     side.tokenizer.save_pretrained(folder)
     state = to_transformers(model.state_dict(), kind, vision_depth=vit.depth, text_depth=med.depth)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors keeps its files to their owner
+    save_tensors(folder / "model.safetensors", state, dtype)
 
 
 def _find_blip(name: str, kind: Kind) -> Path:

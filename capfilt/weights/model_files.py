@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from capfilt.data.commit import file_sha256
@@ -181,6 +182,23 @@ def refuse_odd_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
     ]
     if odd:
         raise UsageError(f"{len(odd)} weights do not have the sizes of the config: {'; '.join(odd[:5])}.")
+
+
+def save_tensors(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write weights as safetensors, in another floating-point dtype where one is given; readable for everyone."""
+    tensors = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True).contiguous()
+        for name, tensor in state.items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors keeps its files to their owner
+
+
+def reset_padding(tokenizer: Any) -> None:
+    """Forget what the last batch was cut and padded to: it is no property of a tokenizer that is saved."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
 
 
 def read_tensors(path: Path) -> State:

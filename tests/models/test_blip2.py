@@ -161,7 +161,7 @@ def test_pairs_of_the_same_image_are_no_negatives(models, batch, monkeypatch: py
         asked.append(excluded)
         return torch.tensor([1, 2, 3, 0])
 
-    monkeypatch.setattr("capfilt.models.blip2.draw_hard_negatives", draw)
+    monkeypatch.setattr("capfilt.models.contrast.draw_hard_negatives", draw)
     shared = stage(features, texts, losses=("itc", "itm"), ids_B=ids)
     assert [torch.equal(excluded, ids[:, None] == ids[None]) for excluded in asked] == [True, True]
     other = stage(features, texts, losses=("itc", "itm"), ids_B=torch.arange(4))
