@@ -22,8 +22,7 @@ from capfilt.settings import DownloadSettings, TrainSettings
 from capfilt.trainings import TRAININGS
 
 if TYPE_CHECKING:
-    from capfilt.data.retries import planned_shards
-from capfilt.data.rundir import RunDir
+    from capfilt.data.rundir import RunDir
 
 WORLD_PORTS = range(20080, 22080)
 """The miniature world's site prefers one of these, by its seed: runs of one world have equal addresses."""
@@ -180,6 +179,7 @@ def _take_source(source: SourceSettings, settings: DownloadSettings, run: Any, p
         return StepResult("import", import_shards(source.tars, run, settings, progress))
     from capfilt.curate.download import download
     from capfilt.curate.parts import plan_shards
+    from capfilt.data.retries import planned_shards
 
     if source.table:
         return StepResult("download", download(source.table, run, settings, progress))

@@ -73,6 +73,8 @@ def _recomputed(method: Callable[..., Any]) -> Callable[..., Any]:
     def call(*inputs: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
             return method(*inputs, **options)
-        return checkpoint(method, *inputs, use_reentrant=False, context_fn=_same_kernels, **options)
+        # What is compiled is recomputed as it was compiled, and takes no contexts.
+        contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": _same_kernels}
+        return checkpoint(method, *inputs, use_reentrant=False, **contexts, **options)
 
     return call

@@ -108,7 +108,7 @@ def albef_inputs(images: Tensor, tokens: Tensor, processes: Processes, step: int
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
     texts = [" ".join(words[token] for token in row if token > 2) for row in tokens.tolist()]
     settings = AlbefTrainSettings(init="x", max_text_tokens=12, mlm_share=0.4)
-    batch = Batch(images, texts, [str(row) for row in range(len(texts))], Cursor(0, 3))
+    batch = Batch(images, texts, [str(row) for row in range(len(texts))], Cursor(0, 3 + NUM_ROWS))
     return AlbefInputs(settings, tokenizer, processes, num_images=4)(batch, Draws(0, step, ranks=processes.ranks))
 
 
