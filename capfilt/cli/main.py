@@ -10,10 +10,13 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from capfilt import __version__
 from capfilt.cli import annotate, evaluate, explain, generate, ingest, inspection, recipe, rehearsal, train
@@ -36,8 +39,36 @@ FAILURES: tuple[tuple[type[BaseException], str, int | None], ...] = (
 )
 """Exception → message and exit code, first match; what is not listed is a defect of capfilt."""
 
+PARSER_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+"""What Typer's parser raises for an option that does not exist, and the like; Typer gives it no public name."""
+
+
+class CleanGroup(TyperGroup):
+    """A group whose parser's errors, which repeat what was typed, are fit to print."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """As the base class."""
+        with _clean_messages():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """As the base class; commands inside the group are parsed here."""
+        with _clean_messages():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _clean_messages() -> Iterator[None]:
+    try:
+        yield
+    except PARSER_ERROR as error:
+        error.message = clean(getattr(error, "message", ""), MAX_LINE_CHARS)  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
     name="capfilt",
+    cls=CleanGroup,
     help="Curate image-text data from the web with BLIP's CapFilt method, and train on the result.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

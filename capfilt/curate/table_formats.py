@@ -16,8 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 
+from capfilt.data.bounded_parquet import BoundedParquet
 from capfilt.data.texts import first_line
 from capfilt.errors import UsageError
 
@@ -58,15 +58,15 @@ class Parquet(TableFormat):
 
     def look(self, file: Path, name: str) -> Look:
         try:
-            with pq.ParquetFile(file) as parquet:
-                return Look(_once(parquet.schema_arrow), parquet.metadata.num_rows)
+            with BoundedParquet(file) as parquet:
+                return Look(_once(parquet.schema), parquet.metadata.num_rows)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise _unreadable(name, "Parquet", error) from None
 
     def batches(self, file: Path, texts: Sequence[str], extra: Iterable[str]) -> Iterator[pa.RecordBatch]:
         try:
-            with pq.ParquetFile(file) as parquet:
-                yield from parquet.iter_batches(batch_size=BATCH_ROWS, columns=[*texts, *extra])
+            with BoundedParquet(file) as parquet:
+                yield from parquet.batches(BATCH_ROWS, [*texts, *extra])
         except (pa.ArrowException, OSError, ValueError) as error:
             raise _unreadable(str(file), "Parquet", error) from None
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from capfilt.data.bounded_parquet import BoundedParquet
 from capfilt.data.texts import clean_for_terminal, first_line
 from capfilt.errors import UsageError
 
 ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl")
 
+_BATCH_ROWS = 1 << 16
 _TRUE, _FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")
 
 
@@ -104,10 +105,9 @@ def _rows(path: Path, needed: tuple[str, ...], one_of: tuple[str, ...]) -> Itera
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with pq.ParquetFile(path) as file:
+    with BoundedParquet(path) as file:
         wanted = {"key", "label", "caption_index", "text", "image", "source"}
-        columns = [name for name in file.schema_arrow.names if name in wanted]
-        for batch in file.iter_batches(columns=columns):
+        for batch in file.batches(_BATCH_ROWS, [name for name in file.schema.names if name in wanted]):
             yield from batch.to_pylist()
 
 

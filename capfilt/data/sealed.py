@@ -19,12 +19,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capfilt.data.bounded_parquet import BoundedParquet
 from capfilt.errors import CorruptionError, UsageError
 
 _RECORD, _RECORD_DIGEST, _SEAL = "capfilt", "capfilt.sha256", "capfilt.seal"
 _ZEROS = b"0" * 64
 MAX_FILE_BYTES = 2**31
 """Largest file that is read; one shard's rows are far below it."""
+MAX_TABLE_BYTES = 2**31
+"""Largest table that its rows may become in memory."""
 
 
 def canonical_json(obj: Any) -> str:
@@ -78,16 +81,16 @@ def read_sealed(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Ta
     if not _seal_holds(data):
         raise damaged(path, "its bytes do not match its seal")
     try:
-        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+        with BoundedParquet(pa.BufferReader(data), page_checksum_verification=True) as file:
             record, seal = _record_and_seal(path, file.metadata)
-            unknown = sorted(set(columns or ()) - set(file.schema_arrow.names))
+            unknown = sorted(set(columns or ()) - set(file.schema.names))
             if unknown:
-                known = ", ".join(file.schema_arrow.names)
+                known = ", ".join(file.schema.names)
                 raise UsageError(f"{path} has no column {', '.join(unknown)}; it has {known}.")
-            table = file.read(columns=list(columns) if columns is not None else None, use_threads=False)
+            table = file.read(MAX_TABLE_BYTES, columns)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, f"it is not readable as Parquet ({error})") from None
-    return table.replace_schema_metadata(None), record, seal
+    return table, record, seal
 
 
 def damaged(path: Path, what: str) -> CorruptionError:

@@ -1,0 +1,103 @@
+"""Parquet read in pieces whose size in memory is known before they are made.
+
+In: a file. Out: its rows. A file of a few kilobytes may stand for a terabyte: a billion rows that all point at one
+long text of a dictionary. Texts are therefore read as their dictionary and their places in it, which are as small as
+the file says, and only then spelled out, few rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+BATCH_BYTES = 64 << 20
+"""Texts of a batch that is spelled out, but for a row that is larger by itself."""
+MAX_ROW_BYTES = 256 << 20
+MAX_CHUNK_BYTES = 2 << 30
+"""Largest column of a row group, uncompressed as the file says; pyarrow allocates it at once."""
+
+
+class OversizedError(ValueError):
+    """A part of a file is larger than is read."""
+
+
+class BoundedParquet:
+    """An open Parquet file; use it in a `with` statement. Errors of opening and reading are pyarrow's."""
+
+    def __init__(self, source: Path | pa.NativeFile, **options: Any) -> None:
+        """`options` are those of `pq.ParquetFile`."""
+        with pq.ParquetFile(source, **options) as plain:
+            self.schema, self.metadata = plain.schema_arrow, plain.metadata
+        texts = [field.name for field in self.schema if _is_text(field.type)]
+        self._file = pq.ParquetFile(source, read_dictionary=texts, **options)
+
+    def __enter__(self) -> BoundedParquet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def batches(self, batch_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """All rows, of the file's own types. OversizedError for a column or a row that is larger than is read."""
+        names = self.schema.names if columns is None else list(columns)
+        schema = pa.schema([self.schema.field(name) for name in names]).remove_metadata()
+        self._refuse_large_chunks()
+        for batch in self._file.iter_batches(batch_rows, columns=names, use_threads=False):
+            for piece in _pieces(batch):
+                yield _spelled_out(piece, schema)
+
+    def read(self, max_bytes: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows as one table. OversizedError where they take more than `max_bytes`."""
+        names = self.schema.names if columns is None else list(columns)
+        batches: list[pa.RecordBatch] = []
+        left = max_bytes
+        for batch in self.batches(1 << 16, names):
+            left -= batch.nbytes
+            if left < 0:
+                raise OversizedError(f"its rows take more than {max_bytes:,} bytes")
+            batches.append(batch)
+        schema = pa.schema([self.schema.field(name) for name in names]).remove_metadata()
+        return pa.Table.from_batches(batches, schema)
+
+    def _refuse_large_chunks(self) -> None:
+        for group in range(self.metadata.num_row_groups):
+            for number in range(self.metadata.num_columns):
+                size = self.metadata.row_group(group).column(number).total_uncompressed_size
+                if not 0 <= size <= MAX_CHUNK_BYTES:
+                    raise OversizedError(f"a column has {size:,} bytes in a row group, at most {MAX_CHUNK_BYTES:,}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_binary))
+
+
+def _pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """A batch cut so that the texts of each piece are no more than BATCH_BYTES when they are spelled out."""
+    sizes = np.zeros(batch.num_rows, np.int64)
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type) and len(column.dictionary):
+            lengths = pc.fill_null(pc.binary_length(column.dictionary), 0).to_numpy(zero_copy_only=False)
+            places = pc.fill_null(column.indices, -1).to_numpy(zero_copy_only=False)
+            sizes += np.where(places < 0, 0, lengths[places])
+    if batch.num_rows and (largest := int(sizes.max())) > MAX_ROW_BYTES:
+        raise OversizedError(f"a row has {largest:,} bytes of text, at most {MAX_ROW_BYTES:,}")
+    start = 0
+    while start < batch.num_rows:
+        within = int(np.searchsorted(sizes[start:].cumsum(), BATCH_BYTES, side="right"))
+        yield batch.slice(start, max(1, within))
+        start += max(1, within)
+
+
+def _spelled_out(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    columns: list[pa.Array] = []
+    for field in schema:
+        column = batch.column(field.name)
+        was_read_as_dictionary = pa.types.is_dictionary(column.type) and not pa.types.is_dictionary(field.type)
+        columns.append(column.dictionary_decode().cast(field.type) if was_read_as_dictionary else column)
+    return pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -1,0 +1,131 @@
+"""Row 20: no command looks a name up or connects to anything but the machine itself, unless it was told an address.
+
+Each command runs in a network namespace of its own, where there is nothing but loopback, and every look-up and
+connection of its processes is noted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from capfilt.world.scenes import draw_scene, render
+from tests.stress.conftest import FULL, Figure
+
+ROOT = Path(__file__).resolve().parents[2]
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+
+WATCH = """
+import os, sys
+NOTES = os.environ["CAPFILT_TEST_NOTES"]
+def note(event, arguments):
+    if event in ("socket.connect", "socket.sendto"):
+        address = arguments[1]
+        if not isinstance(address, tuple) or str(address[0]).startswith("127.") or address[0] in ("::1", "localhost"):
+            return
+    elif event == "socket.getaddrinfo":
+        if str(arguments[0]).startswith("127.") or arguments[0] in (None, "", "::1", "localhost"):
+            return
+    elif event not in ("socket.gethostbyname", "socket.gethostbyaddr"):
+        return
+    with open(NOTES, "a") as file:
+        file.write(f"{event} {arguments!r} {sys.argv[:4]}\\n")
+sys.addaudithook(note)
+"""
+"""sitecustomize.py of every Python process of a command."""
+
+ALONE = f"""
+import ctypes, fcntl, os, socket, struct, sys
+user, group = os.getuid(), os.getgid()
+if ctypes.CDLL(None, use_errno=True).unshare({CLONE_NEWUSER | CLONE_NEWNET}):
+    sys.exit(77)
+for name, text in (("setgroups", "deny"), ("uid_map", f"{{user}} {{user}} 1"), ("gid_map", f"{{group}} {{group}} 1")):
+    with open(f"/proc/self/{{name}}", "w") as file:
+        file.write(text)
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as loopback:
+    fcntl.ioctl(loopback, 0x8914, struct.pack("16sh", b"lo", 1))  # up
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Runs a command with nothing but loopback; 77 where that is not permitted."""
+
+
+def run_alone(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+        "CAPFILT_TEST_NOTES": str(folder / "notes"), "HF_HOME": str(folder / "hub"),
+    }  # fmt: skip
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-c", ALONE, *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "sitecustomize.py").write_text(WATCH)
+    if not hasattr(ctypes.CDLL(None), "unshare") or run_alone(tmp_path, "-c", "pass").returncode:
+        pytest.skip("the system does not permit a network namespace of one's own")
+    return tmp_path
+
+
+RECIPE = """
+description = "a small world"
+[source]
+world_urls = 60
+world_seed = 3
+[download]
+samples_per_shard = 30
+image_size_px = 64
+timeout_seconds = 2.0
+num_processes = 1
+num_threads = 16
+[caption]
+captioner = "embedded"
+[rank]
+clip_model = "embedded"
+[filter]
+filter_model = "embedded"
+[train.stage1]
+image_encoder = "embedded"
+num_queries = 4
+max_steps = 2
+warmup_steps = 1
+batch_size = 4
+"""
+
+
+def test_the_watch_sees_what_it_is_for(folder: Path) -> None:
+    tried = "import socket\ntry: socket.create_connection(('example.com', 80), 2)\nexcept OSError: pass"
+    assert run_alone(folder, "-c", tried).returncode == 0
+    assert "example.com" in (folder / "notes").read_text()
+
+
+def test_no_command_asks_for_anything(folder: Path, figure: Figure) -> None:
+    (folder / "small.toml").write_text(RECIPE)
+    render_picture(folder / "scene.png")
+    commands: list[tuple[object, ...]] = [
+        ("--version",), ("generate", "embedded", folder / "scene.png"),
+        ("explain", "embedded", folder / "scene.png", "a red ball"), ("run", "small.toml", "runs/small", "--dry-run"),
+    ]  # fmt: skip
+    if FULL:
+        commands += [
+            ("run", "small.toml", "runs/small"), ("stats", "runs/small"), ("verify", "runs/small", "--deep"),
+            ("select", "runs/small", "--threshold", 0.4), ("retry", "runs/small", "--reason", "not_found"),
+            ("evaluate", "filter", "runs/small", "--world"),
+            ("evaluate", "retrieval", "embedded", "--references", "runs/small", "--k-test", 4),
+        ]  # fmt: skip
+    for command in commands:
+        done = run_alone(folder, "-m", "capfilt", *command)
+        assert done.returncode == 0, (command, done.stderr[-2000:])
+    notes = (folder / "notes").read_text() if (folder / "notes").exists() else ""
+    assert notes == ""
+    figure(20, f"{len(commands)} commands in a network of their own: 0 look-ups, 0 connections but to loopback")
+
+
+def render_picture(path: Path) -> None:
+    Image.fromarray(render(draw_scene(9, "test"), 96, 96)).save(path)
