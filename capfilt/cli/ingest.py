@@ -92,7 +92,7 @@ def retry(
     from capfilt.curate.retry import retry as try_again
 
     summary = try_again(opened, reasons or [], settings_from(DownloadSettings, locals()), open_progress())
-    following = command("run", "capfilt", run) if summary.num_succeeded else None
+    following = command("run", "capfilt", run) if summary.num_new_shards else None
     say_result(summary, summary.line(), following, as_json=as_json)
 
 

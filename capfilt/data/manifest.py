@@ -78,7 +78,7 @@ def _check_complete(run: RunDir) -> None:
     if missing:
         raise CapfiltError(
             f"The manifest of {run.path} lacks {len(missing)} of {len(shards)} shards (first: {missing[0]}). "
-            "Repeat the command that was interrupted."
+            f"Repeat the command that was interrupted; after `capfilt retry`: `capfilt run RECIPE {run.path}`."
         )
     selections = {read_commit_record(run.read_file("manifest", shard)).fingerprint for shard in shards}
     if len(selections) > 1:
