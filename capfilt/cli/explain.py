@@ -109,7 +109,7 @@ def _output_files(output: Path, num_texts: int, image: Path) -> list[Path]:
             raise UsageError(f"--output {file} is the picture itself. Give another name.")
         if file.is_dir():
             raise UsageError(f"--output {file} is a folder. Give a name that ends in .png.")
-        if file.exists() and PNG_AUTHOR not in file.read_bytes()[:PNG_HEAD_BYTES]:
+        if file.exists() and not (file.is_file() and PNG_AUTHOR in file.read_bytes()[:PNG_HEAD_BYTES]):
             raise UsageError(f"--output {file} is there and was not drawn by capfilt; it would be lost. Name another.")
     return files
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _first_record(run: RunDir) -> CommitRecord:
 
 def _write_failed_rows(run: RunDir, reasons: Collection[str], path: Path) -> Path | None:
     """A table of the rows whose last attempt failed for one of the reasons; None where there is none."""
-    superseded, writer = superseded_keys(run), None
+    superseded, writer = pa.array(sorted(superseded_keys(run)), pa.string()), None
     for table in _failed_rows(run, reasons, superseded):
         writer = writer or pq.ParquetWriter(path, table.schema)
         writer.write_table(table.select(writer.schema.names).cast(writer.schema))
@@ -125,11 +125,11 @@ def _write_failed_rows(run: RunDir, reasons: Collection[str], path: Path) -> Pat
     return path
 
 
-def _failed_rows(run: RunDir, reasons: Collection[str], superseded: Collection[str]) -> Iterator[pa.Table]:
+def _failed_rows(run: RunDir, reasons: Collection[str], superseded: pa.Array) -> Iterator[pa.Table]:
     for shard in run.shard_names():
         rows = read_table(run.stage_file("shards", shard))
         wanted = pc.is_in(rows["reason"], pa.array(sorted(reasons)))
-        rows = rows.filter(pc.and_(wanted, pc.invert(pc.is_in(rows["key"], pa.array(sorted(superseded), pa.string())))))
+        rows = rows.filter(pc.and_(wanted, pc.invert(pc.is_in(rows["key"], superseded))))
         if not rows.num_rows:
             continue
         carried = [name for name in rows.column_names if name not in SCHEMAS["shards"].names]
@@ -145,10 +145,8 @@ def _open(table: Path, staging: Path) -> UrlTable:
 
 def _settings_of(record: CommitRecord, settings: DownloadSettings) -> DownloadSettings:
     """The settings of the run's pictures, and those given for the exchange."""
-    known = {field.name for field in fields(DownloadSettings)} & set(DownloadSettings.fingerprint_fields)
-    made_with: dict[str, Any] = {name: record.fields[name] for name in known if name in record.fields}
-    made_with["num_shards"] = None
-    made_with["samples_per_shard"] = made_with.get("samples_per_shard") or record.rows_in
+    made_with: dict[str, Any] = {name: record.fields[name] for name in DownloadSettings.fingerprint_fields}
+    made_with |= {"num_shards": None, "samples_per_shard": made_with["samples_per_shard"] or record.rows_in}
     return replace(settings, **made_with)
 
 

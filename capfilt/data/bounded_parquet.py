@@ -44,10 +44,12 @@ class BoundedParquet:
         self._file.close()
 
     def batches(self, batch_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """All rows, of the file's own types. OversizedError for a column or a row that is larger than is read."""
+        """All rows, of the file's own types. OversizedError for a column or a row that is larger than is read, and for
+        a nested column, whose size is not known before it is made.
+        """
         names = self.schema.names if columns is None else list(columns)
         schema = pa.schema([self.schema.field(name) for name in names]).remove_metadata()
-        self._refuse_large_chunks()
+        self._refuse_large(schema)
         for batch in self._file.iter_batches(batch_rows, columns=names, use_threads=False):
             for piece in _pieces(batch):
                 yield _spelled_out(piece, schema)
@@ -65,23 +67,28 @@ class BoundedParquet:
         schema = pa.schema([self.schema.field(name) for name in names]).remove_metadata()
         return pa.Table.from_batches(batches, schema)
 
-    def _refuse_large_chunks(self) -> None:
+    def _refuse_large(self, schema: pa.Schema) -> None:
+        if nested := [field.name for field in schema if pa.types.is_nested(field.type)]:
+            raise OversizedError(f"the column {nested[0]} is nested; plain values are expected")
         for group in range(self.metadata.num_row_groups):
-            for number in range(self.metadata.num_columns):
-                size = self.metadata.row_group(group).column(number).total_uncompressed_size
-                if not 0 <= size <= MAX_CHUNK_BYTES:
+            chunks = (self.metadata.row_group(group).column(number) for number in range(self.metadata.num_columns))
+            for chunk in chunks:
+                size = chunk.total_uncompressed_size
+                if chunk.path_in_schema in schema.names and not 0 <= size <= MAX_CHUNK_BYTES:
                     raise OversizedError(f"a column has {size:,} bytes in a row group, at most {MAX_CHUNK_BYTES:,}")
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return any(test(kind) for test in (pa.types.is_string, pa.types.is_binary))
+    types = pa.types
+    tests = (types.is_string, types.is_large_string, types.is_string_view)
+    return any(test(kind) for test in (*tests, types.is_binary, types.is_large_binary, types.is_binary_view))
 
 
 def _pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """A batch cut so that the texts of each piece are no more than BATCH_BYTES when they are spelled out."""
     sizes = np.zeros(batch.num_rows, np.int64)
     for column in batch.columns:
-        if pa.types.is_dictionary(column.type) and len(column.dictionary):
+        if pa.types.is_dictionary(column.type) and _is_text(column.type.value_type) and len(column.dictionary):
             lengths = pc.fill_null(pc.binary_length(column.dictionary), 0).to_numpy(zero_copy_only=False)
             places = pc.fill_null(column.indices, -1).to_numpy(zero_copy_only=False)
             sizes += np.where(places < 0, 0, lengths[places])

@@ -8,7 +8,7 @@ attempt counts. Earlier ones stay as they are: shards are never rewritten.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from capfilt.data.commit import CommitRecord, read_commit_record, read_table
 from capfilt.data.rundir import RunDir
@@ -34,11 +34,11 @@ def retry_shards(run: RunDir) -> list[str]:
     return [shard for shard in run.shard_names() if is_retry(_record(run, shard))]
 
 
-def superseded_keys(run: RunDir, shards: Iterable[str] | None = None) -> set[str]:
-    """Keys of the attempts that were repeated later; `shards` are those of further attempts, where they are known."""
+def superseded_keys(run: RunDir) -> set[str]:
+    """Keys of the attempts that were repeated later."""
     latest: dict[str, str] = {}
     superseded: set[str] = set()
-    for shard in retry_shards(run) if shards is None else shards:
+    for shard in retry_shards(run):
         for key, root in attempts_of(run, shard):
             superseded.add(latest.get(root, root))
             latest[root] = key

@@ -56,7 +56,7 @@ def request_texts(images: Sequence[Path], prompts: Sequence[str]) -> Iterator[Re
 
 def read_prompts(path: Path) -> list[str]:
     """A prompt a line; blank lines are passed over. UsageError where there is none."""
-    prompts = [line.strip() for _, line in read_lines(path) if line.strip()]
+    prompts = [line.strip() for _, line in read_lines(path)]
     if not prompts:
         raise UsageError(f"{path} has no prompts; expected one a line.")
     return prompts
@@ -66,10 +66,9 @@ def read_image_prompts(path: Path) -> list[Request]:
     """JSON lines with `image`, a path, and `prompt`. UsageError names the line that is something else."""
     requests = []
     for number, line in read_lines(path):
-        if line.strip():
-            entry = Entry(path, f"line {number}", -1, parse_value(line, f"{path}, line {number}"))
-            image = entry.text("image")
-            requests.append(Request(image, ImageFile(Path(image)), entry.text("prompt")))
+        entry = Entry(path, f"line {number}", -1, parse_value(line, f"{path}, line {number}"))
+        image = entry.text("image")
+        requests.append(Request(image, ImageFile(Path(image)), entry.text("prompt")))
     if not requests:
         raise UsageError(f'{path} has no lines; expected {{"image": PATH, "prompt": TEXT}} in each.')
     return requests

@@ -97,8 +97,11 @@ def _refuse_code(folder: Path) -> None:
 
     open_clip hands what the configuration says of the tokenizer to transformers, trust_remote_code too.
     """
-    text = read_json(folder / _OPEN_CLIP_CONFIG).get("model_cfg", {}).get("text_cfg", {})
-    options = text.get("tokenizer_kwargs") or {}
+    options: Any = read_json(folder / _OPEN_CLIP_CONFIG)
+    for name in ("model_cfg", "text_cfg", "tokenizer_kwargs"):
+        options = options.get(name) or {}
+        if not isinstance(options, dict):
+            raise UsageError(f"{folder / _OPEN_CLIP_CONFIG} has {name} {str(options)[:60]!r}; expected an object.")
     if unknown := sorted(set(options) - _TOKENIZER_OPTIONS):
         raise UsageError(
             f"{folder / _OPEN_CLIP_CONFIG} sets {', '.join(unknown)} for its tokenizer; expected only "

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from capfilt.data.commit import file_sha256
 from capfilt.data.texts import first_line
-from capfilt.errors import UsageError
+from capfilt.errors import MissingPackageError, UsageError
 from capfilt.models.convert_blip2 import State
 from capfilt.weights.find import SIDE_FILES
 from capfilt.weights.foreign_files import describe_file
@@ -168,9 +168,9 @@ def naming(source: str | Path) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        if str(source) in str(error):
+        if str(source) in str(error) or isinstance(error, MissingPackageError):
             raise
-        raise type(error)(f"{source}: {error}") from error
+        raise UsageError(f"{source}: {error}") from error
 
 
 def refuse_odd_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -48,7 +48,12 @@ def test_comments_without_end_take_no_time() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.text(st.sampled_from('ab .!"()*#:;~<>/&;lt猫\n'), max_size=12) | st.none(), max_size=8))
+@given(
+    st.lists(
+        st.text(st.sampled_from('ab .!"()*#:;~<>/&;lt猫\n\x0b\x1c\x85\u00a0\u2028\u3000'), max_size=12) | st.none(),
+        max_size=8,
+    )
+)
 def test_has_words_says_what_cleaning_leaves(texts: list[str | None]) -> None:
     found = has_words(pa.chunked_array([pa.array(texts, pa.string())])).to_pylist()
     assert found == [bool(clean_caption(text)) if text is not None else False for text in texts]

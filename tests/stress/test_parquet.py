@@ -128,6 +128,26 @@ def test_a_type_of_another_program_is_read_as_what_it_is_stored_as(run: RunDir, 
 # --- more than it looks ---------------------------------------------------------------------------------
 
 
+def test_large_strings_are_bounded_and_categories_are_read(tmp_path: Path) -> None:
+    """Whatever type the file says that its texts have; categories of numbers, as pandas writes them, are no texts."""
+    one = pa.DictionaryArray.from_arrays(pa.array([0] * 2_000, pa.int32()), pa.array(["x" * 1_000_000]))
+    path, schema = tmp_path / "a.parquet", pa.schema([("text", pa.large_string())])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for start in range(0, 2_000, 100):
+            writer.write_table(pa.table({"text": one.slice(start, 100).dictionary_decode().cast(pa.large_string())}))
+    with BoundedParquet(path) as file:
+        sizes = [batch.num_rows for batch in file.batches(1 << 16)]
+        assert file.schema.field("text").type == pa.large_string()
+    assert sum(sizes) == 2_000
+    assert max(sizes) <= 67, "64 MiB of texts"
+    labels = {"key": ["a", "b"], "caption_index": [0, 1], "label": pa.array([1, 0]).dictionary_encode()}
+    pq.write_table(pa.table(labels), tmp_path / "labels.parquet")
+    assert [one.is_true for one in read_pair_labels(tmp_path / "labels.parquet")] == [True, False]
+    pq.write_table(pa.table({"text": [["a"], ["b"]]}), tmp_path / "nested.parquet")
+    with BoundedParquet(tmp_path / "nested.parquet") as file, pytest.raises(OversizedError, match="text is nested"):
+        next(file.batches(10))
+
+
 def write_dictionary_bomb(path: Path, columns: tuple[str, ...], rows: int, text_bytes: int) -> None:
     """Rows that all have one long text, which stands in the file once."""
     one = pa.DictionaryArray.from_arrays(pa.array([0] * (rows // 10), pa.int32()), ["x" * text_bytes])
