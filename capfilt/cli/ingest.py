@@ -19,6 +19,12 @@ NumProcesses = Annotated[int, typer.Option(min=1, help="Shards at the same time.
 
 NumThreads = Annotated[int, typer.Option(min=1, help="Connections at the same time in one shard.")]
 
+ConnectionsPerHost = Annotated[int, typer.Option(min=1, help="Connections at the same time to one host, in one shard.")]
+
+RobotsTxt = Annotated[
+    bool, typer.Option("--robots-txt", help="Ask every site for its robots.txt, and for nothing that it forbids.")
+]
+
 Timeout = Annotated[float, typer.Option("--timeout", help="Wall clock for one address, redirects included (seconds).")]
 
 Retries = Annotated[int, typer.Option(min=0, help="Further tries where the failure may pass.")]
@@ -51,6 +57,8 @@ def download(
     ] = DownloadSettings.image_size_px,
     num_processes: NumProcesses = DownloadSettings.num_processes,
     num_threads: NumThreads = DownloadSettings.num_threads,
+    connections_per_host: ConnectionsPerHost = DownloadSettings.connections_per_host,
+    robots_txt: RobotsTxt = False,
     timeout_seconds: Timeout = DownloadSettings.timeout_seconds,
     retries: Retries = DownloadSettings.retries,
     allow_private_addresses: PrivateAddresses = False,
@@ -80,6 +88,7 @@ def retry(
     ] = None,
     num_processes: NumProcesses = DownloadSettings.num_processes,
     num_threads: NumThreads = DownloadSettings.num_threads,
+    connections_per_host: ConnectionsPerHost = DownloadSettings.connections_per_host,
     timeout_seconds: Timeout = DownloadSettings.timeout_seconds,
     retries: Retries = DownloadSettings.retries,
     allow_private_addresses: PrivateAddresses = False,

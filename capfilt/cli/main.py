@@ -6,25 +6,22 @@ Nothing here or in the groups imports torch, transformers or pyarrow before a co
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from capfilt import __version__
-from capfilt.cli import annotate, evaluate, explain, generate, ingest, inspection, recipe, rehearsal, train
+from capfilt.cli import annotate, evaluate, explain, generate, ingest, inspection, recipe, rehearsal, sharing, train
 from capfilt.cli.console import clean, note
+from capfilt.cli.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, MESSAGES
 from capfilt.errors import CapfiltError
 
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 MAX_LINE_CHARS, MAX_MESSAGE_LINES = 2000, 40
 
 FAILURES: tuple[tuple[type[BaseException], str, int | None], ...] = (
@@ -35,7 +32,7 @@ FAILURES: tuple[tuple[type[BaseException], str, int | None], ...] = (
     (NotADirectoryError, "A directory was expected: {error}. Check the path.", 2),
     (MemoryError, "Out of memory. Take a smaller --batch-size and run again; finished shards are kept.", 1),
     (OSError, "{error}. What is done is kept; mend the cause and run the same command again.", 1),
-    (KeyboardInterrupt, "Interrupted. What is done is kept; the same command goes on.", EXIT_INTERRUPTED),
+    (KeyboardInterrupt, MESSAGES[EXIT_INTERRUPTED], EXIT_INTERRUPTED),
 )
 """Exception → message and exit code, first match; what is not listed is a defect of capfilt."""
 
@@ -86,6 +83,8 @@ app.command("run")(recipe.run)
 app.command("select")(annotate.select)
 app.command("stats")(inspection.stats)
 app.command("verify")(inspection.verify)
+app.command("export")(sharing.export)
+app.command("report")(sharing.report)
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("generate")(generate.generate)
@@ -109,7 +108,6 @@ def start(
 
 def main() -> NoReturn:
     """Run the command line; always ends the process with one of the exit codes of capfilt/errors.py."""
-    signal.signal(signal.SIGTERM, _terminate)
     # Threads that wait sleep instead of spinning: on two busy cores captions came ten times as fast
     # (33 to 52 images/s instead of 3 to 10, 2026-11-21). Read by OpenMP when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -121,7 +119,7 @@ def main() -> NoReturn:
         if ended.code == EXIT_INTERRUPTED:  # typer made this of a KeyboardInterrupt
             report(KeyboardInterrupt())
         elif ended.code == EXIT_TERMINATED:
-            note("capfilt: Terminated. What is done is kept; the same command goes on.")
+            note(f"capfilt: {MESSAGES[EXIT_TERMINATED]}")
         sys.exit(_closed_quietly(ended.code))
     except BaseException as error:
         sys.exit(report(error))
@@ -161,10 +159,6 @@ def _quiet_packages() -> None:
         warnings.simplefilter("ignore")
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(EXIT_TERMINATED)
-
-
 def _closed_quietly(code: object) -> int:
     """The exit code; a reader that went away (`| head`) is no error to talk about."""
     try:
@@ -172,7 +166,3 @@ def _closed_quietly(code: object) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code if isinstance(code, int) else 0 if code is None else 1
-
-
-if __name__ == "__main__":
-    main()

@@ -27,11 +27,13 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 class FetchError(Exception):
     """An address gave no body. `reason` is one of REASONS, `detail` is short and safe to print."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, *, retry_after_seconds: float | None = None) -> None:
         assert reason in REASON_SENTENCES, reason
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = clean_for_terminal(detail)
+        self.retry_after_seconds = retry_after_seconds
+        """For how long the server wants no further request, 0 where it does not say; None where it has no such wish."""
 
 
 @dataclass(frozen=True, slots=True)

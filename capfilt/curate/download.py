@@ -160,6 +160,8 @@ def download_fields(table_sha256: str, settings: DownloadSettings) -> dict[str, 
     fields = {name: getattr(settings, name) for name in settings.fingerprint_fields}
     if settings.num_shards is not None:
         fields["samples_per_shard"] = None
+    if settings.robots_txt:
+        fields["robots_txt"] = True
     return fields | {"stage_version": STAGE_VERSION, "table_sha256": table_sha256}
 
 

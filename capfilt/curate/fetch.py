@@ -7,7 +7,7 @@ In: a URL that nobody vouches for. Out: the body, or `FetchError(reason, detail)
 - One deadline over the whole exchange, name resolution and redirects included: every wait on the socket gets
   what is left of it, so that a server that drips bytes cannot hold it open.
 - The body is counted while it streams, the headers too. Proxies of the environment are not used.
-- `X-Robots-Tag` is read in full, and obeyed; the user agent names the tool.
+- `X-Robots-Tag` is read in full, and obeyed, robots.txt where the settings ask for it; the user agent names the tool.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import http.client
 import io
 import ipaddress
-import random
 import re
 import socket
 import ssl
@@ -26,9 +25,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 
 from capfilt import __version__
 from capfilt.curate.addresses import FetchError, IPAddress, Target, check_address, parse_redirect, parse_url
+from capfilt.curate.robots import RobotsCheck, RobotsRules
 from capfilt.settings import DownloadSettings
 
 USER_AGENT_TOKEN = "capfilt"
@@ -37,13 +38,9 @@ USER_AGENT = f"Mozilla/5.0 (compatible; {USER_AGENT_TOKEN}/{__version__}; image-
 DISALLOWED_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none", "noml"})
 """img2dataset's default list and what it misses: `none` (noindex, nofollow) and `noml` (machine learning)."""
 
-RETRIED_REASONS = frozenset({"timeout", "dns_error", "connection_error", "server_error", "too_many_requests"})
-"""Failures that may pass by themselves."""
-
 _CHUNK_BYTES = 1 << 16
 _MAX_HEADER_BYTES = 1 << 18
 _MAX_ADDRESSES_TRIED = 3
-_MAX_PAUSE_SECONDS = 10.0
 _RESOLVED_SECONDS = 60.0
 _MAX_RESOLVED_HOSTS = 4096
 
@@ -176,29 +173,22 @@ class Fetcher:
         self._resolver = Resolver(resolve)
         self._ports = None if settings.allow_private_addresses else settings.ports
         self._tls = _build_tls_context()
+        self._robots = RobotsRules(USER_AGENT_TOKEN) if settings.robots_txt else None
 
     def fetch(self, url: str) -> bytes:
-        """Body of `url`, with further tries where the settings ask for them and the failure may pass.
-
-        Raises:
-            FetchError: the reason and detail of the last try.
-        """
-        tries = self._settings.retries + 1
-        for attempt in range(tries):
-            try:
-                return self._exchange(url)
-            except FetchError as failure:
-                if attempt + 1 == tries or failure.reason not in RETRIED_REASONS:
-                    raise
-            time.sleep(min(0.5 * 2**attempt * random.uniform(0.5, 1.5), _MAX_PAUSE_SECONDS))
-        raise AssertionError("unreachable")
-
-    def _exchange(self, url: str) -> bytes:
-        """One try: all hops of one URL under one deadline."""
+        """Body of `url`: one try, all hops under one deadline. Raises FetchError."""
         deadline = Deadline(self._settings.timeout_seconds)
         target = parse_url(url, self._ports)
+        if self._robots is None:
+            return self._follow(target, deadline)
+        return self._follow(target, deadline, self._robots.check)
+
+    def _follow(self, target: Target, deadline: Deadline, check: RobotsCheck | None = None) -> bytes:
+        """Body of the last of the redirects; `check` is asked before every hop."""
         seen = {target.url}
         for _ in range(self._settings.max_redirects + 1):
+            if check is not None:
+                check(target, lambda robots: self._follow(robots, deadline))
             answer = self._hop(target, deadline)
             if isinstance(answer, bytes):
                 return answer
@@ -273,7 +263,8 @@ class Fetcher:
                 raise FetchError("bad_response", f"status {response.status} without a Location")
             return _decode_header(location)
         if not 200 <= response.status < 300:
-            raise FetchError(_reason_of(response.status), f"status {response.status}")
+            wait = _retry_after(response) if response.status in (429, 503) else None
+            raise FetchError(_reason_of(response.status), f"status {response.status}", retry_after_seconds=wait)
         # chunked encoding may cost more than the body; a server that sends chunks of one byte ends here
         wire.bytes_left = 2 * self._settings.max_body_bytes + _MAX_HEADER_BYTES
         body = self._read_body(response)
@@ -337,6 +328,17 @@ def _reason_of(status: int) -> str:
     exact = {401: "forbidden", 403: "forbidden", 451: "forbidden", 404: "not_found", 410: "gone"}
     exact |= {429: "too_many_requests"}
     return exact.get(status, "server_error" if status >= 500 else "http_error")
+
+
+def _retry_after(response: http.client.HTTPResponse) -> float:
+    """Seconds of a `Retry-After` header, given as such or as a date (RFC 9110, 10.2.3); 0 where there is none."""
+    value = (response.headers.get("Retry-After") or "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", value):
+        return float(value)
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
 
 
 def _decode_header(value: str) -> str:

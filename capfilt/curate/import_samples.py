@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +114,7 @@ def _read_texts(sample: FoundSample, max_caption_bytes: int) -> None:
     except ValueError as error:
         sample.refuse("bad_caption", str(error))
         return
-    sample.caption = caption.strip()
+    sample.caption = re.sub(r"\r?\n\Z", "", caption)  # a text file ends its last line
     if num_bytes > max_caption_bytes:
         sample.refuse("caption_too_long", f"{num_bytes:,} bytes; at most {max_caption_bytes:,}")
 

@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capfilt.curate.download import STAGE_VERSION, ShardPlan, download_shards
-from capfilt.curate.fetch import RETRIED_REASONS
 from capfilt.curate.parts import plan_shards
+from capfilt.curate.politeness import RETRIED_REASONS
 from capfilt.curate.url_table import CAPTION, URL, UrlTable, open_url_table
 from capfilt.data.commit import CommitRecord, read_commit_record, read_table
 from capfilt.data.reasons import REASON_SENTENCES, shorten_counts
@@ -146,7 +146,11 @@ def _open(table: Path, staging: Path) -> UrlTable:
 def _settings_of(record: CommitRecord, settings: DownloadSettings) -> DownloadSettings:
     """The settings of the run's pictures, and those given for the exchange."""
     made_with: dict[str, Any] = {name: record.fields[name] for name in DownloadSettings.fingerprint_fields}
-    made_with |= {"num_shards": None, "samples_per_shard": made_with["samples_per_shard"] or record.rows_in}
+    made_with |= {
+        "robots_txt": record.fields.get("robots_txt", False),
+        "num_shards": None,
+        "samples_per_shard": made_with["samples_per_shard"] or record.rows_in,
+    }
     return replace(settings, **made_with)
 
 

@@ -18,6 +18,7 @@ import queue
 import struct
 import sys
 import tempfile
+import threading
 import types
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +31,10 @@ from PIL import Image
 
 from capfilt.curate.addresses import FetchError
 from capfilt.curate.fetch import Fetcher
+from capfilt.curate.politeness import Asked, Hosts, PoliteQueue
 from capfilt.curate.url_table import CAPTION, DETAIL, REASON, URL
 from capfilt.data.images import ImageRefused, decode_image
+from capfilt.data.memory import require_memory
 from capfilt.data.schemas import SCHEMAS, SUCCESS
 from capfilt.data.shards import write_tar
 from capfilt.settings import DownloadSettings
@@ -55,6 +58,7 @@ QUARANTINE_COLUMNS = {"detail": pa.string(), "body_sha256": pa.string(), "body_b
 
 _SPOOL_BYTES = 128 << 20
 _NO_ROW = -1
+_POLL_SECONDS, _GRACE_SECONDS = 1.0, 10.0
 _ORIENTATION_TAG = 0x0112
 
 Report = Callable[[int, int], None]
@@ -79,7 +83,8 @@ class ShardDownloader:
     def __init__(self, settings: DownloadSettings) -> None:
         self._settings = settings
         self._fetcher = Fetcher(settings)
-        self._threads = ThreadPoolExecutor(settings.num_threads, thread_name_prefix="fetch")
+        self._hosts = Hosts()
+        self._threads = _start_threads(settings.num_threads)
         self._resizer = Resizer(
             image_size=settings.image_size_px,
             resize_mode="keep_ratio",
@@ -168,27 +173,49 @@ class ShardDownloader:
                 report(num_done, num_ok)
 
     def _bodies(self, rows: pa.Table, skip: set[int]) -> Iterator[tuple[int, bytes, FetchError | None]]:
-        """Yield (row, body, failure) as answers come in; few bodies wait at any time."""
-        columns = (rows[name].to_pylist() for name in (URL, CAPTION, REASON, DETAIL))
-        waiting = enumerate(zip(*columns, strict=True))
-        answers: queue.SimpleQueue[tuple[int, bytes, FetchError | None]] = queue.SimpleQueue()
-        in_flight, exhausted = 0, False
+        """Yield (row, body, failure) as answers come in; few bodies wait at any time.
+
+        Raises MemoryError, after which this process is of no use, where that may be what a row failed for.
+        """
+        refused: list[tuple[int, bytes, FetchError | None]] = []
+        waiting = PoliteQueue(self._fetchable(rows, skip, refused), self._settings, self._hosts)
+        answers: queue.SimpleQueue[tuple[Asked, bytes, FetchError | None]] = queue.SimpleQueue()
+        in_flight, most, silence = 0, self._settings.num_threads + 4, 0.0
         while True:
-            while in_flight < self._settings.num_threads + 4 and not exhausted:
-                if (row := next(waiting, None)) is None:
-                    exhausted = True
-                    break
-                index, (url, caption, reason, detail) = row
+            while in_flight < most and (asked := waiting.take()) is not None:
+                if asked.refusal is not None:
+                    yield asked.index, b"", asked.refusal
+                    continue
                 in_flight += 1
-                if (failure := self._refuse(index, url, caption, reason, detail, skip)) is not None:
-                    answers.put((index, b"", failure))
-                else:
-                    self._threads.submit(self._fetch, index, url, answers)
-            if in_flight == 0:
+                self._threads.submit(self._fetch, asked, answers)
+            while refused:
+                yield refused.pop()
+            pause = waiting.seconds_to_wait()
+            if not in_flight and pause is None:
                 return
-            answer = answers.get()
-            in_flight -= 1
-            yield answer
+            try:
+                asked, body, failure = answers.get(timeout=min(_POLL_SECONDS, pause or _POLL_SECONDS))
+            except queue.Empty:
+                silence += _POLL_SECONDS if in_flight else 0.0
+                if silence > 2 * self._settings.timeout_seconds + _GRACE_SECONDS:
+                    raise MemoryError("the threads that fetch have ended, as without memory they do") from None
+                continue
+            in_flight, silence = in_flight - 1, 0.0
+            if failure is not None:
+                require_memory()
+            if not waiting.put_back(asked, failure):
+                yield asked.index, body, failure
+
+    def _fetchable(
+        self, rows: pa.Table, skip: set[int], refused: list[tuple[int, bytes, FetchError | None]]
+    ) -> Iterator[tuple[int, str]]:
+        """Yield (row, address) of rows that are to be asked for; the others go to `refused`."""
+        columns = (rows[name].to_pylist() for name in (URL, CAPTION, REASON, DETAIL))
+        for index, (url, caption, reason, detail) in enumerate(zip(*columns, strict=True)):
+            if (failure := self._refuse(index, url, caption, reason, detail, skip)) is not None:
+                refused.append((index, b"", failure))
+            else:
+                yield index, url
 
     def _refuse(
         self,
@@ -212,13 +239,15 @@ class ShardDownloader:
             return FetchError("caption_too_long", f"the caption has {num_bytes} bytes; at most {limit}")
         return None
 
-    def _fetch(self, index: int, url: str, answers: queue.SimpleQueue[tuple[int, bytes, FetchError | None]]) -> None:
+    def _fetch(self, asked: Asked, answers: queue.SimpleQueue[tuple[Asked, bytes, FetchError | None]]) -> None:
         try:
-            answers.put((index, self._fetcher.fetch(url), None))
+            answers.put((asked, self._fetcher.fetch(asked.url), None))
         except FetchError as failure:
-            answers.put((index, b"", failure))
+            answers.put((asked, b"", failure))
+        except MemoryError:
+            os._exit(1)  # as _bodies, which a thread cannot tell
         except Exception as error:  # a server found what we did not think of: its row pays, not the shard
-            answers.put((index, b"", FetchError("bad_response", f"{type(error).__name__}: {error}")))
+            answers.put((asked, b"", FetchError("bad_response", f"{type(error).__name__}: {error}")))
 
     def _take_picture(self, index: int, body: bytes, spool: IO[bytes]) -> _Row:
         try:
@@ -248,6 +277,15 @@ class ShardDownloader:
         if error is not None or image is None:
             raise ImageRefused("bad_image", f"resizing: {error}")
         return image, sizes | {"width": width, "height": height}
+
+
+def _start_threads(number: int) -> ThreadPoolExecutor:
+    """A pool whose threads run already: starting one hangs for ever where it finds no memory."""
+    pool = ThreadPoolExecutor(number, thread_name_prefix="fetch")
+    together = threading.Barrier(number)
+    for started in [pool.submit(together.wait) for _ in range(number)]:
+        started.result()
+    return pool
 
 
 def _is_plain_jpeg(body: bytes) -> bool:

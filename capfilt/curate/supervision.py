@@ -21,16 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import capfilt
+from capfilt.curate.politeness import MAX_REFUSALS, PAUSE_SECONDS
 from capfilt.data.texts import clean_for_terminal
 from capfilt.errors import CapfiltError
 from capfilt.settings import DownloadSettings
 
-SILENCE_SECONDS = 15.0
+SILENCE_SECONDS = 10.0
 """A worker beats every second; one that is silent this long is stopped or stuck, unless it waits for a core."""
 START_SECONDS = 300.0
 """Time for the imports of the nursery on a machine that has other things to do."""
 STALL_SECONDS = 120.0
-"""Time without a finished row beyond what the rows' own deadlines allow."""
+"""Time without a finished row beyond what the rows' own deadlines and the hosts' pauses allow."""
 MAX_BLAMED_ROWS = 8
 """Rows of one shard that may be given up because their pictures kill workers."""
 
@@ -54,11 +55,11 @@ class Nursery:
         self._codes: dict[int, int] = {}
 
     def start_worker(self) -> Worker:
-        """Start a worker, and the nursery first where none is alive.
+        """Start a worker, and the nursery first where none is alive and well.
 
         Raises CapfiltError when nurseries do not live.
         """
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or self._process.poll() is not None or self.is_stopped():
             self._start()
         assert self._control is not None
         self._num_workers += 1
@@ -82,6 +83,10 @@ class Nursery:
             for message in map(json.loads, lines):
                 self._codes[message["pid"]] = message["code"]
         return self._codes.pop(pid, None) if pid is not None else None
+
+    def is_stopped(self) -> bool:
+        """Whether somebody has stopped it (SIGSTOP): then it starts no worker."""
+        return self._process is not None and _states(self._process.pid) == {"T"}
 
     def last_words(self) -> str:
         """What the nursery wrote last; where it cannot import something, it says so there."""
@@ -129,7 +134,8 @@ class Worker:
         self._connection.setblocking(False)
         self._nursery = nursery
         self._log = log
-        self._stall = settings.timeout_seconds * (settings.retries + 1) + 10 * settings.retries + STALL_SECONDS
+        num_pauses = settings.retries + MAX_REFUSALS
+        self._stall = settings.timeout_seconds * (settings.retries + 1) + PAUSE_SECONDS * num_pauses + STALL_SECONDS
         self._buffer = b""
         self._ended = False
         self._heard = self._advanced = time.monotonic()
@@ -183,6 +189,8 @@ class Worker:
             return f"worker process {self.pid} ended with {how}{said}"
         now = time.monotonic()
         silent = now - self._heard
+        if self.pid is None and silent > SILENCE_SECONDS and self._nursery.is_stopped():
+            return "the process that starts workers was stopped"
         if self.pid is None and silent > START_SECONDS:
             return f"no worker process started within {START_SECONDS:g} s"
         if self.pid is not None and silent > SILENCE_SECONDS and (silent > STALL_SECONDS or not _wants_cpu(self.pid)):
@@ -250,11 +258,16 @@ def _current_row(attempt: Path) -> int | None:
 
 def _wants_cpu(pid: int) -> bool:
     """Whether a thread of the process is ready to run: then it is silent because the machine is busy."""
+    return "R" in _states(pid)
+
+
+def _states(pid: int) -> set[str]:
+    """States of a process's threads, as Linux names them: R ready to run, S asleep, T stopped, …"""
+    states = set()
     for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
         with suppress(OSError):
-            if stat.read_text("utf-8", "replace").rpartition(") ")[2].startswith("R"):
-                return True
-    return False
+            states.add(stat.read_text("utf-8", "replace").rpartition(") ")[2][:1])
+    return states
 
 
 def _last_line(log: Path) -> str:

@@ -25,6 +25,7 @@ import time
 import traceback
 from typing import Any
 
+from capfilt.data.memory import require_memory
 from capfilt.settings import DownloadSettings
 
 BEAT_SECONDS = 1.0
@@ -135,7 +136,10 @@ def _work(downloader: Any, task: dict[str, Any], channel: Channel) -> None:
 
     try:
         result = downloader.split(**task) if kind == "split" else downloader.download(**task, report=report)
+    except MemoryError:
+        raise  # this process has come to its end; another one tries again
     except Exception as error:
+        require_memory()
         traceback.print_exc()
         channel.send(error=f"{type(error).__name__}: {error}", errno=getattr(error, "errno", None))
     else:

@@ -1,8 +1,9 @@
 """Safe decoding of images that nobody vouches for.
 
-In: encoded bytes. Out: the upright first picture as 8-bit RGB, or ImageRefused with a reason code; nothing
-else is ever raised. The format is told from the first bytes and only that format's decoder sees the data; the
-size is checked as the header states it, before any pixel is allocated.
+In: encoded bytes. Out: the upright first picture as 8-bit RGB, or ImageRefused with a reason code; nothing else is ever
+raised, but MemoryError where the process has none left, which is not the picture's fault. The format is told from the
+first bytes and only that format's decoder sees the data; the size is checked as the header states it, before any pixel
+is allocated.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.Image import Transpose
 
+from capfilt.data.memory import require_memory
 from capfilt.data.reasons import REASON_SENTENCES
 from capfilt.data.texts import clean_for_terminal
 
@@ -98,7 +100,7 @@ def decode_image(
     otherwise, as 32-bit integers are. CMYK and YCbCr are converted without their colour profile.
 
     WebP and AVIF may have half of `max_pixels`. Raises ImageRefused, and nothing else, for whatever the
-    bytes are.
+    bytes are; MemoryError where the process has no memory left.
     """
     image, kind = _open(data, max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio)
     try:
@@ -110,8 +112,6 @@ def decode_image(
             rgb = rgb.transpose(turn)
         rgb.info = {}
         return rgb
-    except MemoryError:
-        raise ImageRefused("too_many_pixels", "not enough memory to decode it") from None
     except Exception as error:  # Pillow's decoders fail with about twenty kinds of errors
         raise _refusal(error, kind, data) from None
 
@@ -126,8 +126,6 @@ def _open(data: bytes, max_pixels: int | None, max_aspect_ratio: float | None) -
     try:
         image = Image.open(io.BytesIO(data), formats=[kind.upper()])
         width, height = image.size
-    except (Image.DecompressionBombError, MemoryError) as error:
-        raise ImageRefused("too_many_pixels", str(error)) from None
     except Exception as error:
         raise _refusal(error, kind, data) from None
     _check_size(width, height, max_pixels, max_aspect_ratio)
@@ -175,7 +173,11 @@ def _check_size(width: int, height: int, max_pixels: int | None, max_aspect_rati
 
 
 def _refusal(error: Exception, kind: str, data: bytes) -> ImageRefused:
+    """What an error of a decoder means. Raises MemoryError where it may come of a lack of memory."""
+    require_memory()
     detail = f"{kind}: {type(error).__name__}: {error}"
+    if isinstance(error, Image.DecompressionBombError | MemoryError):
+        return ImageRefused("too_many_pixels", detail)
     if isinstance(error, UnidentifiedImageError):
         detail = f"{kind}: the header is not valid"
     is_short_riff = kind == "webp" and int.from_bytes(data[4:8], "little") + 8 > len(data)

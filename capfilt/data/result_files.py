@@ -6,13 +6,12 @@ In: a JSON list of {image_id, caption} or {question_id, answer}. Out: texts by i
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from uuid import uuid4
 
 from capfilt.data.json_lists import Id, read_entries
+from capfilt.data.whole_files import whole_file
 from capfilt.errors import UsageError
 
 _BEGINNING = re.compile(rb'\s*\[\s*(\{\s*"(image_id|question_id)"|\]\s*$)')
@@ -58,13 +57,6 @@ def _read(path: Path, id_name: str, text_name: str) -> dict[Id, str]:
 
 
 def _write(path: Path, id_name: str, text_name: str, texts: Mapping[Id, str]) -> None:
-    temporary = path.with_name(f".{path.name}-{uuid4().hex}")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            json.dump([{id_name: key, text_name: text} for key, text in texts.items()], file, indent=0)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        json.dump([{id_name: key, text_name: text} for key, text in texts.items()], file, indent=0)
+        file.write("\n")

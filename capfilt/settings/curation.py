@@ -37,6 +37,10 @@ class DownloadSettings:
     """Shards downloaded at the same time, each in a supervised process of its own."""
     num_threads: int = 32
     """Connections at the same time in one shard."""
+    connections_per_host: int = 16
+    """Connections at the same time to one host, in one shard."""
+    robots_txt: bool = False
+    """Ask every site for its robots.txt, and for nothing that it forbids."""
     timeout_seconds: float = 30.0
     """Wall clock over one whole exchange, redirects included."""
     retries: int = 0
@@ -64,6 +68,8 @@ class DownloadSettings:
         require(1 <= self.jpeg_quality <= 100, "jpeg_quality", self.jpeg_quality, "1 to 100")
         require(self.num_processes >= 1, "num_processes", self.num_processes, "at least 1")
         require(self.num_threads >= 1, "num_threads", self.num_threads, "at least 1")
+        per_host = self.connections_per_host
+        require(per_host >= 1, "connections_per_host", per_host, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,14 +43,15 @@ def capfilt(*arguments: object) -> Finished:
     return Finished(done.exit_code, done.stdout, done.stderr)
 
 
-def capfilt_process(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+def capfilt_process(*arguments: object, in_group_of_its_own: bool = False, **environment: str) -> subprocess.Popen[str]:
     """One command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "capfilt.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "capfilt", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
+        start_new_session=in_group_of_its_own,
     )
 
 

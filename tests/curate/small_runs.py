@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,13 +51,25 @@ def save_models(root: Path) -> Models:
     return Models(root)
 
 
-def make_run(path: Path, *, num_shards: int = 2, num_samples: int = 7, broken: Sequence[int] = ()) -> RunDir:
-    """A run with committed shards; the pictures numbered in `broken` cannot be decoded."""
+def make_run(
+    path: Path,
+    *,
+    num_shards: int = 2,
+    num_samples: int = 7,
+    broken: Sequence[int] = (),
+    num_pictures: int | None = None,
+) -> RunDir:
+    """A run with committed shards; the pictures numbered in `broken` cannot be decoded.
+
+    Every sample has a picture of its own, or, for large runs, one of `num_pictures`.
+    """
     run = RunDir.create(path)
     for number in range(num_shards):
         first = number * num_samples
         numbers = range(first, first + num_samples)
-        _commit_shard(run, f"{number:05d}", numbers, set(broken), num_shards * num_samples, num_shards)
+        pictures = {n: encode_picture(n % num_pictures if num_pictures else n) for n in numbers}
+        images = {f"{n:09d}": picture[: 200 if n in broken else None] for n, picture in pictures.items()}
+        _commit_shard(run, f"{number:05d}", images, num_shards * num_samples, num_shards)
     return run
 
 
@@ -71,14 +84,15 @@ def read_all(run: RunDir) -> dict[str, dict[str, pa.Table]]:
     return {stage: read_stage(run, stage) for stage in stages if run.committed(stage)}
 
 
+@lru_cache(maxsize=1000)
 def encode_picture(seed: int) -> bytes:
+    """A small PNG."""
     buffer = io.BytesIO()
     factories.draw_picture(seed).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _commit_shard(run: RunDir, shard: str, numbers: range, broken: set[int], source_rows: int, num_shards: int) -> None:
-    images = {f"{n:09d}": encode_picture(n)[: 200 if n in broken else None] for n in numbers}
+def _commit_shard(run: RunDir, shard: str, images: dict[str, bytes], source_rows: int, num_shards: int) -> None:
     captions = {key: WEB_CAPTIONS[int(key) % len(WEB_CAPTIONS)] for key in images}
     members = []
     for key, image in images.items():

@@ -12,12 +12,10 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +24,9 @@ import pytest
 from PIL import Image
 
 from capfilt.curate import supervision
-from capfilt.curate.download import DownloadSummary, download, download_fields
+from capfilt.curate.download import download, download_fields
 from capfilt.curate.supervision import Attempts
-from capfilt.data.commit import read_commit_record, read_quarantine, read_table
+from capfilt.data.commit import read_commit_record, read_quarantine
 from capfilt.data.rundir import RunDir
 from capfilt.data.shards import read_samples
 from capfilt.errors import CapfiltError, FingerprintMismatchError, RunLockedError, UsageError
@@ -36,6 +34,7 @@ from capfilt.settings import DownloadSettings
 from capfilt.world.scenes import render
 from capfilt.world.site import SiteSettings, Truth, WorldSite
 from capfilt.world.web_servers import BEHAVIOURS
+from tests.curate.downloads import Download, command_of, rows_of, wait_for, workers_of
 
 SETTINGS = DownloadSettings(
     allow_private_addresses=True, samples_per_shard=50, num_processes=1, num_threads=8, timeout_seconds=3.0
@@ -44,53 +43,6 @@ ALL_BEHAVIOURS = SiteSettings(
     num_urls=120, behaviour_shares={**dict.fromkeys(BEHAVIOURS, 1 / 30), "hang": 1 / 120, "drip": 1 / 120}
 )
 SLOW = SiteSettings(num_urls=40, behaviour_shares={"hang": 0.1})
-
-
-def _rows(run: RunDir) -> list[dict[str, Any]]:
-    return [row for name in run.shard_names() for row in read_table(run.stage_file("shards", name)).to_pylist()]
-
-
-def _wait_for(condition: Callable[[], Any], seconds: float = 200.0) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if result := condition():
-            return result
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
-
-
-def _children_of(pid: int) -> list[int]:
-    lists = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-    return [int(child) for child in " ".join(lists).split() if b"capfilt.curate.worker" in _command(int(child))]
-
-
-def _workers_of(pid: int) -> list[int]:
-    """Process ids of the download workers of `pid`: its nurseries' children."""
-    return [worker for nursery in _children_of(pid) for worker in _children_of(nursery)]
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-class _Download(threading.Thread):
-    """A download that runs beside the test which kills its workers."""
-
-    def __init__(self, table: Path, run: RunDir, settings: DownloadSettings) -> None:
-        super().__init__(daemon=True)
-        self._arguments = (str(table), run, settings)
-        self.summary: DownloadSummary | None = None
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.summary = download(*self._arguments)
-        except BaseException as error:
-            self.error = error
 
 
 # --- one download of everything -----------------------------------------------------------------------------
@@ -116,7 +68,7 @@ class _Done:
             pq.write_table(pa.table(columns), self.table)
             self.run = RunDir.create(folder / "run")
             self.summary = download(str(self.table), self.run, SETTINGS)
-        self.rows = _rows(self.run)
+        self.rows = rows_of(self.run)
 
 
 @pytest.fixture(scope="module")
@@ -267,16 +219,16 @@ def test_killed_and_stopped_workers_are_replaced(
     monkeypatch.setattr(supervision, "SILENCE_SECONDS", 4.0)
     table, truth = slow
     run = RunDir.create(tmp_path / "run")
-    work = _Download(table, run, replace(SETTINGS, num_shards=2, image_size_px=60, num_processes=2))
-    _wait_for(lambda: len(list(run.path.glob(".staging/*/*/current"))) == 2)
-    killed, stopped = _workers_of(os.getpid())
+    work = Download(table, run, replace(SETTINGS, num_shards=2, image_size_px=60, num_processes=2))
+    wait_for(lambda: len(list(run.path.glob(".staging/*/*/current"))) == 2)
+    killed, stopped = workers_of(os.getpid())
     os.kill(killed, signal.SIGKILL)
     os.kill(stopped, signal.SIGSTOP)
     work.join(timeout=200)
     assert work.error is None
-    assert not _command(stopped)
+    assert not command_of(stopped)
     assert not list((run.path / ".staging").glob("*"))
-    found = _rows(run)
+    found = rows_of(run)
     assert [row["reason"] for row in found] == [row.reason for row in truth]
     assert [read_commit_record(run.stage_file("shards", name)).rows_in for name in run.shard_names()] == [
         20,
@@ -291,10 +243,10 @@ def test_killed_and_stopped_workers_are_replaced(
 
 def test_shard_that_kills_every_worker_fails(slow: tuple[Path, list[Truth]], tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run")
-    work = _Download(slow[0], run, SETTINGS)
+    work = Download(slow[0], run, SETTINGS)
     for attempt in range(2):
-        _wait_for(lambda attempt=attempt: list(run.path.glob(f".staging/*/*-{attempt}/current")))
-        os.kill(_workers_of(os.getpid())[0], signal.SIGKILL)
+        wait_for(lambda attempt=attempt: list(run.path.glob(f".staging/*/*-{attempt}/current")))
+        os.kill(workers_of(os.getpid())[0], signal.SIGKILL)
     work.join(timeout=200)
     assert isinstance(work.error, CapfiltError)
     assert work.error.exit_code == 1
@@ -328,7 +280,7 @@ def test_picture_that_kills_its_decoder_costs_its_row_only(tmp_path: Path, monke
         run = RunDir.create(tmp_path / "run")
         summary = download(str(tmp_path / "t.txt"), run, replace(SETTINGS, num_threads=1))
         server.shutdown()
-    assert [row["reason"] for row in _rows(run)] == [None, "worker_failed", None]
+    assert [row["reason"] for row in rows_of(run)] == [None, "worker_failed", None]
     assert summary.num_succeeded == 2
 
 
@@ -364,8 +316,8 @@ def test_no_orphan_outlives_the_parent(slow: tuple[Path, list[Truth]], tmp_path:
     )
     try:
         run_path = tmp_path / "run"
-        _wait_for(lambda: list(run_path.glob(".staging/*/*/current")))
-        workers = _workers_of(parent.pid)
+        wait_for(lambda: list(run_path.glob(".staging/*/*/current")))
+        workers = workers_of(parent.pid)
         assert len(workers) == 2
         os.kill(workers[0], signal.SIGSTOP)  # not even a stopped one may stay
         with pytest.raises(RunLockedError, match=str(parent.pid)):
@@ -373,11 +325,11 @@ def test_no_orphan_outlives_the_parent(slow: tuple[Path, list[Truth]], tmp_path:
     finally:
         parent.send_signal(ending)
         assert parent.wait(timeout=20) != 0
-    _wait_for(lambda: not any(_command(pid) for pid in workers), seconds=5)
+    wait_for(lambda: not any(command_of(pid) for pid in workers), seconds=5)
     if ending == signal.SIGKILL:
         run = RunDir.open(run_path)
         download(str(table), run, DownloadSettings(**settings))
-        assert [row["reason"] for row in _rows(run)] == [row.reason for row in truth]
+        assert [row["reason"] for row in rows_of(run)] == [row.reason for row in truth]
         assert not list((run_path / ".staging").glob("*"))
 
 

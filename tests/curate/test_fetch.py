@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -56,19 +58,21 @@ def test_address_is_encoded_and_request_is_polite(server: HostileServer) -> None
     assert "Referer" not in request
 
 
-def test_retries_only_what_may_pass() -> None:
-    calls: list[str] = []
-
-    def second_time_lucky(connection: socket.socket, request: str) -> None:
-        calls.append(request)
-        plain(b"picture" if len(calls) == 2 else b"", "200 OK" if len(calls) == 2 else "503 Busy")(connection, request)
-
-    with HostileServer({"/flaky": second_time_lucky, "/gone": plain(b"", "410 Gone")}) as server:
-        fetcher = Fetcher(replace(SETTINGS, retries=2))
-        assert fetcher.fetch(server.url("/flaky")) == b"picture"
-        with pytest.raises(FetchError, match="gone"):
-            fetcher.fetch(server.url("/gone"))
-        assert len(server.requests) == 3
+@pytest.mark.parametrize(
+    ("status", "header", "seconds"),
+    [
+        ("429 Busy", "Retry-After: 7", (7, 7)), ("503 Busy", "Retry-After: 120", (120, 120)),
+        ("429 Busy", "X: y", (0, 0)), ("429 Busy", "Retry-After: soon", (0, 0)),
+        ("429 Busy", "Retry-After: Wed, 21 Oct 2015 07:28:00 GMT", (0, 0)),
+        ("503 Busy", f"Retry-After: {format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True)}", (200, 300)),
+        ("500 Oops", "Retry-After: 7", None), ("404 No", "Retry-After: 7", None),
+    ],
+)  # fmt: skip
+def test_how_long_a_server_wants_to_be_left_alone(status: str, header: str, seconds: tuple[int, int] | None) -> None:
+    with HostileServer({"/": plain(b"", status, header)}) as server, pytest.raises(FetchError) as caught:
+        Fetcher(SETTINGS).fetch(server.url("/"))
+    found = caught.value.retry_after_seconds
+    assert found is None if seconds is None else seconds[0] <= (found or 0.0) <= seconds[1]
 
 
 def test_refused_connection_and_unknown_name() -> None:

@@ -152,7 +152,7 @@ def test_bad_samples_are_quarantined_and_the_rest_goes_on(tmp_path: Path, run: R
     settings = DownloadSettings(max_pixels=60_000)
     summary = import_shards([str(tmp_path / "a.tar")], run, settings)
     assert [(s.key, s.web_caption) for s in read_samples(run, "00000")] == [
-        ("ok", "fine"),
+        ("ok", "fine "),
         ("spare", "the text is enough"),
     ]
     found = quarantined(run)

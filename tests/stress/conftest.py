@@ -15,15 +15,21 @@ import pytest
 FULL = os.environ.get("CAPFILT_STRESS", "") == "1"
 """Whether all of a row is run, not a sample."""
 
-Figure = Callable[[int, str], None]
+Figure = Callable[[int | str, str], None]
+
+_PROPERTY = "reliability"
 
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Figure:
-    """Notes what a test of a row measured; the notes travel with the test's report, from other processes too."""
+    """Notes what a test of a row measured; the notes travel with the test's report, from other processes too.
 
-    def note(row: int, text: str) -> None:
-        request.node.user_properties.append((f"row {row:02d}", text))
+    What has no row of the matrix has a name.
+    """
+
+    def note(row: int | str, text: str) -> None:
+        name = f"row {row:02d}" if isinstance(row, int) else row
+        request.node.user_properties.append((_PROPERTY, f"{name}: {text}"))
 
     return note
 
@@ -31,8 +37,8 @@ def figure(request: pytest.FixtureRequest) -> Figure:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints the figures of the tests that passed."""
     reports = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
-    figures = sorted({pair for report in reports for pair in report.user_properties if pair[0].startswith("row ")})
+    figures = sorted({text for report in reports for name, text in report.user_properties if name == _PROPERTY})
     if figures:
         terminalreporter.section("reliability, full" if FULL else "reliability, a sample")
-        for row, text in figures:
-            terminalreporter.write_line(f"{row}: {text}")
+        for text in figures:
+            terminalreporter.write_line(text)

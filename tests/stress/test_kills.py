@@ -13,7 +13,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -27,9 +26,9 @@ from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from capfilt.errors import RunLockedError
 from tests.curate.small_runs import Models, make_run, save_models
-from tests.data import conftest as small
 from tests.data.test_commit import die_at, in_child
 from tests.stress.conftest import FULL, Figure
+from tests.stress.lives import COMMITS
 
 ALL = ("captions", "clip", "itm", "manifest")
 NUM_KILLS, NUM_SHARDS, NUM_SAMPLES = (200, 20, 50) if FULL else (12, 4, 10)
@@ -86,12 +85,6 @@ def test_killed_at_random_moments(models: Models, tmp_path: Path, figure: Figure
         shutil.rmtree(path)
     figure(1, f"{num_killed} SIGKILLs in {num_runs} runs of {NUM_SHARDS} shards x {NUM_SAMPLES}: equal byte by byte, "
               "nothing left running")  # fmt: skip
-
-
-COMMITS: dict[str, Callable[..., None]] = {
-    "shards": small.commit_shard, "captions": small.commit_captions, "clip": small.commit_clip,
-    "itm": small.commit_itm, "manifest": small.commit_manifest,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", COMMITS)

@@ -6,7 +6,6 @@ connection of its processes is noted.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from capfilt.world.scenes import draw_scene, render
 from tests.stress.conftest import FULL, Figure
 
 ROOT = Path(__file__).resolve().parents[2]
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
 WATCH = """
 import os, sys
@@ -40,16 +38,13 @@ sys.addaudithook(note)
 """
 """sitecustomize.py of every Python process of a command."""
 
-ALONE = f"""
-import ctypes, fcntl, os, socket, struct, sys
-user, group = os.getuid(), os.getgid()
-if ctypes.CDLL(None, use_errno=True).unshare({CLONE_NEWUSER | CLONE_NEWNET}):
+ALONE = """
+import os, sys
+from tests.stress.namespaces import CLONE_NEWNET, enter_namespaces
+try:
+    enter_namespaces(CLONE_NEWNET)
+except OSError:
     sys.exit(77)
-for name, text in (("setgroups", "deny"), ("uid_map", f"{{user}} {{user}} 1"), ("gid_map", f"{{group}} {{group}} 1")):
-    with open(f"/proc/self/{{name}}", "w") as file:
-        file.write(text)
-with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as loopback:
-    fcntl.ioctl(loopback, 0x8914, struct.pack("16sh", b"lo", 1))  # up
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 """Runs a command with nothing but loopback; 77 where that is not permitted."""
@@ -68,7 +63,7 @@ def run_alone(folder: Path, *arguments: object) -> subprocess.CompletedProcess[s
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "sitecustomize.py").write_text(WATCH)
-    if not hasattr(ctypes.CDLL(None), "unshare") or run_alone(tmp_path, "-c", "pass").returncode:
+    if run_alone(tmp_path, "-c", "pass").returncode:
         pytest.skip("the system does not permit a network namespace of one's own")
     return tmp_path
 

@@ -15,20 +15,14 @@ from typing import Any
 
 import pytest
 
-from capfilt.data.commit import file_sha256
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from capfilt.errors import UsageError
-from tests.data import conftest as small
 from tests.stress.conftest import FULL, Figure
+from tests.stress.lives import committed_files, live
 
 WATCHED = ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir")
 WAYS = {"what is sure": (False, False), "names came early": (True, False), "all of it": (True, True)}
-COMMITS: dict[str, Callable[..., None]] = {
-    "shards": small.commit_shard, "captions": small.commit_captions, "clip": small.commit_clip,
-    "itm": small.commit_itm, "manifest": small.commit_manifest,
-}  # fmt: skip
-NUM_SHARDS = 2
 
 
 class Disk:
@@ -114,17 +108,6 @@ def watched(disk: Disk, at_moment: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def live(path: Path) -> None:
-    """Make whatever of a run is not there yet."""
-    run = RunDir.create(path)
-    with run.lock():
-        for number in range(NUM_SHARDS):
-            shard = f"{number:05d}"
-            for stage, commit in COMMITS.items():
-                if not run.stage_file(stage, shard).exists():
-                    commit(run, shard, **({"num_shards": NUM_SHARDS} if stage == "shards" else {}))
-
-
 def write_image(image: dict[str, bytes | None], path: Path) -> None:
     path.mkdir()
     for name, content in image.items():
@@ -132,11 +115,6 @@ def write_image(image: dict[str, bytes | None], path: Path) -> None:
             (path / name).mkdir()
         else:
             (path / name).write_bytes(content)
-
-
-def committed_files(path: Path) -> dict[str, str]:
-    files = [file for file in path.rglob("*") if file.is_file() and file.suffix in (".parquet", ".tar")]
-    return {str(file.relative_to(path)): file_sha256(file) for file in files}
 
 
 def test_a_loss_of_power_leaves_nothing_bad(tmp_path: Path, figure: Figure) -> None:

@@ -1,0 +1,38 @@
+"""Ctrl-C and SIGTERM: the first ends a command in order, the second ends it at once.
+
+In order: what is under way is voided, or saved by a training, and the workers end. At once: the process is gone in the
+middle of whatever it did, as after SIGKILL; the next command tidies up, and workers end with their parent.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import NoReturn
+
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
+MESSAGES = {
+    EXIT_INTERRUPTED: "Interrupted. What is done is kept; the same command goes on.",
+    EXIT_TERMINATED: "Terminated. What is done is kept; the same command goes on.",
+}
+
+
+def handle_interrupts() -> None:
+    """From now on the first signal raises KeyboardInterrupt or SystemExit(143), a further one ends the process."""
+    caught: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> NoReturn:
+        if caught:
+            # not by sys.stderr: the signal may have come while it was writing
+            os.write(2, b"\ncapfilt: Stopped at once. What is committed is kept; the same command goes on.\n")
+            os._exit(CODES[signal.Signals(number)])
+        caught.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(EXIT_TERMINATED)
+
+    for number in CODES:
+        signal.signal(number, handle)

@@ -1,0 +1,57 @@
+"""`capfilt export` and `capfilt report`: a run's pairs for other tools, and for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from capfilt.cli.console import open_progress, say_result
+from capfilt.cli.options import AsJson, Generation, Run
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file where it is there already.")]
+
+
+def export(
+    run: Run,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="File to write: .csv or .jsonl.", show_default=False)
+    ],
+    dropped: Annotated[
+        bool, typer.Option("--dropped", help="Dropped pairs too, each with its reason; without it, kept ones alone.")
+    ] = False,
+    overwrite: Overwrite = False,
+    generation: Generation = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the pairs of the manifest to a CSV or JSONL file."""
+    from capfilt.curate.export import export_pairs
+    from capfilt.data.rundir import RunDir
+
+    summary = export_pairs(
+        RunDir.open(run, generation), output, dropped=dropped, overwrite=overwrite, progress=open_progress()
+    )
+    say_result(summary, summary.line(), None, as_json=as_json)
+
+
+def report(
+    run: Run,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="File to write, of HTML.", show_default=False)
+    ],
+    num_pairs: Annotated[
+        int, typer.Option("--pairs", min=0, help="Kept and dropped pairs shown, each so many, nearest the threshold.")
+    ] = 24,
+    overwrite: Overwrite = False,
+    generation: Generation = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page: the statistics, and pairs around the threshold with their pictures."""
+    from capfilt.data.rundir import RunDir
+    from capfilt.report.page import write_report
+
+    summary = write_report(
+        RunDir.open(run, generation), output, num_pairs=num_pairs, overwrite=overwrite, progress=open_progress()
+    )
+    say_result(summary, summary.line(), None, as_json=as_json)

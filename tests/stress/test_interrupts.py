@@ -1,0 +1,145 @@
+"""Ctrl-C at any moment: once, and the command ends in two seconds and says how to go on; twice, and it ends at once.
+
+Either leaves a run that verifies, and the same command then makes what an undisturbed one makes. The signal goes to
+the whole group of processes, as a terminal sends it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from capfilt.data.commit import file_sha256
+from capfilt.data.rundir import RunDir
+from capfilt.data.verify import verify_run
+from capfilt.world.site import SiteSettings, WorldSite
+from tests.cli.conftest import capfilt, capfilt_process
+from tests.curate.downloads import rows_of
+from tests.curate.small_runs import Models, make_run, save_models
+from tests.stress.conftest import FULL, Figure
+from tests.stress.lives import committed_files
+
+NUM_MOMENTS = 12 if FULL else 2
+PAUSE_SECONDS = 0.05
+"""Between the first signal and the second."""
+LONGEST_SECONDS = {1: 2.0, 2: 0.5} if FULL else {1: 20.0, 2: 20.0}
+"""The goal; where other tests compute beside it, only that it ends."""
+NAMES = ["download", "import", "caption", "rank", "filter", "select", "train"] if FULL else ["download", "caption"]
+
+
+def trained_weights(path: Path) -> dict[str, str]:
+    """Digests of what the training at a run wrote."""
+    return {file.name: file_sha256(file) for file in model_of(path).glob("*.safetensors")}
+
+
+def model_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-model")
+
+
+RESULTS: dict[str, Callable[[Path], object]] = {
+    "download": lambda path: rows_of(RunDir.open(path)), "train": trained_weights,
+}  # fmt: skip
+
+
+class Site:
+    """What the commands work on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.models: Models = save_models(folder / "models")
+        self.runs: dict[str, Path] = {"before": make_run(folder / "run", num_shards=4, num_samples=60).path}
+        self._site = WorldSite(SiteSettings(num_urls=240, behaviour_shares={"not_found": 0.1}))
+        self._site.__enter__()
+        self.table = self._site.write_table(folder / "urls.parquet")
+        for stage, command in (("caption", "rank"), ("rank", "filter"), ("filter", "select")):
+            path = shutil.copytree(self.runs.get(stage, self.runs["before"]), folder / f"after-{stage}")
+            assert capfilt(*self.command(stage, path)).code == 0
+            self.runs[command] = path
+
+    def close(self) -> None:
+        self._site.__exit__(None, None, None)
+
+    def command(self, name: str, path: Path) -> list[object]:
+        """The command called `name`, at a run."""
+        models = self.models.root
+        return {
+            "download": ["download", self.table, path, "--samples-per-shard", 20, "--allow-private-addresses"],
+            "import": ["import", *sorted((self.runs["before"] / "shards").glob("*.tar")), path],
+            "caption": ["caption", path, "--captioner", models / "captioner", "--dtype", "float32"],
+            "rank": ["rank", path, "--clip-model", models / "clip", "--dtype", "float32"],
+            "filter": ["filter", path, "--filter-model", models / "filter", "--dtype", "float32"],
+            "select": ["select", path, "--threshold", 0.3],
+            "train": [
+                "train", "stage1", path, "--image-encoder", "embedded", "--output", model_of(path),
+                "--set", "max_steps=40", "--set", "batch_size=8", "--set", "num_queries=4", "--set", "save_every_steps=10",
+            ],
+        }[name]  # fmt: skip
+
+    def prepare(self, name: str, path: Path) -> None:
+        """The run that the command finds."""
+        source = self.runs["select"] if name == "train" else self.runs.get(name, self.runs["before"])
+        if name not in ("download", "import"):
+            shutil.copytree(source, path)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    opened = Site(tmp_path_factory.mktemp("site"))
+    yield opened
+    opened.close()
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    _, said = process.communicate(timeout=300)
+    return said
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupted(site: Site, tmp_path: Path, name: str, times: int, figure: Figure) -> None:
+    rng = random.Random(f"{name}{times}")
+    result = RESULTS.get(name, committed_files)
+    undisturbed = tmp_path / "undisturbed"
+    site.prepare(name, undisturbed)
+    began = time.monotonic()
+    process = capfilt_process(*site.command(name, undisturbed))
+    said = finish(process)
+    assert process.returncode == 0, said
+    whole, expected = time.monotonic() - began, result(undisturbed)
+    seconds, codes = [0.0], Counter[int]()
+    for moment in range(NUM_MOMENTS):
+        path = tmp_path / f"run{moment}"
+        site.prepare(name, path)
+        process = capfilt_process(*site.command(name, path), in_group_of_its_own=True)
+        time.sleep(rng.uniform(0.2, whole))
+        for number in range(times):
+            sent = time.monotonic()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+            if number < times - 1:
+                time.sleep(PAUSE_SECONDS)
+        said = finish(process)
+        codes[process.returncode] += 1
+        assert process.returncode in (0, 130), said
+        if process.returncode == 130:
+            seconds.append(time.monotonic() - sent)
+            assert "the same command goes on" in said
+            assert "Traceback" not in said
+        if (path / "run.json").exists():
+            assert verify_run(RunDir.open(path), deep=True).findings == []
+        again = capfilt_process(*site.command(name, path))
+        said = finish(again)
+        assert again.returncode == 0, said
+        assert result(path) == expected
+    assert codes[130]
+    figure("signals", f"{name}, Ctrl-C {'once' if times == 1 else 'twice'}, {codes[130]} times: over in {max(seconds):.2f} s "
+                      "at most, the runs verified, the same command went on")  # fmt: skip
+    assert max(seconds) <= LONGEST_SECONDS[times]
