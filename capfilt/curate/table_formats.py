@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from capfilt.curate.marked_utf8 import MarkedUtf8, unmark
 from capfilt.data.bounded_parquet import BoundedParquet
 from capfilt.data.texts import first_line
 from capfilt.errors import UsageError
@@ -91,7 +92,7 @@ class Delimited(TableFormat):
         bad: list[str] = []
         columns = [*texts, *extra]
         try:
-            yield from self._open(file, columns, bad)
+            yield from map(unmark, self._open(file, columns, bad))
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(str(file), "CSV" if self._delimiter == "," else "TSV", error) from None
         for start in range(0, len(bad), BATCH_ROWS):
@@ -111,7 +112,7 @@ class Delimited(TableFormat):
                 strings_can_be_null=False,
             )
         return pa_csv.open_csv(
-            file,
+            pa.PythonFile(MarkedUtf8(file), mode="r"),
             read_options=pa_csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),
             parse_options=pa_csv.ParseOptions(
                 delimiter=self._delimiter, newlines_in_values=True, invalid_row_handler=skip

@@ -5,7 +5,7 @@ at any address fsspec knows (s3://, gs://, hf://, https://). Out: record batches
     url       string, null where the row has none
     caption   string, empty where the row has none
     reason    one of REASONS and `detail` a sentence, where the row itself cannot be used; else null
-    …         further columns of the table that are plain text, numbers or truth values
+    …         further columns of the table that are plain text, numbers or truth values; what is not UTF-8 is null
 No row is lost: one that cannot be parsed comes out with a reason.
 """
 
@@ -23,6 +23,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from capfilt.curate.marked_utf8 import MARK
 from capfilt.curate.table_formats import FORMATS, MIXED, TableFormat
 from capfilt.data.retries import RETRY_OF
 from capfilt.data.schemas import SCHEMAS
@@ -86,7 +87,8 @@ class UrlTable:
                 details = pc.if_else(bad, f"the column {name} is not readable text", details)
         columns = [url, pc.fill_null(caption, ""), reasons, details]
         for name, kind in self.extra.items():
-            column = _column(batch, name).cast(kind, safe=False)
+            column = _column(batch, name)
+            column = _as_text(column)[0] if pa.types.is_string(kind) else column.cast(kind, safe=False)
             if pa.types.is_floating(kind):
                 # what is not a number is nothing: JSON has no NaN, and read back it does not equal itself
                 column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
@@ -234,7 +236,9 @@ def _choose_extra(files: list[dict[str, pa.DataType]], taken: set[str]) -> tuple
         kinds = {columns.get(name) for columns in files}
         kind = kinds.pop()
         carried = None if kinds or kind is None else _carried_type(kind)
-        if name in RESERVED or name.startswith("__"):
+        if not _is_utf8(name):
+            notes.append(f"column {name!r} is left out: its name is not UTF-8")
+        elif name in RESERVED or name.startswith("__"):
             notes.append(f"column {name!r} is left out: a shard has a column of that name")
         elif carried is None:
             what = f"holds {kind}" if kind != MIXED else "holds nested or mixed values"
@@ -243,6 +247,10 @@ def _choose_extra(files: list[dict[str, pa.DataType]], taken: set[str]) -> tuple
         else:
             extra[name] = carried
     return extra, notes
+
+
+def _is_utf8(name: str) -> bool:
+    return MARK not in name and not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def _carried_type(kind: pa.DataType) -> pa.DataType | None:

@@ -3,11 +3,14 @@
 In: a file. Out: its rows. A file of a few kilobytes may stand for a terabyte: a billion rows that all point at one
 long text of a dictionary. Texts are therefore read as their dictionary and their places in it, which are as small as
 the file says, and only then spelled out, few rows at a time.
+
+What the footer says of a column's chunks is not asked for: pyarrow's Python ends the process where it is damaged there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,6 @@ import pyarrow.parquet as pq
 BATCH_BYTES = 64 << 20
 """Texts of a batch that is spelled out, but for a row that is larger by itself."""
 MAX_ROW_BYTES = 256 << 20
-MAX_CHUNK_BYTES = 2 << 30
-"""Largest column of a row group, uncompressed as the file says; pyarrow allocates it at once."""
 
 
 class OversizedError(ValueError):
@@ -28,14 +29,19 @@ class OversizedError(ValueError):
 
 
 class BoundedParquet:
-    """An open Parquet file; use it in a `with` statement. Errors of opening and reading are pyarrow's."""
+    """An open Parquet file; use it in a `with` statement.
+
+    Errors of opening and reading are pyarrow's; an OSError without a number, which is how it finds some damage, is made a
+    ValueError.
+    """
 
     def __init__(self, source: Path | pa.NativeFile, **options: Any) -> None:
         """`options` are those of `pq.ParquetFile`."""
-        with pq.ParquetFile(source, **options) as plain:
-            self.schema, self.metadata = plain.schema_arrow, plain.metadata
-        texts = [field.name for field in self.schema if _is_text(field.type)]
-        self._file = pq.ParquetFile(source, read_dictionary=texts, **options)
+        with _damage_as_value_error():
+            with pq.ParquetFile(source, **options) as plain:
+                self.schema, self.metadata = plain.schema_arrow, plain.metadata
+            texts = [field.name for field in self.schema if _is_text(field.type)]
+            self._file = pq.ParquetFile(source, read_dictionary=texts, **options)
 
     def __enter__(self) -> BoundedParquet:
         return self
@@ -44,13 +50,17 @@ class BoundedParquet:
         self._file.close()
 
     def batches(self, batch_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """All rows, of the file's own types. OversizedError for a column or a row that is larger than is read, and for
-        a nested column, whose size is not known before it is made.
+        """All rows, of the file's own types. OversizedError for a row that is larger than is read, and for a nested column,
+        whose size is not known before it is made.
         """
         names = self.schema.names if columns is None else list(columns)
         schema = pa.schema([self.schema.field(name) for name in names]).remove_metadata()
-        self._refuse_large(schema)
-        for batch in self._file.iter_batches(batch_rows, columns=names, use_threads=False):
+        _refuse_nested(schema)
+        batches = self._file.iter_batches(batch_rows, columns=names, use_threads=False)
+        while True:
+            with _damage_as_value_error():
+                if (batch := next(batches, None)) is None:
+                    return
             for piece in _pieces(batch):
                 yield _spelled_out(piece, schema)
 
@@ -67,15 +77,20 @@ class BoundedParquet:
         schema = pa.schema([self.schema.field(name) for name in names]).remove_metadata()
         return pa.Table.from_batches(batches, schema)
 
-    def _refuse_large(self, schema: pa.Schema) -> None:
-        if nested := [field.name for field in schema if pa.types.is_nested(field.type)]:
-            raise OversizedError(f"the column {nested[0]} is nested; plain values are expected")
-        for group in range(self.metadata.num_row_groups):
-            chunks = (self.metadata.row_group(group).column(number) for number in range(self.metadata.num_columns))
-            for chunk in chunks:
-                size = chunk.total_uncompressed_size
-                if chunk.path_in_schema in schema.names and not 0 <= size <= MAX_CHUNK_BYTES:
-                    raise OversizedError(f"a column has {size:,} bytes in a row group, at most {MAX_CHUNK_BYTES:,}")
+
+def _refuse_nested(schema: pa.Schema) -> None:
+    if nested := [field.name for field in schema if pa.types.is_nested(field.type)]:
+        raise OversizedError(f"the column {nested[0]} is nested; plain values are expected")
+
+
+@contextmanager
+def _damage_as_value_error() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise ValueError(str(error)) from None
+        raise
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -91,6 +106,8 @@ def _pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         if pa.types.is_dictionary(column.type) and _is_text(column.type.value_type) and len(column.dictionary):
             lengths = pc.fill_null(pc.binary_length(column.dictionary), 0).to_numpy(zero_copy_only=False)
             places = pc.fill_null(column.indices, -1).to_numpy(zero_copy_only=False)
+            if batch.num_rows and not -1 <= places.min() <= places.max() < len(lengths):
+                raise ValueError("a column points at texts that its dictionary does not have")
             sizes += np.where(places < 0, 0, lengths[places])
     if batch.num_rows and (largest := int(sizes.max())) > MAX_ROW_BYTES:
         raise OversizedError(f"a row has {largest:,} bytes of text, at most {MAX_ROW_BYTES:,}")

@@ -46,6 +46,7 @@ _OTHER_FORMATS = (
     b"DDS ", b"icns", b"\xff\x0a", b"\0\0\0\x0cJXL ", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"P7",
     b"SIMPLE", b"\x01\xda", b"\x76\x2f\x31\x01", b"#?RADIANCE", b"\xd7\xcd\xc6\x9a", b"FORM", b"qoif",
 )  # fmt: skip
+_SCAN_MARKER = b"\xff\xda"  # cannot stand inside a scan's data
 _ORIENTATION_TAG = 0x0112
 _BITS_PER_SAMPLE_TAG = 0x0102
 _TURNS = {
@@ -60,6 +61,12 @@ _TURNS = {
 # Pillow holds a WebP in four canvases while it decodes it and an AVIF in three; half the pixels need the same
 # memory as a whole JPEG or PNG (measured at 50 megapixels: 800 and 520 MB against 420).
 _PIXEL_SHARE = {"webp": 0.5, "avif": 0.5}
+# A JPEG may have any number of scans, each of which costs a pass over all pixels (0.7 ns a pixel): cameras and encoders
+# write at most a dozen or two. A TIFF may cut its pixels into any number of tiles, each of which costs 6 us.
+_MAX_SCANNED_PIXELS = 2_000_000_000
+_MAX_TILES = 200_000
+_TILE_TAGS = frozenset({0x0111, 0x0117, 0x0144, 0x0145})  # offsets and sizes of strips, of tiles
+_MAX_ENTRIES = 4096
 # Pictures of odd modes are converted in bands of rows, so that memory stays near the result's.
 _BAND_PIXELS = 1 << 20
 
@@ -123,12 +130,16 @@ def _open(data: bytes, max_pixels: int | None, max_aspect_ratio: float | None) -
     if kind == "webp" and (size := _webp_size(data)):
         # Pillow allocates a WebP's canvas when it opens it
         _check_size(*size, max_pixels, max_aspect_ratio)
+    if kind == "tiff":
+        _check_tiles(data)
     try:
         image = Image.open(io.BytesIO(data), formats=[kind.upper()])
         width, height = image.size
     except Exception as error:
         raise _refusal(error, kind, data) from None
     _check_size(width, height, max_pixels, max_aspect_ratio)
+    if kind == "jpeg":
+        _check_scans(image, data)
     return image, kind
 
 
@@ -170,6 +181,30 @@ def _check_size(width: int, height: int, max_pixels: int | None, max_aspect_rati
         raise ImageRefused("too_many_pixels", f"{width} x {height} pixels; at most {max_pixels:,} in all")
     if max_aspect_ratio is not None and max(width, height) > max_aspect_ratio * min(width, height):
         raise ImageRefused("bad_aspect_ratio", f"{width} x {height} pixels; at most {max_aspect_ratio:g} to 1")
+
+
+def _check_scans(image: Image.Image, data: bytes) -> None:
+    """Refuse a JPEG in so many scans that decoding it would take long."""
+    num_scans = data.count(_SCAN_MARKER)
+    if num_scans * image.width * image.height > _MAX_SCANNED_PIXELS:
+        raise ImageRefused("bad_image", f"jpeg: {num_scans:,} scans of {image.width} x {image.height} pixels")
+
+
+def _check_tiles(data: bytes) -> None:
+    """Refuse a TIFF that its first directory cuts into very many strips or tiles; Pillow lists them when it opens it."""
+    order = "<" if data[:1] == b"I" else ">"
+    is_big = data[2:4] in (b"+\0", b"\0+")
+    start, offset, counter, entry, entry_bytes = (8, "Q", "Q", "HHQ", 20) if is_big else (4, "I", "H", "HHI", 12)
+    try:
+        (place,) = struct.unpack_from(order + offset, data, start)
+        (num_entries,) = struct.unpack_from(order + counter, data, place)
+        place += struct.calcsize(order + counter)
+        for number in range(min(num_entries, _MAX_ENTRIES)):
+            tag, _, count = struct.unpack_from(order + entry, data, place + number * entry_bytes)
+            if tag in _TILE_TAGS and count > _MAX_TILES:
+                raise ImageRefused("bad_image", f"tiff: {count:,} strips or tiles; at most {_MAX_TILES:,}")
+    except (struct.error, OverflowError):
+        return  # the directory is not whole, which Pillow will say
 
 
 def _refusal(error: Exception, kind: str, data: bytes) -> ImageRefused:

@@ -211,3 +211,23 @@ def test_parts_hold_the_rows_of_their_shards(tmp_path: Path, num_shards: int | N
         assert len({sizes[number] for number in part.numbers}) == 1
         seen.update(part.numbers)
     assert seen >= missing
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_bytes_that_are_no_utf8_cost_their_rows_and_no_others(tmp_path: Path, ending: str) -> None:
+    """In a value, in a row of the wrong number of fields, in the name of a column; at the edge of a piece too."""
+    mark = "," if ending == "csv" else "\t"
+    rows = [b"url,text,n\xff\xfe", b"http://a/,good,1", b"http://b/,caf\xe9,2", b"http://c/,one,two,\xe9", b"http://d/,good,4"]
+    rows += [b"http://e/,\xf0\x9f\x99\x82" + "ü".encode() * 700_000 + b",5", b"http://f/,good,\xf0\x9f\x99"]
+    path = tmp_path / f"t.{ending}"
+    path.write_bytes(b"\n".join(rows).replace(b",", mark.encode()))
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    table = open_url_table(str(path), "url", "text", staging)
+    found = [row for batch in table.batches() for row in batch.to_pylist()]
+    assert table.num_rows == len(found) == 6
+    by_url = {row["url"]: row for row in found}
+    assert [by_url[f"http://{name}/"]["caption"] for name in "ad"] == ["good", "good"]
+    assert by_url["http://b/"]["reason"] == "bad_caption"
+    assert by_url["http://e/"]["caption"] == "🙂" + "ü" * 700_000
+    assert [row["reason"] for row in found if row["url"] is None] == ["bad_row"]

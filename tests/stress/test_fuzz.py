@@ -122,6 +122,8 @@ STAGE = sealed_bytes(pa.table({"key": ["a"], "caption_index": pa.array([0], pa.i
 COCO = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 5, "image_id": 1, "caption": "a dog"}]}
 KARPATHY = {"images": [{"imgid": 0, "filename": "a.jpg", "split": "test", "sentences": [{"raw": "a dog"}]}]}
 QUESTIONS = {"questions": [{"question_id": 1, "image_id": 2, "question": "what?"}], "data_subtype": "val2014"}
+DESCRIBED = "a model file of another kind"
+"""What it is is told whatever it is: nothing is refused."""
 PARSERS: dict[str, tuple[str, list[bytes], Callable[[Path], Any]]] = {
     "URL table, Parquet": ("t.parquet", [
         parquet_bytes(pa.table(ROWS)), parquet_bytes(pa.table(ROWS), compression="zstd", use_dictionary=False)],
@@ -142,12 +144,12 @@ PARSERS: dict[str, tuple[str, list[bytes], Callable[[Path], Any]]] = {
     "pair labels, Parquet": ("l.parquet", [parquet_bytes(pa.table({"key": ["a"], "text": ["b"], "label": [True]}))],
                              read_pair_labels),
     "labelled texts": ("l.csv", [b"image,text,label\na.jpg,b,1\n"], read_labelled_texts),
-    "texts of a language model": ("t.jsonl", [b'{"text": "a dog"}\n{"prompt": "a", "text": "b"}\n'], read_llm_texts),
-    "training record": ("training.json", [b'{"fields": {"a": 1}, "digests": {"m": "x"}, "step": 3}'],
+    "texts of a language model": ("t.jsonl", [b'{"text": "a dog"}\n{"question": "a", "text": "b"}\n'], read_llm_texts),
+    "training record": ("training.json", [b'{"fields": {"a": 1}, "sha256": {"m": "x"}, "summary": {"steps": 3}}'],
                         lambda path: read_training_record(path.parent)),
     "model configuration": ("config.json", [b'{"architectures": ["Blip"], "vision_config": {"hidden_size": 8}}'], read_json),
     "safetensors": ("m.safetensors", [save_safetensors({"a": torch.zeros(3, 2), "b": torch.ones(4)})], read_safetensors),
-    "a model file of another kind": ("m.bin", [b"\x80\x04\x95\x0c\0\0\0\0\0\0\0cos\nsystem\n.", b"PK\x03\x04" + bytes(40),
+    DESCRIBED: ("m.bin", [b"\x80\x04\x95\x0c\0\0\0\0\0\0\0cos\nsystem\n.", b"PK\x03\x04" + bytes(40),
                                      b"\x93NUMPY\x01\0v\0{'descr': '<f4'}"], describe_file),
 }  # fmt: skip
 
@@ -176,7 +178,7 @@ def test_files(tmp_path: Path, name: str, figure: Figure) -> None:
                 assert not UNSAFE.search(clean_for_terminal(line, 2000))
 
     check()
-    assert counts["refused"]
+    assert counts["refused"] or name == DESCRIBED
     figure("fuzzing", f"{name}: {counts['read']:,} read, {counts['refused']:,} refused in words, 0 other errors")
 
 

@@ -35,11 +35,12 @@ pytestmark = [
 LONGEST_SECONDS, MOST_MB = 5.0, 512
 
 DECODE_EACH = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from capfilt.data.images import ImageRefused, decode_image
 for path in sys.stdin.read().splitlines():
     reader, writer = os.pipe()
     if (pid := os.fork()) == 0:
+        signal.alarm(20)
         data = open(path, "rb").read()
         start = time.monotonic()
         try:
@@ -120,7 +121,8 @@ def odd() -> Iterator[tuple[str, bytes]]:
 def largest() -> Iterator[tuple[str, bytes]]:
     """As many pixels as are let through, in every format."""
     for kind, edge in (("jpeg", 7071), ("png", 7071), ("gif", 7071), ("bmp", 2580), ("tiff", 7071)):
-        yield f"largest {kind}", encoded(noise(edge), kind, **({"compression": "tiff_lzw"} if kind == "tiff" else {}))
+        options = {"compression": "jpeg"} if kind == "tiff" else {}
+        yield f"largest {kind}", encoded(noise(edge), kind, **options)
     yield "largest webp", encoded(noise(5000), "webp", method=0)
     yield "largest avif", encoded(noise(5000), "avif", speed=10)
     yield "largest progressive", encoded(noise(7071), "jpeg", progressive=True)
@@ -136,9 +138,13 @@ def noise(edge: int) -> Image.Image:
 def slow_to_decode() -> Iterator[tuple[str, bytes]]:
     """Small files that keep a decoder busy."""
     yield "JPEG of 50,000 scans", many_scans(7000, 50_000)
-    yield "JPEG of 100 scans", many_scans(7000, 100)
+    yield "JPEG of 30 scans", many_scans(7000, 20)
     yield "BMP by runs of one pixel", run_length_bmp(7000)
     yield "TIFF of a million tiles", tiny_tiles(1000)
+    yield "TIFF of two million tiles", tiny_tiles(1500)
+    yield "TIFF of 198,000 tiles", tiny_tiles(445)
+    yield "BigTIFF of two million tiles", big_tiny_tiles(1500, "<")
+    yield "BigTIFF of two million tiles, the other way round", big_tiny_tiles(1500, ">")
     yield "PNG of a million chunks", many_chunks(1_000_000)
     yield "PNG that unpacks to gigabytes", png_bomb()
     yield (
@@ -179,6 +185,13 @@ def tiny_tiles(edge: int) -> bytes:
 
 def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def big_tiny_tiles(edge: int, order: str) -> bytes:
+    """The head of a BigTIFF in tiles of one pixel."""
+    entries = [(256, 3, 1, edge), (257, 3, 1, edge), (324, 16, edge * edge, 200), (325, 16, edge * edge, 200)]
+    directory = struct.pack(f"{order}Q", len(entries)) + b"".join(struct.pack(f"{order}HHQQ", *entry) for entry in entries)
+    return (b"II+\0" if order == "<" else b"MM\0+") + struct.pack(f"{order}HHQ", 8, 0, 16) + directory + bytes(8)
 
 
 def many_chunks(number: int) -> bytes:
@@ -255,9 +268,10 @@ def decode_by_opencv(data: bytes) -> np.ndarray | None:
         return None
     if plain is None or whole is None:
         return None
-    if whole.ndim == 3 and whole.shape[2] == 4 and whole.dtype == np.uint8 and whole.shape[:2] == plain.shape[:2]:
-        alpha = whole[..., 3:].astype(float) / 255
-        plain = np.rint(whole[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    if whole.ndim == 3 and whole.shape[2] == 4 and whole.shape[:2] == plain.shape[:2]:
+        most = np.iinfo(whole.dtype).max
+        alpha = whole[..., 3:] / most
+        plain = np.rint(255 * (whole[..., :3] / most * alpha + 1 - alpha)).astype(np.uint8)
     return plain[..., ::-1]
 
 
@@ -273,6 +287,7 @@ def difference(data: bytes) -> float | None:
     return float(np.abs(ours - theirs).mean()) if ours.shape == theirs.shape else float("inf")
 
 
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 OTHERWISE_IN_OPENCV = ("32-bit TIFF", "float TIFF", "CMYK")
 """Of these there is no one right picture in 8 bits, or OpenCV has another rule."""
 
@@ -289,6 +304,11 @@ def test_the_pixels_are_those_of_another_decoder(figure: Figure) -> None:
         11,
         f"{len(compared)} of them as OpenCV decodes them, within {max(compared.values()):.1f} levels of 255 in the mean",
     )
+
+
+NO_ORIENTATION_IN_OPENCV = ("avif/rot", "_orientation_", "xmp_tags_orientation", "exif_imagemagick")
+OTHER_PICTURE_IN_OPENCV = ("/apng/", "Lab.tif", "lab.tif", "RGBa", "dispose_bgnd")
+"""Animations whose first frame is not taken, colours outside RGB, alpha that is multiplied in or left out."""
 
 
 @pytest.mark.skipif(
@@ -314,6 +334,8 @@ def test_the_malformed_archive(tmp_path: Path, figure: Figure) -> None:
         for path, one in outcomes.items()
         if one.outcome == "decoded" and (found := difference(path.read_bytes())) is not None
     }
-    other = {name: round(found, 1) for name, found in compared.items() if found > 8}
-    figure(11, f"{len(compared) - len(other):,} of the {len(compared):,} that OpenCV reads too are the same picture")
-    assert len(other) <= 0.05 * len(compared), other
+    known = (*NO_ORIENTATION_IN_OPENCV, *OTHER_PICTURE_IN_OPENCV)
+    comparable = {name: found for name, found in compared.items() if not any(part in name for part in known)}
+    other = {name: round(found, 1) for name, found in comparable.items() if found > 8}
+    figure(11, f"{len(comparable) - len(other):,} of the {len(comparable):,} that OpenCV reads alike are the same picture")
+    assert len(other) <= 3, other

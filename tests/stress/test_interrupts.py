@@ -28,7 +28,7 @@ from tests.curate.small_runs import Models, make_run, save_models
 from tests.stress.conftest import FULL, Figure
 from tests.stress.lives import committed_files
 
-NUM_MOMENTS = 12 if FULL else 2
+NUM_MOMENTS = 4 if FULL else 2
 PAUSE_SECONDS = 0.05
 """Between the first signal and the second."""
 LONGEST_SECONDS = {1: 2.0, 2: 0.5} if FULL else {1: 20.0, 2: 20.0}
@@ -127,9 +127,10 @@ def test_interrupted(site: Site, tmp_path: Path, name: str, times: int, figure: 
             if number < times - 1:
                 time.sleep(PAUSE_SECONDS)
         said = finish(process)
-        codes[process.returncode] += 1
-        assert process.returncode in (0, 130), said
-        if process.returncode == 130:
+        code = 130 if process.returncode == -signal.SIGINT else process.returncode  # in Python's own last moments
+        codes[code] += 1
+        assert code in (0, 130), said
+        if code == 130:
             seconds.append(time.monotonic() - sent)
             assert "the same command goes on" in said
             assert "Traceback" not in said
