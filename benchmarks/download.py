@@ -189,7 +189,8 @@ def main() -> None:
                 found[name].seconds.append(seconds)
                 found[name].peak_mib.append(peak)
                 print(
-                    f"round {number + 1}: {name:<12} {seconds:6.1f} s {options.urls / seconds:7.1f} images/s {peak:7.0f} MiB"
+                    f"round {number + 1}: {name:<12} {seconds:6.1f} s "
+                    f"{options.urls / seconds:7.1f} images/s {peak:7.0f} MiB"
                 )
     server.terminate()
     medians = {name: statistics.median(timed.seconds) for name, timed in found.items()}

@@ -31,8 +31,8 @@ class OversizedError(ValueError):
 class BoundedParquet:
     """An open Parquet file; use it in a `with` statement.
 
-    Errors of opening and reading are pyarrow's; an OSError without a number, which is how it finds some damage, is made a
-    ValueError.
+    Errors of opening and reading are pyarrow's; an OSError without a number, which is how it finds some damage, is made
+    a ValueError.
     """
 
     def __init__(self, source: Path | pa.NativeFile, **options: Any) -> None:
@@ -50,8 +50,8 @@ class BoundedParquet:
         self._file.close()
 
     def batches(self, batch_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """All rows, of the file's own types. OversizedError for a row that is larger than is read, and for a nested column,
-        whose size is not known before it is made.
+        """All rows, of the file's own types. OversizedError for a row that is larger than is read, and for a nested
+        column, whose size is not known before it is made.
         """
         names = self.schema.names if columns is None else list(columns)
         schema = pa.schema([self.schema.field(name) for name in names]).remove_metadata()

@@ -191,7 +191,7 @@ def _check_scans(image: Image.Image, data: bytes) -> None:
 
 
 def _check_tiles(data: bytes) -> None:
-    """Refuse a TIFF that its first directory cuts into very many strips or tiles; Pillow lists them when it opens it."""
+    """Refuse a TIFF that its first directory cuts into very many strips or tiles; Pillow lists them on opening."""
     order = "<" if data[:1] == b"I" else ">"
     is_big = data[2:4] in (b"+\0", b"\0+")
     start, offset, counter, entry, entry_bytes = (8, "Q", "Q", "HHQ", 20) if is_big else (4, "I", "H", "HHI", 12)

@@ -10,7 +10,7 @@ SPARE_BYTES = 64 << 20
 def require_memory() -> None:
     """Raise MemoryError where the process cannot have SPARE_BYTES more.
 
-    For those who turn failures into verdicts: without memory a decoder fails in any of its ways, and so does a connection.
+    For those who turn failures into verdicts: without memory a decoder fails in any of its ways, as does a connection.
     """
     try:
         mmap.mmap(-1, SPARE_BYTES).close()

@@ -4,7 +4,7 @@
 
 A text that begins with a sign of formulas, or with an apostrophe, gets an apostrophe in front, which spreadsheets take
 for "this is text". One with NUL, which many readers of CSV end at, gets an apostrophe and a backslash, and NUL and
-backslashes inside are written `\\0` and `\\\\`. Every other text is its own cell. Numbers are no texts and stay as they are.
+backslashes inside are written `\\0` and `\\\\`. Every other text is its own cell. Numbers stay as they are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A run as one page of HTML: the statistics, and pairs around the threshold with their pictures.
 
-In: a run with a manifest. Out: a file that opens anywhere without a network: pictures are inside it, there is no script,
-and its policy (CSP) lets the browser load nothing. Everything that came from the web, from a file or from a model is
-shown as text: cleaned as for the terminal, then escaped; addresses are no links.
+In: a run with a manifest. Out: a file that opens anywhere without a network: pictures are inside it, there is no
+script, and its policy (CSP) lets the browser load nothing. Everything that came from the web, from a file or from a
+model is shown as text: cleaned as for the terminal, then escaped; addresses are no links.
 """
 
 from __future__ import annotations

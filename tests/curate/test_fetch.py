@@ -64,7 +64,8 @@ def test_address_is_encoded_and_request_is_polite(server: HostileServer) -> None
         ("429 Busy", "Retry-After: 7", (7, 7)), ("503 Busy", "Retry-After: 120", (120, 120)),
         ("429 Busy", "X: y", (0, 0)), ("429 Busy", "Retry-After: soon", (0, 0)),
         ("429 Busy", "Retry-After: Wed, 21 Oct 2015 07:28:00 GMT", (0, 0)),
-        ("503 Busy", f"Retry-After: {format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True)}", (200, 300)),
+        ("503 Busy", f"Retry-After: {format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True)}",
+         (200, 300)),
         ("500 Oops", "Retry-After: 7", None), ("404 No", "Retry-After: 7", None),
     ],
 )  # fmt: skip

@@ -217,7 +217,13 @@ def test_parts_hold_the_rows_of_their_shards(tmp_path: Path, num_shards: int | N
 def test_bytes_that_are_no_utf8_cost_their_rows_and_no_others(tmp_path: Path, ending: str) -> None:
     """In a value, in a row of the wrong number of fields, in the name of a column; at the edge of a piece too."""
     mark = "," if ending == "csv" else "\t"
-    rows = [b"url,text,n\xff\xfe", b"http://a/,good,1", b"http://b/,caf\xe9,2", b"http://c/,one,two,\xe9", b"http://d/,good,4"]
+    rows = [
+        b"url,text,n\xff\xfe",
+        b"http://a/,good,1",
+        b"http://b/,caf\xe9,2",
+        b"http://c/,one,two,\xe9",
+        b"http://d/,good,4",
+    ]
     rows += [b"http://e/,\xf0\x9f\x99\x82" + "ü".encode() * 700_000 + b",5", b"http://f/,good,\xf0\x9f\x99"]
     path = tmp_path / f"t.{ending}"
     path.write_bytes(b"\n".join(rows).replace(b",", mark.encode()))

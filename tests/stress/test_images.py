@@ -190,7 +190,9 @@ def chunk(name: bytes, content: bytes) -> bytes:
 def big_tiny_tiles(edge: int, order: str) -> bytes:
     """The head of a BigTIFF in tiles of one pixel."""
     entries = [(256, 3, 1, edge), (257, 3, 1, edge), (324, 16, edge * edge, 200), (325, 16, edge * edge, 200)]
-    directory = struct.pack(f"{order}Q", len(entries)) + b"".join(struct.pack(f"{order}HHQQ", *entry) for entry in entries)
+    directory = struct.pack(f"{order}Q", len(entries)) + b"".join(
+        struct.pack(f"{order}HHQQ", *entry) for entry in entries
+    )
     return (b"II+\0" if order == "<" else b"MM\0+") + struct.pack(f"{order}HHQ", 8, 0, 16) + directory + bytes(8)
 
 
@@ -250,8 +252,8 @@ def test_pictures_of_every_kind(tmp_path: Path, figure: Figure) -> None:
             assert one.outcome == REFUSED[paths[path]][1] or REFUSED[paths[path]][1] is None
     decoded = sum(one.outcome == "decoded" for one in outcomes.values())
     slowest, largest_ = max(one.seconds for one in outcomes.values()), max(one.peak_mb for one in outcomes.values())
-    figure(11, f"{len(paths)} pictures made for it: {decoded} decoded, the others with a reason; at most {slowest:.1f} s "
-               f"and {largest_:.0f} MB")  # fmt: skip
+    figure(11, f"{len(paths)} pictures made for it: {decoded} decoded, the others with a reason; at most "
+               f"{slowest:.1f} s and {largest_:.0f} MB")  # fmt: skip
     check_bounds(outcomes, lambda path: paths[path])
 
 
@@ -302,7 +304,8 @@ def test_the_pixels_are_those_of_another_decoder(figure: Figure) -> None:
     assert len(compared) >= 40
     figure(
         11,
-        f"{len(compared)} of them as OpenCV decodes them, within {max(compared.values()):.1f} levels of 255 in the mean",
+        f"{len(compared)} of them as OpenCV decodes them, within {max(compared.values()):.1f} levels of 255 in "
+        "the mean",
     )
 
 
@@ -326,8 +329,8 @@ def test_the_malformed_archive(tmp_path: Path, figure: Figure) -> None:
     outcomes = decode_each(list(names))
     counts = Counter("decoded" if one.outcome == "decoded" else "refused" for one in outcomes.values())
     slowest, largest_ = max(one.seconds for one in outcomes.values()), max(one.peak_mb for one in outcomes.values())
-    figure(11, f"{len(names):,} odd and malformed files: {counts['decoded']:,} decoded, {counts['refused']:,} with a reason, "
-               f"0 exceptions; at most {slowest:.1f} s and {largest_:.0f} MB")  # fmt: skip
+    figure(11, f"{len(names):,} odd and malformed files: {counts['decoded']:,} decoded, {counts['refused']:,} with a "
+               f"reason, 0 exceptions; at most {slowest:.1f} s and {largest_:.0f} MB")  # fmt: skip
     check_bounds(outcomes, lambda path: names[path])
     compared = {
         names[path]: found
@@ -337,5 +340,7 @@ def test_the_malformed_archive(tmp_path: Path, figure: Figure) -> None:
     known = (*NO_ORIENTATION_IN_OPENCV, *OTHER_PICTURE_IN_OPENCV)
     comparable = {name: found for name, found in compared.items() if not any(part in name for part in known)}
     other = {name: round(found, 1) for name, found in comparable.items() if found > 8}
-    figure(11, f"{len(comparable) - len(other):,} of the {len(comparable):,} that OpenCV reads alike are the same picture")
+    figure(
+        11, f"{len(comparable) - len(other):,} of the {len(comparable):,} that OpenCV reads alike are the same picture"
+    )
     assert len(other) <= 3, other

@@ -58,4 +58,5 @@ def test_killed_and_restarted_at_once(tmp_path: Path, figure: Figure) -> None:
     assert num_pictures == sum(row.reason is None for row in truth)
     assert num_half_done
     figure(4, f"killed {NUM_RESTARTS} times ({num_half_done} amid shards, {num_orphans} times workers were still alive "
-              f"right after) and restarted at once: {num_pictures:,} of {num_pictures:,} pictures read, 0 corrupt")  # fmt: skip
+              f"right after) and restarted at once: {num_pictures:,} of {num_pictures:,} pictures "
+              "read, 0 corrupt")  # fmt: skip

@@ -33,21 +33,23 @@ PAYLOADS = [
     "<link rel=stylesheet href=//evil/x.css>", "<style>@import '//evil/x.css'</style>", "<base href=//evil/>",
     "<meta http-equiv=refresh content='0;url=//evil/'>", "<form action=//evil/><button>x</button></form>",
     "<object data=//evil/x.swf>", "<embed src=//evil/x>", "<video src=//evil/x onerror=alert(1)>",
-    "<math><mi xlink:href='javascript:alert(1)'>", "<svg><script>alert(1)</script></svg>", "<svg><animate onbegin=alert(1)>",
-    "<!--><script>alert(1)</script>", "<![CDATA[<script>alert(1)</script>]]>", "<noscript><p title='</noscript><img src=x>'>",
-    "&lt;script&gt;alert(1)&lt;/script&gt;", "&#60;script&#62;alert(1)", "<scr\0ipt>alert(1)</scr\0ipt>",
-    "\u003cscript\u003ealert(1)", "＜script＞alert(1)＜/script＞", "<ScRiPt\n>alert(1)</sCrIpT>", "<x contenteditable onblur=alert(1)>",
-    "<details open ontoggle=alert(1)>", "<body onload=alert(1)>", "<input onfocus=alert(1) autofocus>", "<marquee onstart=alert(1)>",
-    "<template><script>alert(1)</script></template>", "<table background=//evil/x.png>", "<div style=background:url(//evil/x)>",
-    "<img srcset='//evil/x 1x'>", "<picture><source srcset=//evil/x></picture>", "<audio src=//evil/x>", "<portal src=//evil/>",
-    "data:text/html,<script>alert(1)</script>", "]]><script>alert(1)</script>", "{{constructor.constructor('alert(1)')()}}",
-    "${alert(1)}", "<%= alert(1) %>", "\u2028<script>alert(1)</script>", "\u202e<script>", "</li></ul></body></html><script>x</script>",
-    "<plaintext>", "<textarea><script>alert(1)</script>", "`onerror=alert(1)`", "<img/src/onerror=alert(1)>",
+    "<math><mi xlink:href='javascript:alert(1)'>", "<svg><script>alert(1)</script></svg>",
+    "<svg><animate onbegin=alert(1)>", "<!--><script>alert(1)</script>", "<![CDATA[<script>alert(1)</script>]]>",
+    "<noscript><p title='</noscript><img src=x>'>", "&lt;script&gt;alert(1)&lt;/script&gt;", "&#60;script&#62;alert(1)",
+    "<scr\0ipt>alert(1)</scr\0ipt>", "\u003cscript\u003ealert(1)", "＜script＞alert(1)＜/script＞",
+    "<ScRiPt\n>alert(1)</sCrIpT>", "<x contenteditable onblur=alert(1)>", "<details open ontoggle=alert(1)>",
+    "<body onload=alert(1)>", "<input onfocus=alert(1) autofocus>", "<marquee onstart=alert(1)>",
+    "<template><script>alert(1)</script></template>", "<table background=//evil/x.png>",
+    "<div style=background:url(//evil/x)>", "<img srcset='//evil/x 1x'>", "<picture><source srcset=//evil/x></picture>",
+    "<audio src=//evil/x>", "<portal src=//evil/>", "data:text/html,<script>alert(1)</script>",
+    "]]><script>alert(1)</script>", "{{constructor.constructor('alert(1)')()}}", "${alert(1)}", "<%= alert(1) %>",
+    "\u2028<script>alert(1)</script>", "\u202e<script>", "</li></ul></body></html><script>x</script>", "<plaintext>",
+    "<textarea><script>alert(1)</script>", "`onerror=alert(1)`", "<img/src/onerror=alert(1)>",
 ]  # fmt: skip
 ALLOWED = {
-    "html": {"lang"}, "head": set(), "meta": {"charset", "http-equiv", "content", "name"}, "title": set(), "style": set(),
-    "body": set(), "h1": set(), "h2": set(), "pre": set(), "ul": set(), "li": set(), "p": set(), "bdi": set(), "small": set(),
-    "img": {"src", "alt"},
+    "html": {"lang"}, "head": set(), "meta": {"charset", "http-equiv", "content", "name"}, "title": set(),
+    "style": set(), "body": set(), "h1": set(), "h2": set(), "pre": set(), "ul": set(), "li": set(), "p": set(),
+    "bdi": set(), "small": set(), "img": {"src", "alt"},
 }  # fmt: skip
 
 
@@ -118,8 +120,8 @@ def test_pages(hostile: RunDir, tmp_path: Path, figure: Figure) -> None:
     assert not UNSAFE.search(source.replace("\n", ""))
     shown = [payload for payload in PAYLOADS if payload.isprintable()]
     assert [payload for payload in shown if payload not in page.text] == []
-    figure(16, f"{len(PAYLOADS)} payloads and {len(TRICKS)} tricks of terminals in texts, addresses and the run's name: "
-               f"{len(page.tags)} elements, no script, handler, link or address among them")  # fmt: skip
+    figure(16, f"{len(PAYLOADS)} payloads and {len(TRICKS)} tricks of terminals in texts, addresses and the run's "
+               f"name: {len(page.tags)} elements, no script, handler, link or address among them")  # fmt: skip
 
 
 def test_a_page_shows_what_is_nearest_to_the_threshold(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ from tests.stress.conftest import Figure
 
 DECOMPOSED = unicodedata.normalize("NFD", "Ein Café in Zürich, señor")
 TEXTS = [
-    DECOMPOSED, unicodedata.normalize("NFC", DECOMPOSED), "ＦＵＬＬ　ｗｉｄｔｈ", "ﬁve ligatures ①②③", "👩‍👩‍👧‍👦 family", "a\u202eb\u2066c",
-    "two\r\nlines\tand a tab", "\u00a0blanks\u2003around\u00a0", "zero\u200bwidth \ufeff", "\x1b[31mred\x07", "한국어 텍스트",
-    unicodedata.normalize("NFD", "한국어 텍스트"), "مرحبا", "a\u0301\u0301\u0301", "<b>bold &amp; brave</b>", "\ue000 private", "ſ K Å",
+    DECOMPOSED, unicodedata.normalize("NFC", DECOMPOSED), "ＦＵＬＬ　ｗｉｄｔｈ", "ﬁve ligatures ①②③",
+    "👩‍👩‍👧‍👦 family", "a\u202eb\u2066c", "two\r\nlines\tand a tab", "\u00a0blanks\u2003around\u00a0",
+    "zero\u200bwidth \ufeff", "\x1b[31mred\x07", "한국어 텍스트", unicodedata.normalize("NFD", "한국어 텍스트"),
+    "مرحبا", "a\u0301\u0301\u0301", "<b>bold &amp; brave</b>", "\ue000 private", "ſ K Å",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Row 5: the processes that download are killed, crash, run out of memory or are stopped: retried, or a failure in 30 s.
+"""Row 5: the processes that download are killed, crash, run out of memory or are stopped: retried, or failed in 30 s.
 
 Each is done once, and the shards are whole; and whenever a worker is at work, and the command fails and says why.
 """
