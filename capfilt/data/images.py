@@ -62,9 +62,11 @@ _TURNS = {
 # memory as a whole JPEG or PNG (measured at 50 megapixels: 800 and 520 MB against 420).
 _PIXEL_SHARE = {"webp": 0.5, "avif": 0.5}
 # A JPEG may have any number of scans, each of which costs a pass over all pixels (0.7 ns a pixel): cameras and encoders
-# write at most a dozen or two. A TIFF may cut its pixels into any number of tiles, each of which costs 6 us.
+# write at most a dozen or two. A TIFF may cut its pixels into any number of tiles, each of which costs 6 us, a PNG its
+# file into any number of chunks, 3 us each.
 _MAX_SCANNED_PIXELS = 2_000_000_000
 _MAX_TILES = 200_000
+_MAX_CHUNKS = 200_000
 _TILE_TAGS = frozenset({0x0111, 0x0117, 0x0144, 0x0145})  # offsets and sizes of strips, of tiles
 _MAX_ENTRIES = 4096
 # Pictures of odd modes are converted in bands of rows, so that memory stays near the result's.
@@ -132,6 +134,8 @@ def _open(data: bytes, max_pixels: int | None, max_aspect_ratio: float | None) -
         _check_size(*size, max_pixels, max_aspect_ratio)
     if kind == "tiff":
         _check_tiles(data)
+    if kind == "png":
+        _check_chunks(data)
     try:
         image = Image.open(io.BytesIO(data), formats=[kind.upper()])
         width, height = image.size
@@ -205,6 +209,16 @@ def _check_tiles(data: bytes) -> None:
                 raise ImageRefused("bad_image", f"tiff: {count:,} strips or tiles; at most {_MAX_TILES:,}")
     except (struct.error, OverflowError):
         return  # the directory is not whole, which Pillow will say
+
+
+def _check_chunks(data: bytes) -> None:
+    """Refuse a PNG in very many chunks; Pillow looks at each of them."""
+    place = 8  # behind the signature
+    for _ in range(_MAX_CHUNKS):
+        if place + 12 > len(data):
+            return
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+    raise ImageRefused("bad_image", f"png: more than {_MAX_CHUNKS:,} chunks")
 
 
 def _refusal(error: Exception, kind: str, data: bytes) -> ImageRefused:

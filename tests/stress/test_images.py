@@ -146,6 +146,7 @@ def slow_to_decode() -> Iterator[tuple[str, bytes]]:
     yield "BigTIFF of two million tiles", big_tiny_tiles(1500, "<")
     yield "BigTIFF of two million tiles, the other way round", big_tiny_tiles(1500, ">")
     yield "PNG of a million chunks", many_chunks(1_000_000)
+    yield "PNG of 199,000 chunks", many_chunks(199_000)
     yield "PNG that unpacks to gigabytes", png_bomb()
     yield (
         "GIF that says nothing",

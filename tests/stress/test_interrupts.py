@@ -142,6 +142,7 @@ def test_interrupted(site: Site, tmp_path: Path, name: str, times: int, figure: 
         assert again.returncode == 0, said
         assert result(path) == expected
     assert codes[130] + codes[-signal.SIGINT]
-    figure("signals", f"{name}, Ctrl-C {'once' if times == 1 else 'twice'}, {codes[130] + codes[-signal.SIGINT]} times: over in "
+    num = codes[130] + codes[-signal.SIGINT]
+    figure("signals", f"{name}, Ctrl-C {'once' if times == 1 else 'twice'}, {num} times: over in "
                       f"{max(seconds):.2f} s at most, the runs verified, the same command went on")  # fmt: skip
     assert max(seconds) <= LONGEST_SECONDS[times]
