@@ -64,12 +64,13 @@ def test_address_is_encoded_and_request_is_polite(server: HostileServer) -> None
         ("429 Busy", "Retry-After: 7", (7, 7)), ("503 Busy", "Retry-After: 120", (120, 120)),
         ("429 Busy", "X: y", (0, 0)), ("429 Busy", "Retry-After: soon", (0, 0)),
         ("429 Busy", "Retry-After: Wed, 21 Oct 2015 07:28:00 GMT", (0, 0)),
-        ("503 Busy", f"Retry-After: {format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True)}",
+        ("503 Busy", "Retry-After: in five minutes",
          (200, 300)),
         ("500 Oops", "Retry-After: 7", None), ("404 No", "Retry-After: 7", None),
     ],
 )  # fmt: skip
 def test_how_long_a_server_wants_to_be_left_alone(status: str, header: str, seconds: tuple[int, int] | None) -> None:
+    header = header.replace("in five minutes", format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True))
     with HostileServer({"/": plain(b"", status, header)}) as server, pytest.raises(FetchError) as caught:
         Fetcher(SETTINGS).fetch(server.url("/"))
     found = caught.value.retry_after_seconds
