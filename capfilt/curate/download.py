@@ -312,7 +312,7 @@ class _Download:
         self._workers.remove(worker)
         worker.stop()
         if worker.task is not None:
-            self._task_failed(worker.task, problem)
+            self._put_back(worker.task) if worker.ended_unborn() else self._task_failed(worker.task, problem)
         self._start_worker()
 
     def _hear(self, worker: Worker) -> None:
@@ -347,13 +347,20 @@ class _Download:
             if len(task.problems) > 1:
                 problems = "; ".join(task.problems)
                 raise CapfiltError(f"The table could not be split into shards: {problems}. Repeat the command.")
-            self._splits.append(task)
+            self._put_back(task)
             return
         task.attempts.add(problem, task.attempt_dir)
-        _remove_files(task.attempt_dir)
         if task.attempts.is_hopeless:
+            _remove_files(task.attempt_dir)
             self._failed.append(task)
         else:
+            self._put_back(task)
+
+    def _put_back(self, task: _Split | _Shard) -> None:
+        if isinstance(task, _Split):
+            self._splits.append(task)
+        else:
+            _remove_files(task.attempt_dir)
             self._ready.appendleft(task)
 
     def _show(self, shard: _Shard, done: int, ok: int) -> None:

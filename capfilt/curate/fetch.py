@@ -188,7 +188,7 @@ class Fetcher:
         seen = {target.url}
         for _ in range(self._settings.max_redirects + 1):
             if check is not None:
-                check(target, lambda robots: self._follow(robots, deadline))
+                check(target, deadline.remaining(), lambda robots: self._follow(robots, deadline))
             answer = self._hop(target, deadline)
             if isinstance(answer, bytes):
                 return answer

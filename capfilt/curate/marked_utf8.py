@@ -39,9 +39,9 @@ class MarkedUtf8(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes; none at the end."""
-        while not self._left or size < 0:
-            chunk = self._file.read(_CHUNK_BYTES)
+        """`size` bytes, fewer at the end."""
+        while size < 0 or len(self._left) < size:
+            chunk = self._file.read(max(size, _CHUNK_BYTES))
             self._left += self._decoder.decode(chunk, final=not chunk).encode("utf-8")
             if not chunk:
                 break

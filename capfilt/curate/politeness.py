@@ -3,9 +3,11 @@
 In: the rows of a shard in order, and what became of those that were asked for. Out: rows that may start now, and rows
 that are given up because their host has asked to be left alone for long. One thread uses it; the fetch is elsewhere.
 
-A host that answers 429 or 503 is left alone for as long as its `Retry-After` says, or for half a second, then twice as
-long after every further refusal. Where it asks for more than PAUSE_SECONDS, or has refused MAX_REFUSALS times on end,
-its rows fail without being asked for until that time has passed: `capfilt retry` comes back to them.
+The host is that of the row's address, wherever it redirects to. One that answers 429 or 503 is left alone for as long
+as its `Retry-After` says, or for half a second, then twice as long after every further refusal; what it says to
+requests that were under way when it refused counts as the same refusal. Where it asks for more than PAUSE_SECONDS, or
+has refused MAX_REFUSALS times on end, its rows fail without being asked for until that time has passed: `capfilt retry`
+comes back to them.
 """
 
 from __future__ import annotations
@@ -42,17 +44,20 @@ class _Host:
 
     num_open: int = 0
     num_refusals: int = 0
-    """Answers 429 or 503 since it last answered otherwise."""
+    """Refusals (429, 503) since it last answered otherwise."""
+    refused_at: float = 0.0
     paused_until: float = 0.0
     given_up_until: float = 0.0
 
-    def note(self, failure: FetchError | None, now: float) -> None:
+    def note(self, failure: FetchError | None, started: float, now: float) -> None:
         """Count what came of a request."""
         self.num_open -= 1
         if failure is None or failure.retry_after_seconds is None:
             self.num_refusals = 0
             return
-        self.num_refusals += 1
+        if started >= self.refused_at:  # else it was under way when the host refused another
+            self.num_refusals += 1
+            self.refused_at = now
         pause = max(failure.retry_after_seconds, FIRST_PAUSE_SECONDS * 2 ** (self.num_refusals - 1))
         self.paused_until = max(self.paused_until, now + min(pause, PAUSE_SECONDS))
         if pause > PAUSE_SECONDS or self.num_refusals >= MAX_REFUSALS:
@@ -97,6 +102,8 @@ class Asked:
     host_name: str
     host: _Host
     tries: int = 0
+    started: float = 0.0
+    """When it was last given out."""
     refusal: FetchError | None = None
     """Why it is not asked for."""
 
@@ -138,7 +145,7 @@ class PoliteQueue:
     def put_back(self, asked: Asked, failure: FetchError | None) -> bool:
         """Note what came of a row that was asked for; whether it is to be tried again."""
         now = time.monotonic()
-        asked.host.note(failure, now)
+        asked.host.note(failure, asked.started, now)
         asked.tries += 1
         if failure is None or failure.reason not in RETRIED_REASONS or asked.tries > self.settings.retries:
             return False
@@ -163,6 +170,7 @@ class PoliteQueue:
         if host.num_open >= self.settings.connections_per_host or host.paused_until > now:
             return None
         host.num_open += 1
+        asked.started = now
         return asked
 
     def _wait(self, asked: Asked, *, in_front: bool = False) -> None:

@@ -15,15 +15,14 @@ from urllib.robotparser import RobotFileParser
 
 from capfilt.curate.addresses import FetchError, Target
 
-RobotsCheck = Callable[[Target, Callable[[Target], bytes]], None]
+RobotsCheck = Callable[[Target, float, Callable[[Target], bytes]], None]
 """`RobotsRules.check`."""
 
 MAX_BYTES = 500 * 1024
 """What is read of a robots.txt (RFC 9309, 2.5: at least 500 kibibytes)."""
 
-_KNOWN_SECONDS = 24 * 3600.0
+_KNOWN_SECONDS, _UNREACHABLE_SECONDS = 24 * 3600.0, 600.0
 _MAX_SITES = 4096
-_WAIT_SECONDS = 60.0
 _UNREACHABLE = frozenset({"timeout", "dns_error", "connection_error", "tls_error", "server_error", "too_many_requests"})
 """Failures after which nothing of the site is asked for (RFC 9309, 2.3.1.4); after others there are no rules."""
 
@@ -36,14 +35,24 @@ class RobotsRules:
         self._known: dict[str, tuple[float, Future[RobotFileParser]]] = {}
         self._lock = threading.Lock()
 
-    def check(self, target: Target, fetch: Callable[[Target], bytes]) -> None:
-        """Raise FetchError("disallowed") where the site's robots.txt forbids `target`, or cannot be reached."""
+    def check(self, target: Target, seconds: float, fetch: Callable[[Target], bytes]) -> None:
+        """Raise FetchError("disallowed") where the site's robots.txt forbids `target`, or cannot be reached.
+
+        Another thread's answer is waited for `seconds` at most; then FetchError("timeout").
+        """
         site = replace(target, request_path="/robots.txt")
         future, is_mine = self._look_up(site.url)
         if is_mine:
-            future.set_result(_read_rules(site, fetch))
+            try:
+                rules, known_seconds = _read_rules(site, fetch)
+            except BaseException as error:  # those who wait must hear of it, and the next one asks anew
+                self._known.pop(site.url, None)
+                future.set_exception(error)
+                raise
+            self._known[site.url] = time.monotonic() + known_seconds, future
+            future.set_result(rules)
         try:
-            rules = future.result(timeout=_WAIT_SECONDS)
+            rules = future.result(timeout=seconds)
         except FutureTimeoutError:
             raise FetchError("timeout", f"no answer about {site.url}") from None
         if not rules.can_fetch(self._user_agent, target.url):
@@ -61,11 +70,14 @@ class RobotsRules:
             return self._known[site][1], True
 
 
-def _read_rules(site: Target, fetch: Callable[[Target], bytes]) -> RobotFileParser:
-    rules = RobotFileParser()
+def _read_rules(site: Target, fetch: Callable[[Target], bytes]) -> tuple[RobotFileParser, float]:
+    """The rules of a site, and for how many seconds they are taken as known."""
+    rules, known_seconds = RobotFileParser(), _KNOWN_SECONDS
     try:
         lines = fetch(site)[:MAX_BYTES].decode("utf-8", "replace").splitlines()
     except FetchError as failure:
-        lines = ["User-agent: *", "Disallow: /"] if failure.reason in _UNREACHABLE else []
+        lines = []
+        if failure.reason in _UNREACHABLE:
+            lines, known_seconds = ["User-agent: *", "Disallow: /"], _UNREACHABLE_SECONDS
     rules.parse(lines)
-    return rules
+    return rules, known_seconds

@@ -59,7 +59,7 @@ class Nursery:
 
         Raises CapfiltError when nurseries do not live.
         """
-        if self._process is None or self._process.poll() is not None or self.is_stopped():
+        if self.has_ended() or self.is_stopped():
             self._start()
         assert self._control is not None
         self._num_workers += 1
@@ -83,6 +83,14 @@ class Nursery:
             for message in map(json.loads, lines):
                 self._codes[message["pid"]] = message["code"]
         return self._codes.pop(pid, None) if pid is not None else None
+
+    def has_ended(self) -> bool:
+        """Whether there is none, or it is about to end: its socket closes before its workers lose theirs."""
+        if self._control is None:
+            return True
+        watch = select.poll()
+        watch.register(self._control, 0)  # POLLHUP is reported unasked, whatever there still is to read
+        return bool(watch.poll(0))
 
     def is_stopped(self) -> bool:
         """Whether somebody has stopped it (SIGSTOP): then it starts no worker."""
@@ -198,6 +206,10 @@ class Worker:
         if self.task is not None and now - self._advanced > self._stall:
             return f"worker process {self.pid} made no progress for {self._stall:g} s"
         return None
+
+    def ended_unborn(self) -> bool:
+        """Whether it never lived because its nursery ended: its task has not been tried."""
+        return self._ended and self.pid is None and self._nursery.has_ended()
 
     def forgive(self) -> None:
         """Count its silence from now on: nobody was listening."""

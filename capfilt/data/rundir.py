@@ -24,6 +24,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from capfilt import __version__
+from capfilt.data.whole_files import whole_file
 from capfilt.errors import RunLockedError, UsageError
 
 FORMAT_VERSION = 1
@@ -62,12 +63,8 @@ class RunDir:
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "capfilt": __version__,
             }
-            temporary = root / f".run.json-{uuid4().hex}"
-            with open(temporary, "x", encoding="utf-8") as file:
+            with whole_file(root / "run.json") as file:
                 json.dump(content, file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, root / "run.json")
             sync_directory(root)
         return cls.open(root, generation)
 

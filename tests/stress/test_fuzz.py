@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 
@@ -323,15 +323,20 @@ class _Any(dict[str, Any]):
 
 
 def test_robots(figure: Figure) -> None:
-    seeds = [b"User-agent: *\nDisallow: /a\n\nUser-agent: capfilt\nAllow: /\nCrawl-delay: 3\nSitemap: http://x/\n"]
+    seeds = [
+        b"User-agent: *\nDisallow: /a\n\nUser-agent: capfilt\nAllow: /\nCrawl-delay: 3\nSitemap: http://x/\n",
+        b"User-agent: *\nDisallow: /a\n",
+    ]
     target, num = parse_url("http://example.com/a/b.jpg", None), [0, 0]
 
     @MANY
     @given(mutated(seeds), st.text(max_size=60))
+    @example(seeds[0], "")
+    @example(seeds[1], "")
     def check(data: bytes, header: str) -> None:
         reason: str | None = None
         try:
-            RobotsRules("capfilt").check(target, lambda _: data)
+            RobotsRules("capfilt").check(target, 1.0, lambda _: data)
             num[0] += 1
         except FetchError as failure:
             reason = failure.reason

@@ -116,7 +116,10 @@ def test_every_worker(slow: tuple[Path, list[Truth]], tmp_path: Path, harm: str,
 def test_the_process_that_starts_workers(
     slow: tuple[Path, list[Truth]], tmp_path: Path, harm: str, figure: Figure
 ) -> None:
-    """Killed, its workers end with it; stopped, it is found out as soon as a worker is wanted of it."""
+    """Killed, its workers end with it; stopped, it is found out as soon as a worker is wanted of it.
+
+    The worker often ends first: then the next one is asked of a process that is ending, which is no attempt.
+    """
     run = RunDir.create(tmp_path / "run")
     work = Download(slow[0], run, SETTINGS)
     worker = wait_until_at_work(run, 2)[0]
