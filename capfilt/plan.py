@@ -14,6 +14,7 @@ from capfilt.curate.download import download_fields
 from capfilt.curate.selection import SOURCES
 from capfilt.data.commit import file_sha256, input_digest, read_commit_record
 from capfilt.data.field_changes import field_changes
+from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import RunDir
 from capfilt.pipeline import (
     download_settings,
@@ -63,7 +64,7 @@ def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -
     for section in recipe.trainings:
         open_further_runs(section, run_path)
     run = RunDir.open(run_path, generation) if (run_path / "run.json").exists() else None
-    shards = run.shard_names() if run else []
+    shards = stage_shards(run) if run else []
     if not shards and recipe.source is None:
         raise no_shards(recipe, run_path)
     if run is not None and shards and recipe.filter is None and recipe.trainings:
@@ -86,6 +87,7 @@ def _plan_shards(recipe: Recipe, run: RunDir | None, shards: list[str]) -> StepP
         return StepPlan("shards", what, _shards_text(shards))
     made_with = read_commit_record(run.stage_file("shards", shards[0])).fields
     wanted = download_fields(made_with.get("table_sha256", ""), download_settings(recipe))
+    wanted = {name: wanted.get(name) for name in dict.fromkeys([*wanted, *made_with])}
     old = {name: made_with.get(name) for name in wanted}
     if source.world_urls:
         known = read_site(run.path) or {}

@@ -118,6 +118,8 @@ def test_whole_recipe_then_again(models: Path, tmp_path: Path) -> None:
     assert refused == {"clip": f"another model than {models}/filter"}
     other_shards = recipe_with(tmp_path, models, old="samples_per_shard = 20", new="samples_per_shard = 30")
     assert plan_recipe(other_shards, run)[0].differences == "samples_per_shard 20 -> 30"
+    with_rules = recipe_with(tmp_path, models, old="[download]", new="[download]\nrobots_txt = true")
+    assert "robots_txt" in plan_recipe(with_rules, run)[0].differences
     hub_model = recipe_with(tmp_path, models, old=f"{models}/clip", new="owner/name")
     assert "owner/name (no folder here: not compared)" in plan_recipe(hub_model, run)[2].what
     more_steps = recipe_with(tmp_path, models, old="max_steps = 2", new="max_steps = 3")

@@ -1,4 +1,4 @@
-"""`capfilt download` and `capfilt import`: images and web captions into the shards of a run."""
+"""`capfilt download`, `retry` and `import`: images and web captions into the shards of a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from capfilt.cli.console import command, note, open_progress, say_result
 from capfilt.cli.options import AsJson, Run, settings_from
+from capfilt.progress import counted
 from capfilt.settings import DownloadSettings
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def retry(
     from capfilt.curate.retry import retry as try_again
 
     summary = try_again(opened, reasons or [], settings_from(DownloadSettings, locals()), open_progress())
-    following = command("run", "capfilt", run) if summary.num_new_shards else None
+    following = command("run", "RECIPE", run) if summary.num_succeeded else None
     say_result(summary, summary.line(), following, as_json=as_json)
 
 
@@ -140,5 +141,11 @@ def _end(summary: DownloadSummary | ImportSummary, run: RunDir, as_json: bool) -
 
     say_result(summary, summary.line(), None, as_json=as_json)
     require_images(run)
-    if not as_json:
-        note(f"Next: {command('run', 'capfilt', run.path)}")
+    if as_json:
+        return
+    from capfilt.curate.retry import RETRIED_BY_DEFAULT
+
+    num_passing = sum(getattr(summary, "failures", {}).get(reason, 0) for reason in RETRIED_BY_DEFAULT)
+    if num_passing:
+        note(f"{counted(num_passing, 'failure')} may pass: {command('retry', run.path)} asks again.")
+    note(f"Next: {command('run', 'capfilt', run.path)}")

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: the first ends a command in order, the second ends it at once.
 
 In order: what is under way is voided, or saved by a training, and the workers end. At once: the process is gone in the
-middle of whatever it did, as after SIGKILL; the next command tidies up, and workers end with their parent.
+middle of whatever it did, as after SIGKILL; the next command on the run tidies up, and workers end with their parent.
 """
 
 from __future__ import annotations
@@ -35,4 +35,5 @@ def handle_interrupts() -> None:
         raise SystemExit(EXIT_TERMINATED)
 
     for number in CODES:
-        signal.signal(number, handle)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what it runs in the background
+            signal.signal(number, handle)

@@ -21,6 +21,7 @@ from capfilt.curate.selection import SOURCES, RankedCaption, commit_manifest, ma
 from capfilt.curate.shard_pass import CaptionLane, ClipLane, Item, ItmLane, Lane, run_lanes
 from capfilt.curate.stage_models import MODELS, StageModels
 from capfilt.data.commit import commit_stage, input_digest, read_commit_record, read_table, stage_state
+from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
 from capfilt.data.shards import read_samples
@@ -101,7 +102,7 @@ def annotate(
     progress = progress or NullProgress()
     started = time.monotonic()
     with run.lock():
-        shards = run.shard_names()
+        shards = stage_shards(run)
         if not shards:
             raise UsageError(
                 f"No shards in {run.path}/shards. Run `capfilt download TABLE {run.path}` or "

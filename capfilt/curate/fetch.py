@@ -29,6 +29,7 @@ from email.utils import parsedate_to_datetime
 
 from capfilt import __version__
 from capfilt.curate.addresses import FetchError, IPAddress, Target, check_address, parse_redirect, parse_url
+from capfilt.curate.robots import MAX_BYTES as MAX_ROBOTS_BYTES
 from capfilt.curate.robots import RobotsCheck, RobotsRules
 from capfilt.settings import DownloadSettings
 
@@ -183,13 +184,15 @@ class Fetcher:
             return self._follow(target, deadline)
         return self._follow(target, deadline, self._robots.check)
 
-    def _follow(self, target: Target, deadline: Deadline, check: RobotsCheck | None = None) -> bytes:
-        """Body of the last of the redirects; `check` is asked before every hop."""
+    def _follow(
+        self, target: Target, deadline: Deadline, check: RobotsCheck | None = None, *, is_robots: bool = False
+    ) -> bytes:
+        """Body of the last of the redirects; `check` is asked before every hop. `is_robots`: it is a robots.txt."""
         seen = {target.url}
         for _ in range(self._settings.max_redirects + 1):
             if check is not None:
-                check(target, deadline.remaining(), lambda robots: self._follow(robots, deadline))
-            answer = self._hop(target, deadline)
+                check(target, deadline.remaining(), lambda robots: self._follow(robots, deadline, is_robots=True))
+            answer = self._hop(target, deadline, is_robots)
             if isinstance(answer, bytes):
                 return answer
             target = parse_redirect(target, answer, self._ports)
@@ -198,7 +201,7 @@ class Fetcher:
             seen.add(target.url)
         raise FetchError("too_many_redirects", f"more than {self._settings.max_redirects}")
 
-    def _hop(self, target: Target, deadline: Deadline) -> bytes | str:
+    def _hop(self, target: Target, deadline: Deadline, is_robots: bool) -> bytes | str:
         """One request. Returns the body, or where the server redirects to."""
         pinned: _PinnedSocket | None = None
         try:
@@ -207,7 +210,7 @@ class Fetcher:
             request.sock = pinned  # type: ignore[assignment]  # so that it opens none of its own
             request.request("GET", target.request_path, headers=_request_headers(target))
             response = request.getresponse()
-            return self._read_response(response, pinned.wire)
+            return self._read_response(response, pinned.wire, is_robots)
         except TimeoutError:
             raise FetchError("timeout", f"not done after {deadline.seconds:g} s") from None
         except ssl.SSLError as error:
@@ -253,9 +256,9 @@ class Fetcher:
             connection.close()
             raise
 
-    def _read_response(self, response: http.client.HTTPResponse, wire: _Wire) -> bytes | str:
+    def _read_response(self, response: http.client.HTTPResponse, wire: _Wire, is_robots: bool) -> bytes | str:
         forbidden = find_disallowed(response.headers.get_all("X-Robots-Tag") or [])
-        if forbidden is not None:
+        if forbidden is not None and response.status < 400 and not is_robots:
             raise FetchError("disallowed", f"X-Robots-Tag: {forbidden}")
         if response.status in (301, 302, 303, 307, 308):
             location = response.headers.get("Location")
@@ -267,15 +270,16 @@ class Fetcher:
             raise FetchError(_reason_of(response.status), f"status {response.status}", retry_after_seconds=wait)
         # chunked encoding may cost more than the body; a server that sends chunks of one byte ends here
         wire.bytes_left = 2 * self._settings.max_body_bytes + _MAX_HEADER_BYTES
-        body = self._read_body(response)
+        body = self._read_body(response, is_robots)
         if not body:
             raise FetchError("empty_body", f"status {response.status}, no body")
         return body
 
-    def _read_body(self, response: http.client.HTTPResponse) -> bytes:
+    def _read_body(self, response: http.client.HTTPResponse, is_robots: bool) -> bytes:
+        """The body, decompressed; of a robots.txt its beginning."""
         limit = self._settings.max_body_bytes
         expected = response.length
-        if expected is not None and expected > limit:
+        if expected is not None and expected > limit and not is_robots:
             raise FetchError("body_too_large", f"{expected} bytes announced; at most {limit}")
         inflate = _build_inflater(response.headers.get("Content-Encoding", ""))
         chunks: list[bytes] = []
@@ -286,6 +290,8 @@ class Fetcher:
                 chunk = inflate(chunk, limit + 1 - total)
             chunks.append(chunk)
             total += len(chunk)
+            if is_robots and total >= min(MAX_ROBOTS_BYTES, limit):
+                return b"".join(chunks)
             if total > limit or received > limit:
                 raise FetchError("body_too_large", f"more than {limit} bytes")
         if expected is not None and received < expected:

@@ -3,7 +3,8 @@
 In: the rows of a shard in order, and what became of those that were asked for. Out: rows that may start now, and rows
 that are given up because their host has asked to be left alone for long. One thread uses it; the fetch is elsewhere.
 
-The host is that of the row's address, wherever it redirects to. One that answers 429 or 503 is left alone for as long
+The host is that of the row's address, wherever it redirects to; every worker process knows what it met itself. A host
+that answers 429 or 503 is left alone for as long
 as its `Retry-After` says, or for half a second, then twice as long after every further refusal; what it says to
 requests that were under way when it refused counts as the same refusal. Where it asks for more than PAUSE_SECONDS, or
 has refused MAX_REFUSALS times on end, its rows fail without being asked for until that time has passed: `capfilt retry`
@@ -26,10 +27,11 @@ from capfilt.settings import DownloadSettings
 RETRIED_REASONS = frozenset({"timeout", "dns_error", "connection_error", "server_error", "too_many_requests"})
 """Failures that may pass by themselves."""
 
-PAUSE_SECONDS = 30.0
+PAUSE_SECONDS = 120.0
 """Longest pause that is waited for."""
 FIRST_PAUSE_SECONDS = 0.5
-MAX_REFUSALS = 4
+MAX_REFUSALS = 8
+"""Refusals on end after which a host is no longer waited for, after two minutes of pauses."""
 MAX_GIVEN_UP_SECONDS = 3600.0
 """Longest time for which a host's rows fail without being asked for."""
 
@@ -52,10 +54,13 @@ class _Host:
     def note(self, failure: FetchError | None, started: float, now: float) -> None:
         """Count what came of a request."""
         self.num_open -= 1
+        was_under_way = started < self.refused_at  # when the host refused another
         if failure is None or failure.retry_after_seconds is None:
-            self.num_refusals = 0
+            answered = failure is None or failure.reason not in RETRIED_REASONS
+            if answered and not was_under_way:
+                self.num_refusals = 0
             return
-        if started >= self.refused_at:  # else it was under way when the host refused another
+        if not was_under_way:
             self.num_refusals += 1
             self.refused_at = now
         pause = max(failure.retry_after_seconds, FIRST_PAUSE_SECONDS * 2 ** (self.num_refusals - 1))
@@ -93,7 +98,7 @@ class Hosts:
         return name, self._hosts.setdefault(name, _Host())
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Asked:
     """A row that may be asked for, or is given up."""
 
@@ -153,6 +158,10 @@ class PoliteQueue:
         self._num_later += 1
         heapq.heappush(self._later, (now + pause, self._num_later, asked))
         return True
+
+    def is_empty(self) -> bool:
+        """Whether no row is left that was not given out; asked where none may start."""
+        return not self._num_waiting and not self._later
 
     def seconds_to_wait(self) -> float | None:
         """How long nothing more may start unless a row comes back; None where no pause is waited for."""

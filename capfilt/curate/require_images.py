@@ -23,13 +23,13 @@ def require_images(run: RunDir) -> None:
     for shard in shards:
         reasons.update(read_quarantine(run, "shards", shard)["reason"].to_pylist())
     advice = f"`capfilt stats {run.path}` shows what failed."
-    if reasons and reasons.keys() <= PRIVATE_REASONS:
-        advice = (
-            "Private networks and other ports are opened with --allow-private-addresses, in a recipe with "
-            "allow_private_addresses = true in [download]."
-        )
+    if "table_sha256" in records[0].fields:
+        tried = " ".join(f"--reason {reason}" for reason in sorted(reasons))
+        if reasons.keys() <= PRIVATE_REASONS:
+            advice += " Private networks and other ports are opened with --allow-private-addresses."
+            tried += " --allow-private-addresses"
+        advice += f" `capfilt retry {run.path} {tried}` tries them again."
     raise CapfiltError(
         f"None of the {sum(record.rows_in for record in records):,} rows gave an image "
-        f"({shorten_counts(dict(reasons.most_common())) or 'there are none'}). {advice} "
-        f"Then take another run directory: the outcome of these rows is kept in {run.path}."
+        f"({shorten_counts(dict(reasons.most_common())) or 'there are none'}). {advice}"
     )

@@ -8,6 +8,7 @@ An interrupted attempt leaves the shards that it has committed; the same command
 
 from __future__ import annotations
 
+import glob
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -19,13 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from capfilt.curate.download import STAGE_VERSION, ShardPlan, download_shards
+from capfilt.curate.download import PORTS, PRIVATE, STAGE_VERSION, exchange_facts
+from capfilt.curate.download_loop import ShardPlan, download_shards, shard_name
 from capfilt.curate.parts import plan_shards
 from capfilt.curate.politeness import RETRIED_REASONS
 from capfilt.curate.url_table import CAPTION, URL, UrlTable, open_url_table
 from capfilt.data.commit import CommitRecord, read_commit_record, read_table
 from capfilt.data.reasons import REASON_SENTENCES, shorten_counts
-from capfilt.data.retries import RETRY, RETRY_OF, planned_shards, superseded_keys
+from capfilt.data.retries import RETRY, RETRY_OF, LastAttempts, planned_shards
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
 from capfilt.errors import CapfiltError, UsageError
@@ -33,8 +35,14 @@ from capfilt.progress import NullProgress, Progress, counted
 from capfilt.settings import DownloadSettings
 from capfilt.settings.values import did_you_mean
 
-RETRIED_BY_DEFAULT = (*sorted(RETRIED_REASONS), "worker_failed")
-"""Reasons that may pass by themselves."""
+RETRIED_BY_DEFAULT = (*sorted(RETRIED_REASONS), "worker_failed", "retried")
+"""Reasons that may pass by themselves; `retried` counts where the later shard is gone."""
+
+_SETTLED = frozenset({
+    "bad_url", "bad_row", "caption_too_long", "bad_caption", "duplicate_key", "missing_image", "several_images",
+    "bad_member", "member_too_large", "damaged_tar", "scoring_failed",
+})  # fmt: skip
+"""Reasons that asking again does not change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,22 +87,25 @@ def retry(
         if reason not in REASON_SENTENCES:
             known = ", ".join(REASON_SENTENCES)
             raise UsageError(f"There is no reason {reason!r}.{did_you_mean(reason, REASON_SENTENCES)} Known: {known}.")
+        if reason in _SETTLED:
+            raise UsageError(f"Rows that failed for {reason} fail again. {REASON_SENTENCES[reason]}")
     with run.lock(), run.new_staging() as staging:
         first = _first_record(run)
         table = _write_failed_rows(run, set(chosen), staging / "failed.parquet")
         if table is None:
             return _summary(run, chosen, [], started)
         urls = _open(table, staging)
-        made_with = _settings_of(first, settings)
+        made_with = _settings_of(run, first, settings)
         sizes = plan_shards(urls.num_rows, made_with.samples_per_shard, None)
         behind = max(int(name) for name in run.shard_names()) + 1
+        _remove_strays(run, planned=int(first.extra["num_shards"]))
         plan = ShardPlan(
             urls=urls, sizes=sizes, first=behind,
             fields={**first.fields, "stage_version": STAGE_VERSION, "table_sha256": urls.sha256, RETRY: list(chosen)},
-            extra={RETRY: ",".join(chosen)},
+            extra={RETRY: ",".join(chosen), **exchange_facts(made_with)},
         )  # fmt: skip
         download_shards(run, made_with, plan, range(behind, behind + len(sizes)), staging, progress or NullProgress())
-        return _summary(run, chosen, [f"{number:05d}" for number in range(behind, behind + len(sizes))], started)
+        return _summary(run, chosen, [shard_name(number) for number in range(behind, behind + len(sizes))], started)
 
 
 def _first_record(run: RunDir) -> CommitRecord:
@@ -115,8 +126,8 @@ def _first_record(run: RunDir) -> CommitRecord:
 
 def _write_failed_rows(run: RunDir, reasons: Collection[str], path: Path) -> Path | None:
     """A table of the rows whose last attempt failed for one of the reasons; None where there is none."""
-    superseded, writer = pa.array(sorted(superseded_keys(run)), pa.string()), None
-    for table in _failed_rows(run, reasons, superseded):
+    writer = None
+    for table in _failed_rows(run, reasons, LastAttempts(run)):
         writer = writer or pq.ParquetWriter(path, table.schema)
         writer.write_table(table.select(writer.schema.names).cast(writer.schema))
     if writer is None:
@@ -125,11 +136,10 @@ def _write_failed_rows(run: RunDir, reasons: Collection[str], path: Path) -> Pat
     return path
 
 
-def _failed_rows(run: RunDir, reasons: Collection[str], superseded: pa.Array) -> Iterator[pa.Table]:
+def _failed_rows(run: RunDir, reasons: Collection[str], last: LastAttempts) -> Iterator[pa.Table]:
     for shard in run.shard_names():
         rows = read_table(run.stage_file("shards", shard))
-        wanted = pc.is_in(rows["reason"], pa.array(sorted(reasons)))
-        rows = rows.filter(pc.and_(wanted, pc.invert(pc.is_in(rows["key"], superseded))))
+        rows = last.of(shard, rows.filter(pc.is_in(rows["reason"], pa.array(sorted(reasons)))))
         if not rows.num_rows:
             continue
         carried = [name for name in rows.column_names if name not in SCHEMAS["shards"].names]
@@ -139,18 +149,36 @@ def _failed_rows(run: RunDir, reasons: Collection[str], superseded: pa.Array) ->
 
 
 def _open(table: Path, staging: Path) -> UrlTable:
-    urls = open_url_table(str(table), URL, CAPTION, staging)
+    urls = open_url_table(glob.escape(str(table)), URL, CAPTION, staging)
     return replace(urls, extra={**urls.extra, RETRY_OF: pa.string()})
 
 
-def _settings_of(record: CommitRecord, settings: DownloadSettings) -> DownloadSettings:
-    """The settings of the run's pictures, and those given for the exchange."""
+def _remove_strays(run: RunDir, planned: int) -> None:
+    """Remove the tars that an interrupted attempt left without a commit record: no command comes back to them."""
+    committed = set(run.shard_names())
+    for tar in run.tar_path("0").parent.glob("*.tar"):
+        if tar.stem.isdecimal() and int(tar.stem) >= planned and tar.stem not in committed:
+            tar.unlink()
+
+
+def _settings_of(run: RunDir, record: CommitRecord, settings: DownloadSettings) -> DownloadSettings:
+    """The settings of the run's pictures, and those given for the exchange; its ports are the run's too.
+
+    Raises UsageError where the run had private addresses open and the settings do not.
+    """
+    if record.extra.get(PRIVATE) and not settings.allow_private_addresses:
+        raise UsageError(
+            f"{run.path} was downloaded with private addresses and all ports open, and asking again without them would "
+            "fail. Give --allow-private-addresses again."
+        )
     made_with: dict[str, Any] = {name: record.fields[name] for name in DownloadSettings.fingerprint_fields}
     made_with |= {
         "robots_txt": record.fields.get("robots_txt", False),
         "num_shards": None,
         "samples_per_shard": made_with["samples_per_shard"] or record.rows_in,
     }
+    if ports := str(record.extra.get(PORTS, "")):
+        made_with["ports"] = tuple(int(port) for port in ports.split(","))
     return replace(settings, **made_with)
 
 

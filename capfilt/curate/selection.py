@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.data.commit import commit_stage, input_digest, read_commit_record, read_table, stage_state
+from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
 from capfilt.errors import FingerprintMismatchError, UsageError
@@ -217,7 +218,7 @@ def reselect(
     """
     progress, started = progress or NullProgress(), time.monotonic()
     with run.lock():
-        shards = run.shard_names()
+        shards = stage_shards(run)
         stored = _stored_ranking(run, shards)
         present = _present_choice(run, shards)
         chosen = FilterSettings(threshold=present["threshold"] if threshold is None else threshold).threshold

@@ -124,6 +124,7 @@ class ShardDownloader:
         feather: str,
         samples_per_shard: int,
         skip: Collection[int],
+        retried: Collection[str],
         to_dir: str,
         report: Report,
     ) -> None:
@@ -132,15 +133,19 @@ class ShardDownloader:
         Args:
             samples_per_shard: rows of a full shard; sets the digits of the keys.
             skip: rows that killed their worker before and are not tried again.
+            retried: keys of rows that stand in a later shard of `capfilt retry`.
         """
         with pa.ipc.open_file(feather) as file:
             rows = file.read_all()
         key_digits = math.ceil(math.log10(samples_per_shard))
         keys = [compute_key(index, shard, key_digits, SHARD_DIGITS) for index in range(rows.num_rows)]
+        skipped = {index: FetchError("retried", "") for index, key in enumerate(keys) if key in retried}
+        killed = FetchError("worker_failed", "two worker processes ended while they decoded this picture")
+        skipped |= dict.fromkeys(skip, killed)
         attempt = Path(to_dir)
         results: list[_Row | None] = [None] * rows.num_rows
         with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=to_dir) as spool:
-            self._download_rows(rows, set(skip), spool, results, attempt / "current", report)
+            self._download_rows(rows, skipped, spool, results, attempt / "current", report)
             done = [result for result in results if result is not None]
             assert len(done) == rows.num_rows
             members = write_tar(attempt / "shard.tar", _members(rows, keys, done, spool))
@@ -150,7 +155,7 @@ class ShardDownloader:
     def _download_rows(
         self,
         rows: pa.Table,
-        skip: set[int],
+        skipped: dict[int, FetchError],
         spool: IO[bytes],
         results: list[_Row | None],
         journal: Path,
@@ -159,7 +164,7 @@ class ShardDownloader:
         """Fill `results`; encoded pictures go to `spool` as they come."""
         num_done = num_ok = 0
         with open(journal, "xb", buffering=0) as current:
-            for index, body, failure in self._bodies(rows, skip):
+            for index, body, failure in self._bodies(rows, skipped):
                 if failure is not None:
                     result = _Row(index, failure.reason, failure.detail, "failed_to_download")
                 else:
@@ -172,65 +177,64 @@ class ShardDownloader:
                 num_ok += result.reason is None
                 report(num_done, num_ok)
 
-    def _bodies(self, rows: pa.Table, skip: set[int]) -> Iterator[tuple[int, bytes, FetchError | None]]:
+    def _bodies(self, rows: pa.Table, skipped: dict[int, FetchError]) -> Iterator[tuple[int, bytes, FetchError | None]]:
         """Yield (row, body, failure) as answers come in; few bodies wait at any time.
 
         Raises MemoryError, after which this process is of no use, where that may be what a row failed for.
         """
         refused: list[tuple[int, bytes, FetchError | None]] = []
-        waiting = PoliteQueue(self._fetchable(rows, skip, refused), self._settings, self._hosts)
+        waiting = PoliteQueue(self._fetchable(rows, skipped, refused), self._settings, self._hosts)
         answers: queue.SimpleQueue[tuple[Asked, bytes, FetchError | None]] = queue.SimpleQueue()
-        in_flight, most, silence = 0, self._settings.num_threads + 4, 0.0
-        while True:
-            while in_flight < most and (asked := waiting.take()) is not None:
-                if asked.refusal is not None:
-                    yield asked.index, b"", asked.refusal
+        in_flight: set[Asked] = set()
+        most, silence = self._settings.num_threads + 4, 0.0
+        try:
+            while True:
+                while len(in_flight) < most and (asked := waiting.take()) is not None:
+                    if asked.refusal is not None:
+                        yield asked.index, b"", asked.refusal
+                        continue
+                    in_flight.add(asked)
+                    self._threads.submit(self._fetch, asked, answers)
+                while refused:
+                    yield refused.pop()
+                if not in_flight and waiting.is_empty():
+                    return
+                pause = waiting.seconds_to_wait()
+                most_seconds = _POLL_SECONDS if pause is None else min(_POLL_SECONDS, pause)
+                try:
+                    asked, body, failure = answers.get(timeout=most_seconds)
+                except queue.Empty:
+                    silence += _POLL_SECONDS if in_flight else 0.0
+                    if silence > 2 * self._settings.timeout_seconds + _GRACE_SECONDS:
+                        raise MemoryError("the threads that fetch have ended, as without memory they do") from None
                     continue
-                in_flight += 1
-                self._threads.submit(self._fetch, asked, answers)
-            while refused:
-                yield refused.pop()
-            pause = waiting.seconds_to_wait()
-            if not in_flight and pause is None:
-                return
-            try:
-                asked, body, failure = answers.get(timeout=min(_POLL_SECONDS, pause or _POLL_SECONDS))
-            except queue.Empty:
-                silence += _POLL_SECONDS if in_flight else 0.0
-                if silence > 2 * self._settings.timeout_seconds + _GRACE_SECONDS:
-                    raise MemoryError("the threads that fetch have ended, as without memory they do") from None
-                continue
-            in_flight, silence = in_flight - 1, 0.0
-            if failure is not None:
-                require_memory()
-            if not waiting.put_back(asked, failure):
-                yield asked.index, body, failure
+                in_flight.remove(asked)
+                silence = 0.0
+                if failure is not None:
+                    require_memory()
+                if not waiting.put_back(asked, failure):
+                    yield asked.index, body, failure
+        finally:
+            for asked in in_flight:  # the hosts are known from shard to shard
+                asked.host.num_open -= 1
 
     def _fetchable(
-        self, rows: pa.Table, skip: set[int], refused: list[tuple[int, bytes, FetchError | None]]
+        self, rows: pa.Table, skipped: dict[int, FetchError], refused: list[tuple[int, bytes, FetchError | None]]
     ) -> Iterator[tuple[int, str]]:
         """Yield (row, address) of rows that are to be asked for; the others go to `refused`."""
         columns = (rows[name].to_pylist() for name in (URL, CAPTION, REASON, DETAIL))
         for index, (url, caption, reason, detail) in enumerate(zip(*columns, strict=True)):
-            if (failure := self._refuse(index, url, caption, reason, detail, skip)) is not None:
+            if reason is not None:
+                failure = FetchError(reason, detail or "")
+            else:
+                failure = skipped.get(index) or self._refuse(url, caption)
+            if failure is not None:
                 refused.append((index, b"", failure))
             else:
                 yield index, url
 
-    def _refuse(
-        self,
-        index: int,
-        url: str | None,
-        caption: str,
-        reason: str | None,
-        detail: str | None,
-        skip: set[int],
-    ) -> FetchError | None:
+    def _refuse(self, url: str | None, caption: str) -> FetchError | None:
         """Why a row is not fetched at all."""
-        if reason is not None:
-            return FetchError(reason, detail or "")
-        if index in skip:
-            return FetchError("worker_failed", "two worker processes ended while they decoded this picture")
         if not url:
             return FetchError("bad_url", "the row has no address")
         num_bytes = len(caption.encode("utf-8"))

@@ -48,7 +48,9 @@ class Nursery:
     def __init__(self, settings: DownloadSettings, log_dir: Path) -> None:
         self._settings = settings
         self._log_dir = log_dir
-        self._num_workers = self._num_nurseries = 0
+        self._num_workers = 0
+        self.number = 0
+        """How many there have been."""
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._buffer = b""
@@ -59,7 +61,7 @@ class Nursery:
 
         Raises CapfiltError when nurseries do not live.
         """
-        if self.has_ended() or self.is_stopped():
+        if self.is_lost(self.number):
             self._start()
         assert self._control is not None
         self._num_workers += 1
@@ -92,13 +94,17 @@ class Nursery:
         watch.register(self._control, 0)  # POLLHUP is reported unasked, whatever there still is to read
         return bool(watch.poll(0))
 
+    def is_lost(self, number: int) -> bool:
+        """Whether the nursery of that number starts no worker any more."""
+        return number != self.number or self.has_ended() or self.is_stopped()
+
     def is_stopped(self) -> bool:
         """Whether somebody has stopped it (SIGSTOP): then it starts no worker."""
         return self._process is not None and _states(self._process.pid) == {"T"}
 
     def last_words(self) -> str:
         """What the nursery wrote last; where it cannot import something, it says so there."""
-        return _last_line(self._log_dir / f"nursery-{self._num_nurseries}.log")
+        return _last_line(self._log_dir / f"nursery-{self.number}.log")
 
     def stop(self) -> None:
         """End the nursery, and with it what is left of its workers."""
@@ -108,19 +114,19 @@ class Nursery:
             self._control.close()
 
     def _start(self) -> None:
-        if self._num_nurseries == _MAX_NURSERIES:
+        if self.number == _MAX_NURSERIES:
             raise CapfiltError(
                 f"The download's processes do not live: {self.last_words()}. Mend what that names, or install capfilt "
                 "anew, and repeat the command."
             )
         self.stop()
-        self._num_nurseries += 1
+        self.number += 1
         self._buffer = b""
         # the folder capfilt was imported from, and not the working directory, is where the worker finds it
         root = str(Path(capfilt.__file__).resolve().parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._control, theirs = socket.socketpair()
-        with theirs, open(self._log_dir / f"nursery-{self._num_nurseries}.log", "wb") as log:
+        with theirs, open(self._log_dir / f"nursery-{self.number}.log", "wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "capfilt.curate.worker", str(os.getpid())],
                 stdin=theirs.fileno(),
@@ -140,7 +146,7 @@ class Worker:
         """Process id, once it lives."""
         self._connection = connection
         self._connection.setblocking(False)
-        self._nursery = nursery
+        self._nursery, self._nursery_number = nursery, nursery.number
         self._log = log
         num_pauses = settings.retries + MAX_REFUSALS
         self._stall = settings.timeout_seconds * (settings.retries + 1) + PAUSE_SECONDS * num_pauses + STALL_SECONDS
@@ -207,9 +213,9 @@ class Worker:
             return f"worker process {self.pid} made no progress for {self._stall:g} s"
         return None
 
-    def ended_unborn(self) -> bool:
-        """Whether it never lived because its nursery ended: its task has not been tried."""
-        return self._ended and self.pid is None and self._nursery.has_ended()
+    def is_unborn(self) -> bool:
+        """Whether it never lived because its nursery does not: its task has not been tried."""
+        return self.pid is None and self._nursery.is_lost(self._nursery_number)
 
     def forgive(self) -> None:
         """Count its silence from now on: nobody was listening."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ _OTHER_FORMATS = (
     b"DDS ", b"icns", b"\xff\x0a", b"\0\0\0\x0cJXL ", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"P7",
     b"SIMPLE", b"\x01\xda", b"\x76\x2f\x31\x01", b"#?RADIANCE", b"\xd7\xcd\xc6\x9a", b"FORM", b"qoif",
 )  # fmt: skip
-_SCAN_MARKER = b"\xff\xda"  # cannot stand inside a scan's data
+# A JPEG's marker, but for those that stand alone, in a scan's data too. Its length follows, but for the end, D9.
+_SEGMENT = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")
 _ORIENTATION_TAG = 0x0112
 _BITS_PER_SAMPLE_TAG = 0x0102
 _TURNS = {
@@ -189,9 +191,21 @@ def _check_size(width: int, height: int, max_pixels: int | None, max_aspect_rati
 
 def _check_scans(image: Image.Image, data: bytes) -> None:
     """Refuse a JPEG in so many scans that decoding it would take long."""
-    num_scans = data.count(_SCAN_MARKER)
+    num_scans = _count_scans(data)
     if num_scans * image.width * image.height > _MAX_SCANNED_PIXELS:
         raise ImageRefused("bad_image", f"jpeg: {num_scans:,} scans of {image.width} x {image.height} pixels")
+
+
+def _count_scans(data: bytes) -> int:
+    """Scans up to the end of the picture; other files may stand behind it, such as a phone's film."""
+    num_scans, place = 0, 2
+    for _ in range(_MAX_CHUNKS):
+        found = _SEGMENT.search(data, place)
+        if found is None or found[1] == b"\xd9":
+            return num_scans
+        num_scans += found[1] == b"\xda"
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    raise ImageRefused("bad_image", f"jpeg: more than {_MAX_CHUNKS:,} segments")
 
 
 def _check_tiles(data: bytes) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.data.commit import read_commit_record, read_table
+from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
 from capfilt.errors import CapfiltError, UsageError
@@ -37,8 +38,12 @@ def iterate_manifest(
         raise UsageError(f"The manifest has no column {', '.join(unknown)}; it has {known}.")
     read_names = names if not kept_only or "kept" in names else [*names, "kept"]
     for run in (_opened(item) for item in run_dirs):
-        _check_complete(run)
-        for shard in run.shard_names():
+        shards, selection = _checked_shards(run)
+        for shard in shards:
+            if read_commit_record(run.read_file("manifest", shard)).fingerprint != selection:
+                raise CapfiltError(
+                    f"The pairs of {run.path} were selected anew while they were read. Repeat the command."
+                )
             table = read_table(run.read_file("manifest", shard), columns=read_names)
             if kept_only:
                 table = table.filter(pc.field("kept"))
@@ -62,8 +67,9 @@ def _opened(run: RunDir | str | Path) -> RunDir:
     return run if isinstance(run, RunDir) else RunDir.open(run)
 
 
-def _check_complete(run: RunDir) -> None:
-    shards = run.shard_names()
+def _checked_shards(run: RunDir) -> tuple[list[str], str]:
+    """The shards of a manifest that is whole and of one selection, and the fingerprint of that."""
+    shards = stage_shards(run)
     if not shards:
         raise UsageError(f"No shards in {run.path}/shards. Run `capfilt download TABLE {run.path}` first.")
     missing = sorted(set(shards) - set(run.committed("manifest")))
@@ -86,3 +92,4 @@ def _check_complete(run: RunDir) -> None:
             f"The manifest of {run.path} mixes {len(selections)} selections: one was interrupted. "
             f"Repeat it: `capfilt select {run.path} --threshold T --keep K{run.generation_option}`."
         )
+    return shards, selections.pop()

@@ -25,10 +25,10 @@ REASON_SENTENCES: dict[str, str] = {
     "not_found": "The server answered 404.",
     "gone": "The server answered 410.",
     "forbidden": "The server answered 401, 403 or 451.",
-    "too_many_requests": "The server answered 429.",
+    "too_many_requests": "The server answered 429, or asked before to be left alone.",
     "http_error": "The server answered with another status that is not a success.",
     "server_error": "The server answered 500 or above.",
-    "disallowed": "The server's X-Robots-Tag forbids this use.",
+    "disallowed": "The server's X-Robots-Tag, or its robots.txt, forbids this use.",
     "empty_body": "The server answered without a body.",
     "body_too_large": "The body is longer than allowed.",
     # the picture
@@ -51,6 +51,7 @@ REASON_SENTENCES: dict[str, str] = {
     "damaged_tar": "The tar is damaged from here on; what follows could not be read.",
     # our own work on it
     "worker_failed": "The process that worked on the row died or hung more often than it is tried again.",
+    "retried": "The shard was downloaded anew; a later shard of `capfilt retry` has what became of the row.",
     "scoring_failed": "A model could not be applied to the sample.",
 }
 """Code → what it says, for people."""

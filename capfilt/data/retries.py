@@ -1,14 +1,17 @@
 """Rows that were tried again: which attempt counts.
 
-In: a run. Out: the keys of the attempts that were repeated later. A row that is tried again stands in a shard of that
-attempt, under a key of its own; its column `retry_of` has the key that it has in the shards of the table. The last
+In: a run. Out: the rows that were not tried again, or those that were. A row that is tried again stands in a shard of
+that attempt, under a key of its own; its column `retry_of` has the key that it has in the shards of the table. The last
 attempt counts. Earlier ones stay as they are: shards are never rewritten.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from capfilt.data.commit import CommitRecord, read_commit_record, read_table
 from capfilt.data.rundir import RunDir
@@ -17,6 +20,9 @@ RETRY_OF = "retry_of"
 """Column of the shards of an attempt: the row's key in the shards of the table."""
 RETRY = "retry"
 """Entry of their commit records: the reasons whose rows were tried, with commas."""
+
+_PREFIX_LENGTH = 5
+"""Letters of a key that are those of its shard's name too."""
 
 
 def is_retry(record: CommitRecord) -> bool:
@@ -34,15 +40,44 @@ def retry_shards(run: RunDir) -> list[str]:
     return [shard for shard in run.shard_names() if is_retry(_record(run, shard))]
 
 
-def superseded_keys(run: RunDir) -> set[str]:
-    """Keys of the attempts that were repeated later."""
-    latest: dict[str, str] = {}
-    superseded: set[str] = set()
-    for shard in retry_shards(run):
-        for key, root in attempts_of(run, shard):
-            superseded.add(latest.get(root, root))
-            latest[root] = key
-    return superseded
+def stage_shards(run: RunDir) -> list[str]:
+    """Names of the committed shards that the other stages are made of: of an attempt, those that brought an image."""
+    return [shard for shard in run.shard_names() if needs_stages(_record(run, shard))]
+
+
+def needs_stages(record: CommitRecord) -> bool:
+    """Whether the other stages are made of a shard."""
+    return record.rows_kept > 0 or not is_retry(record)
+
+
+class LastAttempts:
+    """Tells a run's rows from those that were tried again later."""
+
+    def __init__(self, run: RunDir) -> None:
+        latest: dict[str, str] = {}
+        self._superseded: dict[str, list[str]] = defaultdict(list)
+        for shard in retry_shards(run):
+            for key, root in attempts_of(run, shard):
+                before = latest.get(root, root)
+                self._superseded[before[:_PREFIX_LENGTH]].append(before)
+                latest[root] = key
+
+    def of(self, shard: str, rows: pa.Table) -> pa.Table:
+        """The rows of a shard (with their `key`) that were not tried again."""
+        return rows.filter(pc.invert(self._were_repeated(shard, rows))) if self._superseded else rows
+
+    def others(self, shard: str, rows: pa.Table) -> pa.Table:
+        """The rows of a shard (with their `key`) that were tried again."""
+        return rows.filter(self._were_repeated(shard, rows))
+
+    def _were_repeated(self, shard: str, rows: pa.Table) -> pa.ChunkedArray:
+        keys = self._superseded.get(shard[:_PREFIX_LENGTH], [])
+        return pc.is_in(rows["key"], pa.array(keys, pa.string()))
+
+
+def retried_keys(run: RunDir) -> set[str]:
+    """Keys, in the shards of the table, of the rows that were tried again."""
+    return {root for shard in retry_shards(run) for _, root in attempts_of(run, shard)}
 
 
 def attempts_of(run: RunDir, shard: str) -> Iterator[tuple[str, str]]:
@@ -53,11 +88,12 @@ def attempts_of(run: RunDir, shard: str) -> Iterator[tuple[str, str]]:
 
 def superseded_reasons(run: RunDir) -> Counter[str]:
     """Reason → attempts that failed for it and were repeated later."""
-    superseded, reasons = superseded_keys(run), Counter[str]()
-    for shard in run.shard_names() if superseded else []:
-        rows = read_table(run.stage_file("shards", shard), columns=["key", "reason"])
-        pairs = zip(rows["key"].to_pylist(), rows["reason"].to_pylist(), strict=True)
-        reasons.update(reason for key, reason in pairs if key in superseded)
+    reasons = Counter[str]()
+    if retry_shards(run):
+        last = LastAttempts(run)
+        for shard in run.shard_names():
+            rows = read_table(run.stage_file("shards", shard), columns=["key", "reason"])
+            reasons.update(last.others(shard, rows)["reason"].to_pylist())
     return reasons
 
 

@@ -96,7 +96,7 @@ def read_sealed(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Ta
 def damaged(path: Path, what: str) -> CorruptionError:
     """The error for a stage's file that is not what was committed, with its stage and shard by name."""
     mend = (
-        f"restore {path.stem}.tar and {path.name} from a copy, or remove both and download or import again"
+        f"restore {path.stem}.tar and {path.name} from a copy, or remove both and repeat the command that made them"
         if path.parent.name == "shards"
         else f"remove it and repeat the command that made it: `rm {path}`"
     )

@@ -29,7 +29,7 @@ from capfilt.data.commit import (
     read_table,
 )
 from capfilt.data.reconcile import check_counts, check_rows, check_tar, count_kept
-from capfilt.data.retries import attempts_of, is_retry, planned_shards, retry_shards
+from capfilt.data.retries import attempts_of, is_retry, needs_stages, planned_shards, retry_shards
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import HUMAN
 from capfilt.errors import CapfiltError, CorruptionError
@@ -171,7 +171,7 @@ def _verify_stages(view: RunDir, shard: str, rows: pa.Table, report: Report) -> 
         is_own = path == view.stage_file(stage, shard)
         folder = view.stage_file(stage, shard).parent.name
         if not path.exists():
-            if _has_begun(view, stage):
+            if _has_begun(view, stage) and needs_stages(read_commit_record(view.stage_file("shards", shard))):
                 _add(report.unfinished, folder, shard, [f"{path.name} is not there"])
             kept_before = None
             continue

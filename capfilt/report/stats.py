@@ -8,7 +8,7 @@ they come from counts of whole numbers. Stages that have not run yet have no fig
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.data.commit import read_quarantine, read_table
-from capfilt.data.retries import superseded_keys
+from capfilt.data.retries import LastAttempts
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import SUCCESS
 from capfilt.errors import UsageError
@@ -122,28 +122,28 @@ def compute_stats(run: RunDir) -> RunStats:
     shards = run.shard_names()
     if not shards:
         raise UsageError(f"No shards in {run.path}/shards. Run `capfilt download TABLE {run.path}` first.")
-    superseded = superseded_keys(run)
+    last = LastAttempts(run)
     committed = {stage: [s for s in run.committed(stage) if s in set(shards)] for stage in STAGES}
     pairs, num_images_kept = _pair_stats(run, committed["manifest"])
     return RunStats(
         run=str(run.path),
         generation=run.generation,
         shards_by_stage={stage: len(names) for stage, names in committed.items()},
-        download=_download_stats(run, shards, superseded),
+        download=_download_stats(run, shards, last),
         diversity=_diversity_stats(run, committed["captions"]) if committed["captions"] else None,
         pairs=pairs,
         num_images_kept=num_images_kept,
-        quarantine=_quarantine_stats(run, committed, superseded),
+        quarantine=_quarantine_stats(run, committed, last),
     )
 
 
-def _download_stats(run: RunDir, shards: Iterable[str], superseded: Collection[str]) -> DownloadStats:
+def _download_stats(run: RunDir, shards: Iterable[str], last: LastAttempts) -> DownloadStats:
     stats = DownloadStats()
     status, reason, widths, heights = Counter(), Counter(), Counter(), Counter()
     edges = np.zeros(len(EDGE_BOUNDS_PX) + 1, dtype=np.int64)
     for shard in shards:
         table = read_table(run.read_file("shards", shard), columns=["key", "status", "reason", "width", "height"])
-        table = _without(table, superseded)
+        table = last.of(shard, table)
         status.update(_counts(table["status"]))
         reason.update(_counts(table["reason"]))
         images = table.filter(pc.field("status") == SUCCESS)
@@ -245,21 +245,17 @@ def _words(texts: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _quarantine_stats(
-    run: RunDir, committed: Mapping[str, Iterable[str]], superseded: Collection[str]
+    run: RunDir, committed: Mapping[str, Iterable[str]], last: LastAttempts
 ) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for stage, shards in committed.items():
         reasons: Counter[str] = Counter()
         for shard in shards:
             rows = read_quarantine(run, stage, shard)
-            reasons.update(_counts(_without(rows, superseded if stage == "shards" else set())["reason"]))
+            reasons.update(_counts((last.of(shard, rows) if stage == "shards" else rows)["reason"]))
         if reasons:
             found[stage] = _by_count(reasons)
     return found
-
-
-def _without(rows: pa.Table, keys: Collection[str]) -> pa.Table:
-    return rows.filter(pc.invert(pc.is_in(rows["key"], pa.array(sorted(keys), pa.string())))) if keys else rows
 
 
 def _counts(column: pa.ChunkedArray) -> dict:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -93,6 +95,15 @@ def test_signals_end_a_download(number: signal.Signals, code: int, moment: str, 
     assert "the same command goes on" in err
     assert "Traceback" not in err
     assert list((run / ".staging").glob("*")) == []
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As a shell has it for what it runs in the background."""
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    code += "from capfilt.cli.interrupts import handle_interrupts; handle_interrupts(); "
+    code += "signal.raise_signal(signal.SIGINT); print('goes on'); signal.raise_signal(signal.SIGTERM)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("goes on\n", 143)
 
 
 def test_a_reader_that_goes_away_is_no_error(downloaded: Path) -> None:

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from capfilt.curate import politeness
 from capfilt.curate.addresses import FetchError
 from capfilt.curate.download import download
+from capfilt.curate.fetch import Fetcher
 from capfilt.curate.politeness import Asked, Hosts, PoliteQueue
 from capfilt.data.rundir import RunDir
 from capfilt.settings import DownloadSettings
 from tests import factories
 from tests.curate.downloads import rows_of
+from tests.hostile_server import HostileServer, plain
 
 SETTINGS = DownloadSettings(
     allow_private_addresses=True, num_processes=1, num_threads=16, timeout_seconds=5.0, connections_per_host=3
@@ -78,7 +80,7 @@ def test_a_row_is_tried_again_only_where_it_may_help() -> None:
 
 def test_refusals_double_the_pause_and_then_end_it() -> None:
     hosts = Hosts()
-    queue = PoliteQueue(((n, f"http://a/{n}") for n in range(9)), SETTINGS, hosts)
+    queue = PoliteQueue(((n, f"http://a/{n}") for n in range(politeness.MAX_REFUSALS + 5)), SETTINGS, hosts)
     _, host = hosts.of("http://a/")
     pauses = []
     for _ in range(politeness.MAX_REFUSALS):
@@ -88,7 +90,7 @@ def test_refusals_double_the_pause_and_then_end_it() -> None:
         queue.put_back(asked, BUSY)
         pauses.append(host.paused_until - time.monotonic())
         host.paused_until = 0.0
-    assert [round(pause, 1) for pause in pauses] == [0.5, 1.0, 2.0, 4.0]
+    assert pauses == pytest.approx([0.5, 1, 2, 4, 8, 16, 32, 64], abs=0.4)
     refused = [queue.take() for _ in range(5)]
     assert all(one is not None and one.refusal is not None for one in refused)
     assert queue.take() is None
@@ -116,6 +118,23 @@ def test_an_answer_of_another_kind_ends_the_count() -> None:
         assert asked is not None
         queue.put_back(asked, failure)
         host.paused_until = 0.0
+    assert host.num_refusals == 1
+
+
+def test_neither_silence_nor_earlier_requests_end_the_count() -> None:
+    hosts = Hosts()
+    queue = PoliteQueue(((n, f"http://a/{n}") for n in range(9)), SETTINGS, hosts)
+    _, host = hosts.of("http://a/")
+    refused, earlier = queue.take(), queue.take()
+    assert refused is not None
+    assert earlier is not None
+    queue.put_back(refused, BUSY)
+    queue.put_back(earlier, None)
+    assert host.num_refusals == 1
+    host.paused_until = 0.0
+    later = queue.take()
+    assert later is not None
+    queue.put_back(later, FetchError("timeout", ""))
     assert host.num_refusals == 1
 
 
@@ -244,9 +263,10 @@ def test_a_host_that_asks_for_hours_is_given_up_and_others_go_on(site: Site, tmp
         ((200, "User-agent: capfilt\nDisallow: /\n\nUser-agent: *\nAllow: /\n"), ["disallowed", "disallowed"]),
         ((200, "User-agent: googlebot\nDisallow: /\n"), [None, None]),
         ((404, "Disallow: /"), [None, None]),
-        ((503, ""), ["disallowed", "disallowed"]),
+        ((200, "\ufeffUser-agent: *\nDisallow: /*0.jpg$\nDisallow: /p\nAllow: /public/\n"), [None, "disallowed"]),
+        ((500, ""), ["server_error", "server_error"]),
     ],
-    ids=["a folder", "this tool", "another robot", "no rules", "out of order"],
+    ids=["a folder", "this tool", "another robot", "no rules", "patterns, the longest counts", "out of order"],
 )
 def test_robots_txt(robots: tuple[int, str], expected: list[str | None], tmp_path: Path) -> None:
     with Site(robots=robots) as site:
@@ -255,6 +275,39 @@ def test_robots_txt(robots: tuple[int, str], expected: list[str | None], tmp_pat
         counts = Counter(path for _, path in site.asked)
     assert counts["/robots.txt"] == 1
     assert counts["/private/0.jpg"] == (expected[1] is None)
+
+
+def test_a_robots_txt_is_read_whatever_is_said_of_its_own_use() -> None:
+    """It may be kept out of indexes, and be too long to be read to its end."""
+    rules = b"User-agent: *\nDisallow: /private\n" + b"#" * 400_000
+    answers = {
+        "/robots.txt": plain(rules, "200 OK", "X-Robots-Tag: noindex, noai"), "/private/a": plain(b"picture"),
+        "/a": plain(b"picture"),
+    }  # fmt: skip
+    with HostileServer(answers) as server:
+        fetcher = Fetcher(replace(SETTINGS, robots_txt=True, max_body_bytes=100_000))
+        assert fetcher.fetch(server.url("/a")) == b"picture"
+        with pytest.raises(FetchError) as failure:
+            fetcher.fetch(server.url("/private/a"))
+    assert failure.value.reason == "disallowed"
+
+
+def test_a_busy_site_is_asked_for_its_rules_again() -> None:
+    answers = {"/robots.txt": plain(b"", "429 Busy", "Retry-After: 7"), "/a": plain(b"picture")}
+    with HostileServer(answers) as server:
+        fetcher = Fetcher(replace(SETTINGS, robots_txt=True))
+        with pytest.raises(FetchError, match=r"robots\.txt: status 429") as failure:
+            fetcher.fetch(server.url("/a"))
+        assert (failure.value.reason, failure.value.retry_after_seconds) == ("too_many_requests", 7.0)
+        answers["/robots.txt"] = plain(b"User-agent: *\nAllow: /\n")
+        assert fetcher.fetch(server.url("/a")) == b"picture"
+
+
+def test_the_status_counts_before_the_tag() -> None:
+    answers = {"/a": plain(b"", "503 Closed", "Retry-After: 60", "X-Robots-Tag: noindex, noai")}
+    with HostileServer(answers) as server, pytest.raises(FetchError) as failure:
+        Fetcher(SETTINGS).fetch(server.url("/a"))
+    assert (failure.value.reason, failure.value.retry_after_seconds) == ("server_error", 60.0)
 
 
 def test_robots_txt_is_not_asked_for_unless_wanted(tmp_path: Path) -> None:

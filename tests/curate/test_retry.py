@@ -14,11 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from capfilt.curate.annotate import annotate
 from capfilt.curate.download import download
 from capfilt.curate.import_shards import import_shards
 from capfilt.curate.retry import retry
+from capfilt.curate.selection import reselect
 from capfilt.data.commit import read_commit_record, read_table
-from capfilt.data.retries import RETRY_OF, planned_shards, retry_shards, superseded_keys
+from capfilt.data.manifest import read_manifest
+from capfilt.data.retries import RETRY_OF, LastAttempts, planned_shards, retry_shards
 from capfilt.data.rundir import RunDir
 from capfilt.data.sealed import read_sealed, sealed_bytes
 from capfilt.data.shards import read_samples
@@ -28,6 +31,7 @@ from capfilt.report.stats import compute_stats
 from capfilt.settings import DownloadSettings
 from tests import factories
 from tests.cli.conftest import capfilt
+from tests.curate.small_runs import save_models
 from tests.curate.test_import_shards import write_foreign
 
 SETTINGS = DownloadSettings(
@@ -37,11 +41,11 @@ NUM_ROWS = 20
 
 
 class Site:
-    """Rows 0, 3, 6, … are there; 1, 4, 7, … are busy until they are mended; 2, 5, 8, … are not found."""
+    """Rows 0, 3, 6, … are there; 1, 4, 7, … fail until they are mended; 2, 5, 8, … are not found."""
 
     def __init__(self) -> None:
         self.mended = 0
-        """Rows below it are no longer busy."""
+        """Rows below it no longer fail."""
         self.asked: Counter[int] = Counter()
         site, picture = self, io.BytesIO()
         factories.draw_picture(3).save(picture, "JPEG")
@@ -50,7 +54,7 @@ class Site:
             def do_GET(self) -> None:
                 number = int(self.path.strip("/"))
                 site.asked[number] += 1
-                status = {0: 200, 1: 200 if number < site.mended else 503, 2: 404}[number % 3]
+                status = {0: 200, 1: 200 if number < site.mended else 500, 2: 404}[number % 3]
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(picture.getvalue()) if status == 200 else 0))
                 self.end_headers()
@@ -137,7 +141,16 @@ def test_a_retried_row_has_the_content_of_its_row(site: Site, tmp_path: Path) ->
         assert url_of[row[RETRY_OF]] == row["url"]
         assert row["key"] not in url_of
     assert {sample.key for sample in read_samples(run, shard)} <= set(numbers_by_key(run, shard))
-    assert superseded_keys(run) == {key for key, url in url_of.items() if int(url.rpartition("/")[2]) in BUSY}
+    last = LastAttempts(run)
+    for shard in run.shard_names():
+        rows = read_table(run.stage_file("shards", shard))
+        left, others = (numbers_of(table) for table in (last.of(shard, rows), last.others(shard, rows)))
+        assert others == [n for n in numbers_of(rows) if shard in planned_shards(run) and n in BUSY]
+        assert sorted(left + others) == sorted(numbers_of(rows))
+
+
+def numbers_of(rows: pa.Table) -> list[int]:
+    return [int(url.rpartition("/")[2]) for url in rows["url"].to_pylist()]
 
 
 def numbers_by_key(run: RunDir, shard: str) -> dict[str, int]:
@@ -159,6 +172,29 @@ def test_what_was_interrupted_is_tried_by_the_same_command(site: Site, tmp_path:
     site.asked = Counter()
     assert retry(run, [], SETTINGS).num_succeeded == len(BUSY) - len(done)
     assert set(site.asked) == set(BUSY) - done
+    assert verify_run(run, deep=True).exit_code == 0
+
+
+def test_a_shard_downloaded_anew_leaves_out_what_was_retried(site: Site, tmp_path: Path) -> None:
+    """Its rows that succeed now would else be in the run twice."""
+    run, table = RunDir.create(tmp_path / "run"), site.write_table(tmp_path / "urls.parquet")
+    download(str(table), run, SETTINGS)
+    site.mended = NUM_ROWS
+    retry(run, ["server_error"], SETTINGS)
+    for path in (run.stage_file("shards", "00001"), run.tar_path("00001")):
+        path.unlink()
+    site.asked = Counter()
+    again = download(str(table), run, SETTINGS)
+    assert set(site.asked) == {n for n in range(6, 12) if n not in BUSY}
+    assert list(numbers_with(run, ["00001"]).values()) == [None, "retried", "not_found"] * 2
+    assert (again.num_succeeded, again.failures) == (NUM_ROWS - len(MISSING), {"not_found": len(MISSING)})
+    report = verify_run(run, deep=True)
+    assert (report.findings, report.unfinished) == ([], [])
+
+    for shard in retry_shards(run):  # and where those are lost, they are tried again
+        for path in (run.stage_file("shards", shard), run.tar_path(shard)):
+            path.unlink()
+    assert retry(run, [], SETTINGS).num_succeeded == len(BUSY)
     assert verify_run(run, deep=True).exit_code == 0
 
 
@@ -187,9 +223,55 @@ def test_settings_of_the_pictures_are_the_runs(site: Site, tmp_path: Path) -> No
     assert read_commit_record(run.stage_file("shards", retry_shards(run)[0])).fields["image_size_px"] == 16
 
 
+def test_ports_are_the_runs(site: Site, tmp_path: Path) -> None:
+    run, table = RunDir.create(tmp_path / "run"), tmp_path / "urls.txt"
+    table.write_text("http://127.0.0.1:8081/a.jpg\nhttp://127.0.0.1:82/a.jpg\n")
+    settings = replace(SETTINGS, allow_private_addresses=False, ports=(8081,))
+    download(str(table), run, settings)
+    tried = retry(run, ["blocked_address", "bad_port"], replace(settings, ports=(80, 443)))
+    assert tried.failures == {"blocked_address": 1, "bad_port": 1}
+
+
+def test_what_an_attempt_left_without_a_record_is_removed(site: Site, tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run[1]")  # no pattern
+    download(str(site.write_table(tmp_path / "urls.parquet")), run, SETTINGS)
+    site.mended = NUM_ROWS
+    retry(run, [], SETTINGS)
+    first, second = retry_shards(run)
+    run.stage_file("shards", first).unlink()
+    assert verify_run(run).exit_code == 1
+    done = len(numbers_with(run, [second]))
+    assert retry(run, [], SETTINGS).num_succeeded == len(BUSY) - done
+    assert not run.tar_path(first).exists()
+    assert verify_run(run, deep=True).exit_code == 0
+
+
+def test_a_run_stays_whole_where_nothing_succeeds(site: Site, tmp_path: Path) -> None:
+    """The attempt's shards have no image, and need no captions and scores."""
+    run, models = RunDir.create(tmp_path / "run"), save_models(tmp_path / "models")
+    download(str(site.write_table(tmp_path / "urls.parquet")), run, SETTINGS)
+    stages = {"caption": models.caption(), "rank": models.rank(), "filter": models.filter()}
+    annotate(run, ["captions", "clip", "itm", "manifest"], **stages)
+    num_pairs = read_manifest([run]).num_rows
+    assert retry(run, ["server_error"], SETTINGS).num_succeeded == 0
+    assert read_manifest([run]).num_rows == num_pairs > 0
+    reselect(run, threshold=0.3)
+    assert verify_run(run, deep=True).exit_code == 0
+    site.mended = NUM_ROWS
+    retry(run, ["server_error"], SETTINGS)
+    with pytest.raises(CapfiltError, match="lacks 2 of 6 shards"):
+        read_manifest([run])
+    annotate(run, ["captions", "clip", "itm"], **stages)
+    reselect(run, threshold=0.3)
+    assert read_manifest([run]).num_rows > num_pairs
+    assert verify_run(run, deep=True).exit_code == 0
+
+
 def test_what_cannot_be_tried(site: Site, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no reason 'time-out'\. Did you mean timeout"):
         retry(RunDir.create(tmp_path / "empty"), ["time-out"], SETTINGS)
+    with pytest.raises(UsageError, match="bad_caption fail again"):
+        retry(RunDir.create(tmp_path / "empty"), ["timeout", "bad_caption"], SETTINGS)
     with pytest.raises(UsageError, match="No shards"):
         retry(RunDir.create(tmp_path / "empty"), [], SETTINGS)
     picture = io.BytesIO()
@@ -201,6 +283,8 @@ def test_what_cannot_be_tried(site: Site, tmp_path: Path) -> None:
         retry(imported, [], SETTINGS)
     run = RunDir.create(tmp_path / "run")
     download(str(site.write_table(tmp_path / "urls.parquet")), run, SETTINGS)
+    with pytest.raises(UsageError, match="Give --allow-private-addresses again"):
+        retry(run, [], replace(SETTINGS, allow_private_addresses=False))
     run.stage_file("shards", "00001").unlink()
     with pytest.raises(CapfiltError, match="3 of 4 shards are there"):
         retry(run, [], SETTINGS)
@@ -209,12 +293,14 @@ def test_what_cannot_be_tried(site: Site, tmp_path: Path) -> None:
 def test_from_the_command_line(site: Site, tmp_path: Path) -> None:
     table, run = site.write_table(tmp_path / "urls.parquet"), tmp_path / "run"
     options = ("--allow-private-addresses", "--num-processes", 1, "--timeout", 3)
-    assert capfilt("download", table, run, "--samples-per-shard", 10, *options).code == 0
+    done = capfilt("download", table, run, "--samples-per-shard", 10, *options)
+    assert done.code == 0, done.err
+    assert f"{len(BUSY)} failures may pass: capfilt retry {run} asks again." in done.err
     site.mended = NUM_ROWS
     done = capfilt("retry", run, "--reason", "server_error", "--reason", "timeout", *options)
     assert done.code == 0, done.err
     assert f"Tried {len(BUSY)} URLs again: {len(BUSY)} succeeded, in 1 new shard" in done.out
-    assert f"Next: capfilt run capfilt {run}" in done.err
+    assert f"Next: capfilt run RECIPE {run}" in done.err
     found = capfilt("retry", run, *options, "--json").json()
     assert (found["num_tried"], found["num_new_shards"]) == (0, 0)
     assert capfilt("verify", run, "--deep").code == 0

@@ -149,6 +149,16 @@ def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
     assert difference(decode_image(data), frames[0]) < 3
 
 
+def test_what_stands_behind_a_picture_counts_for_nothing() -> None:
+    """A phone's film behind its JPEG may hold any bytes; a second scan within it is one of the picture's."""
+    picture = encoded(Image.new("RGB", (4000, 3000), (200, 30, 40)), "jpeg", progressive=True)
+    decoded = decode_image(picture + b"\xff\xda\x00\x08" * 1000)
+    assert decoded.size == (4000, 3000)
+    last = picture.rindex(b"\xff\xda")
+    with pytest.raises(ImageRefused, match="1,00. scans"):
+        decode_image(picture[:last] + picture[last:-2] * 1000 + b"\xff\xd9")
+
+
 def png_header(width: int, height: int) -> bytes:
     def chunk(name: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(name + content))

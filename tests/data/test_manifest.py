@@ -55,3 +55,15 @@ def test_what_is_missing_is_said(make_run: Callable[..., RunDir], stages: Simple
         read_manifest([run])
     with pytest.raises(UsageError, match="No shards"):
         read_manifest([RunDir.create(tmp_path / "empty")])
+
+
+def test_pairs_selected_anew_while_they_are_read_are_refused(
+    make_run: Callable[..., RunDir], stages: SimpleNamespace
+) -> None:
+    run = make_run(2, 3)
+    tables = iterate_manifest([run])
+    next(tables)
+    for shard in run.shard_names():
+        stages.manifest(run, shard, threshold=0.95, replace=True)
+    with pytest.raises(CapfiltError, match="selected anew while they were read"):
+        next(tables)
