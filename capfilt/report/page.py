@@ -8,16 +8,17 @@ model is shown as text: cleaned as for the terminal, then escaped; addresses are
 from __future__ import annotations
 
 import base64
-import heapq
 import html
 import io
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
+import pyarrow.compute as pc
 from PIL import Image
 
 from capfilt import __version__
@@ -81,7 +82,7 @@ def write_report(
     """
     started, progress = time.monotonic(), progress or NullProgress()
     refuse_existing(output, overwrite=overwrite)
-    threshold, chosen = _choose(run, num_pairs)
+    threshold, chosen = _choose(run, num_pairs, progress)
     stats = compute_stats(run)
     gallery = _with_pictures(run, chosen, progress)
     with whole_file(output) as file:
@@ -93,28 +94,26 @@ def write_report(
     )
 
 
-def _choose(run: RunDir, num_pairs: int) -> tuple[float | None, dict[str, list[dict[str, Any]]]]:
+def _choose(run: RunDir, num_pairs: int, progress: Progress) -> tuple[float | None, dict[str, list[dict[str, Any]]]]:
     """The threshold, and the rows nearest to it: kept ones, and those that it drops."""
-    nearest: dict[str, list[tuple[float, int, dict[str, Any]]]] = {"kept": [], "dropped": []}
-    threshold, num_seen = None, 0
+    nearest: dict[str, list[tuple[float, dict[str, Any]]]] = {"kept": [], "dropped": []}
+    threshold = None
+    progress.start("report", len(run.shard_names()), "shards")
     for opened, shard, table in iterate_manifest([run]):
         found = read_commit_record(opened.read_file("manifest", shard)).fields.get("threshold")
         threshold = float(found) if isinstance(found, int | float) else None
-        for row in _judged_rows(table):
-            heap = nearest["kept" if row["kept"] else "dropped"]
-            # a heap's least entry is the one farthest from the threshold; of equal ones the later
-            num_seen += 1
-            entry = (-abs(row["itm_score"] - (threshold or 0.0)), -num_seen, row)
-            (heapq.heappush if len(heap) < num_pairs else heapq.heappushpop)(heap, entry)
-    return threshold, {
-        name: [row for *_, row in sorted(heap, key=lambda entry: entry[:2], reverse=True)]
-        for name, heap in nearest.items()
-    }
-
-
-def _judged_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in table.to_batches(1000):
-        yield from (row for row in batch.to_pylist() if row["itm_score"] is not None)
+        judged = table.filter(pc.is_valid(table["itm_score"]))
+        for name, rows in (
+            ("kept", judged.filter(judged["kept"])),
+            ("dropped", judged.filter(pc.invert(judged["kept"]))),
+        ):
+            distances = np.abs(rows["itm_score"].to_numpy() - (threshold or 0.0))
+            first = np.argsort(distances, kind="stable")[:num_pairs]
+            found_here = zip(distances[first].tolist(), rows.take(first).to_pylist(), strict=True)
+            nearest[name] = sorted([*nearest[name], *found_here], key=itemgetter(0))[:num_pairs]
+        progress.advance()
+    progress.finish()
+    return threshold, {name: [row for _, row in pairs] for name, pairs in nearest.items()}
 
 
 def _with_pictures(run: RunDir, chosen: dict[str, list[dict[str, Any]]], progress: Progress) -> dict[str, list[_Shown]]:
