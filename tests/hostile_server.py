@@ -13,13 +13,27 @@ Answer = Callable[[socket.socket, str], None]
 
 
 class HostileServer:
-    """Accepts connections on loopback, reads the request head and lets a function write what it likes."""
+    """Accepts connections on loopback, reads the request head and lets a function write what it likes.
 
-    def __init__(self, answers: dict[str, Answer], host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
+    A `host` of "::" is every address of the machine, of IPv4 too; port 0 is one that is free.
+    """
+
+    def __init__(
+        self,
+        answers: dict[str, Answer],
+        host: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
+        port: int = 0,
+    ) -> None:
         self.answers = answers
         self._tls = tls
         self.requests: list[str] = []
-        self._listener = socket.create_server((host, 0), backlog=64)
+        self.num_connections = 0
+        """Accepted, whether a request came or not. Final once the `with` statement is left."""
+        is_every = host == "::"
+        family = socket.AF_INET6 if is_every else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=64, dualstack_ipv6=is_every)
+        self._own_address = "127.0.0.1" if is_every or host == "0.0.0.0" else host
         self.port = self._listener.getsockname()[1]
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._accept, daemon=True)
@@ -30,8 +44,14 @@ class HostileServer:
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
-        socket.create_connection(self._listener.getsockname()).close()
+        socket.create_connection((self._own_address, self.port)).close()
         self._thread.join()
+        self._listener.setblocking(False)
+        with suppress(BlockingIOError):  # whoever came before that connection and was not accepted yet
+            while True:
+                self._listener.accept()[0].close()
+                self.num_connections += 1
+        self.num_connections -= 1  # the one above
         self._listener.close()
 
     def url(self, path: str) -> str:
@@ -40,6 +60,7 @@ class HostileServer:
     def _accept(self) -> None:
         while not self._closing.is_set():
             connection, _ = self._listener.accept()
+            self.num_connections += 1
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:

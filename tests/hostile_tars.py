@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tempfile
 
 
 def packed(*members: tuple[tarfile.TarInfo, bytes], kind: int = tarfile.GNU_FORMAT) -> bytes:
@@ -23,10 +24,12 @@ def info(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, **fields: obje
 
 
 GOOD = info("good.jpg", 3), b"abc"
+ABSOLUTE = f"{tempfile.gettempdir()}/capfilt-hostile-tars/a.jpg"
+"""Where a reader that believes absolute names could write."""
 BAD_MEMBERS = {
     "parent folder": (info("../a.jpg", 1), b"x"),
     "parent folder within": (info("a/../../b.jpg", 1), b"x"),
-    "absolute": (info("/etc/a.jpg", 1), b"x"),
+    "absolute": (info(ABSOLUTE, 1), b"x"),
     "doubled slash": (info("a//b.jpg", 1), b"x"),
     "symbolic link": (info("a.jpg", 0, tarfile.SYMTYPE, linkname="/etc/passwd"), b""),
     "hard link": (info("a.jpg", 0, tarfile.LNKTYPE, linkname="good.jpg"), b""),
@@ -39,7 +42,7 @@ BAD_MEMBERS = {
     "line break in the name": (info("a\nb.jpg", 1), b"x"),
     "not UTF-8": (info("a\udcff.jpg", 1), b"x"),
     "PAX sparse": (info("a.jpg", 1, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.name": "b"}), b"x"),
-    "absolute by PAX": (info("a.jpg", 1, pax_headers={"path": "/etc/a.jpg"}), b"x"),
+    "absolute by PAX": (info("a.jpg", 1, pax_headers={"path": ABSOLUTE}), b"x"),
 }
 
 

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -132,7 +133,8 @@ def report(error: BaseException) -> int:
         traceback.print_exception(error)
     for kind, message, code in FAILURES:
         if isinstance(error, kind):
-            for number, line in enumerate(message.format(error=_in_words(error)).splitlines()[:MAX_MESSAGE_LINES]):
+            lines = message.format(error=_with_words_unbroken(_in_words(error))).split("\n")
+            for number, line in enumerate(lines[:MAX_MESSAGE_LINES]):
                 note(f"{'' if number else 'capfilt: '}{clean(line, MAX_LINE_CHARS)}")
             return error.exit_code if isinstance(error, CapfiltError) else int(code or 1)
     detail = clean(f"{type(error).__name__}: {error}", MAX_LINE_CHARS)
@@ -145,6 +147,14 @@ def _in_words(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, CapfiltError) and error.strerror and error.filename:
         return f"{error.strerror}: {str(error.filename)!r}"
     return str(error)
+
+
+def _with_words_unbroken(message: str) -> str:
+    """A message in whose lines no word of the command line begins one, should it have a line break in it."""
+    for word in sys.argv[1:]:
+        for left, right in pairwise(word.split("\n")):
+            message = message.replace(f"{left[-1:]}\n{right[:1]}", f"{left[-1:]} {right[:1]}")
+    return message
 
 
 def _is_debugging() -> bool:

@@ -20,6 +20,8 @@ from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
 from tests import factories
 
 WEB_CAPTIONS = ("a red dog on the grass", "", "Buy now! 50% off", "two cats", "a tree near a house")
+PICTURE_SIZE_PX = (48, 40)
+"""Width and height of the pictures, unless others are asked for."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,19 @@ def make_run(
     num_samples: int = 7,
     broken: Sequence[int] = (),
     num_pictures: int | None = None,
+    picture_size_px: tuple[int, int] = PICTURE_SIZE_PX,
 ) -> RunDir:
     """A run with committed shards; the pictures numbered in `broken` cannot be decoded.
 
-    Every sample has a picture of its own, or, for large runs, one of `num_pictures`.
+    Every sample has a picture of its own, or, for large runs, one of `num_pictures`; all are of one width and height.
     """
     run = RunDir.create(path)
     for number in range(num_shards):
         first = number * num_samples
         numbers = range(first, first + num_samples)
-        pictures = {n: encode_picture(n % num_pictures if num_pictures else n) for n in numbers}
+        pictures = {n: encode_picture(n % num_pictures if num_pictures else n, *picture_size_px) for n in numbers}
         images = {f"{n:09d}": picture[: 200 if n in broken else None] for n, picture in pictures.items()}
-        _commit_shard(run, f"{number:05d}", images, num_shards * num_samples, num_shards)
+        _commit_shard(run, f"{number:05d}", images, num_shards * num_samples, num_shards, picture_size_px)
     return run
 
 
@@ -85,14 +88,17 @@ def read_all(run: RunDir) -> dict[str, dict[str, pa.Table]]:
 
 
 @lru_cache(maxsize=1000)
-def encode_picture(seed: int) -> bytes:
-    """A small PNG."""
+def encode_picture(seed: int, width_px: int = PICTURE_SIZE_PX[0], height_px: int = PICTURE_SIZE_PX[1]) -> bytes:
+    """A PNG."""
     buffer = io.BytesIO()
-    factories.draw_picture(seed).save(buffer, "PNG")
+    factories.draw_picture(seed, width_px=width_px, height_px=height_px).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _commit_shard(run: RunDir, shard: str, images: dict[str, bytes], source_rows: int, num_shards: int) -> None:
+def _commit_shard(
+    run: RunDir, shard: str, images: dict[str, bytes], source_rows: int, num_shards: int, size_px: tuple[int, int]
+) -> None:
+    width, height = size_px
     captions = {key: WEB_CAPTIONS[int(key) % len(WEB_CAPTIONS)] for key in images}
     members = []
     for key, image in images.items():
@@ -103,8 +109,8 @@ def _commit_shard(run: RunDir, shard: str, images: dict[str, bytes], source_rows
         rows = [
             {
                 "key": key, "url": f"http://example.com/{key}", "caption": captions[key], "status": "success",
-                "width": 48, "height": 40, "original_width": 48, "original_height": 40, "image_ext": "png",
-                "sha256": hashlib.sha256(image).hexdigest(), "image_offset": member.offset,
+                "width": width, "height": height, "original_width": width, "original_height": height,
+                "image_ext": "png", "sha256": hashlib.sha256(image).hexdigest(), "image_offset": member.offset,
                 "image_length": member.length,
             }
             for (key, image), member in zip(images.items(), index, strict=True)

@@ -23,7 +23,7 @@ from capfilt.curate.fetch import Fetcher, find_disallowed
 from capfilt.settings import DownloadSettings
 from tests.hostile_server import OK, HostileServer, plain, raw, redirect
 
-SETTINGS = DownloadSettings(timeout_seconds=0.5, max_body_bytes=200_000, allow_private_addresses=True)
+SETTINGS = DownloadSettings(timeout_seconds=10.0, max_body_bytes=200_000, allow_private_addresses=True)
 
 
 @pytest.fixture(scope="module")

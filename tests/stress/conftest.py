@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ FULL = os.environ.get("CAPFILT_STRESS", "") == "1"
 """Whether all of a row is run, not a sample."""
 
 Figure = Callable[[int | str, str], None]
+
+LONGEST_TEST_SECONDS = 3600 if FULL else 300
+"""After which a test that names no time of its own is taken for hanging."""
 
 _PROPERTY = "reliability"
 
@@ -32,6 +36,13 @@ def figure(request: pytest.FixtureRequest) -> Figure:
         request.node.user_properties.append((_PROPERTY, f"{name}: {text}"))
 
     return note
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives the tests of this folder their time."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(LONGEST_TEST_SECONDS))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -5,6 +5,7 @@ Every payload makes a canary. That each would is shown first, by opening it care
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -14,14 +15,19 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoTokenizer, KernelConfig, OPTForCausalLM, dynamic_module_utils
+from transformers.integrations import bitsandbytes, hub_kernels
+from transformers.quantizers import quantizer_bnb_8bit
 
 from capfilt.curate.import_shards import import_shards
 from capfilt.curate.tar_patterns import expand_patterns
@@ -38,7 +44,7 @@ from capfilt.weights.blip import load_blip
 from capfilt.weights.clip import find_clip, load_clip
 from capfilt.weights.image_encoders import load_image_encoder
 from capfilt.weights.llms import load_llm
-from capfilt.weights.model_files import load_tokenizer, read_weights
+from capfilt.weights.model_files import load_tokenizer, read_config, read_weights
 from tests import factories
 from tests.cli.conftest import capfilt
 from tests.stress.conftest import Figure
@@ -231,16 +237,94 @@ def test_a_program_in_torchscript_is_refused(tmp_path: Path) -> None:
             load()
 
 
-CODE_KEYS: dict[str, dict[str, Any]] = {
-    "auto_map": {
-        "auto_map": dict.fromkeys(["AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"], "evil.T")
-    },
-    "auto_map and a model_type nobody knows": {"auto_map": {"AutoConfig": "evil.T"}, "model_type": "evil"},
-    "auto_map of a tokenizer": {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T"},
-    "a kernel for attention": {"attn_implementation": "evil/kernel", "_attn_implementation": "evil/kernel"},
-    "kernels for layers": {"kernel_config": {"RMSNorm": "evil/kernel:RMSNorm"}},
-    "a quantiser": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+@dataclass(frozen=True)
+class CodeKeys:
+    """What a config says, and what runs the code it names."""
+
+    says: dict[str, Any]
+    opened_carelessly: Callable[[Path], object]
+
+
+CODE_KEYS = {
+    "auto_map": CodeKeys(
+        {"auto_map": dict.fromkeys(["AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"], "evil.T")},
+        lambda folder: AutoConfig.from_pretrained(folder, trust_remote_code=True),
+    ),
+    "auto_map and a model_type nobody knows": CodeKeys(
+        {"auto_map": {"AutoConfig": "evil.T"}, "model_type": "evil"},
+        lambda folder: AutoConfig.from_pretrained(folder, trust_remote_code=True),
+    ),
+    "auto_map of a tokenizer": CodeKeys(
+        {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T"},
+        lambda folder: AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
+    ),
+    "a kernel for attention": CodeKeys(
+        {"attn_implementation": "evil/kernel", "_attn_implementation": "evil/kernel"}, OPTForCausalLM.from_pretrained
+    ),
+    "kernels for layers": CodeKeys(
+        {"kernel_config": {"RMSNorm": "evil/kernel:RMSNorm"}},
+        lambda folder: OPTForCausalLM.from_pretrained(
+            folder, kernel_config=KernelConfig(read_config(folder)["kernel_config"]), use_kernels=True
+        ),
+    ),
+    "a quantiser": CodeKeys(
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, OPTForCausalLM.from_pretrained
+    ),
 }
+
+
+class Trap(ModuleType):
+    """A package that makes the canary whatever is taken out of it."""
+
+    def __init__(self, name: str, canary: Path) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)
+        self.__dict__["canary"] = canary
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python itself looks at every module
+            raise AttributeError(name)
+        self.__dict__["canary"].mkdir(exist_ok=True)
+        return lambda *args, **options: self
+
+
+@pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that appears when code of a config runs: its program, a kernel of the hub, the package of a quantiser.
+
+    The packages that would fetch and run these are not installed; here they are there, for transformers too.
+    """
+    canary = tmp_path / "canary"
+    for name in ("kernels", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, name, Trap(name, canary))
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+    for name in ("get_kernel_hub", "LayerRepository"):  # as transformers calls what it takes from that package
+        monkeypatch.setattr(hub_kernels, name, lambda *_, **__: sys.modules["kernels"].taken, raising=False)
+    monkeypatch.setattr(quantizer_bnb_8bit, "is_bitsandbytes_available", lambda: True)
+    monkeypatch.setattr(bitsandbytes, "bnb", sys.modules["bitsandbytes"], raising=False)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield canary
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]
+
+
+def with_code(source: Path, folder: Path, keys: CodeKeys, canary: Path) -> Path:
+    """A copy of a model whose configs name code, some of which lies beside them."""
+    shutil.copytree(source, folder)
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass T: pass\n")
+    for file in ("config.json", "tokenizer_config.json"):
+        found = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+        (folder / file).write_text(json.dumps({**found, **keys.says}))
+    return folder
+
+
+@pytest.mark.parametrize("case", CODE_KEYS)
+def test_code_that_a_config_names_is_live(models: Models, tmp_path: Path, canary: Path, case: str) -> None:
+    folder = with_code(models.opt, tmp_path / "opt", CODE_KEYS[case], canary)
+    with contextlib.suppress(Exception):  # it ran by then
+        CODE_KEYS[case].opened_carelessly(folder)
+    assert canary.is_dir()
 
 
 def let_open_clip_trust(folder: Path) -> None:
@@ -255,7 +339,7 @@ def test_the_payload_of_a_clip_folder_is_live(models: Models, tmp_path: Path) ->
     folder = Path(shutil.copytree(models.clip, tmp_path / "clip"))
     (folder / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'canary')!r})\nclass T: pass\n")
     for file in ("config.json", "tokenizer_config.json"):
-        (folder / file).write_text(json.dumps(CODE_KEYS["auto_map of a tokenizer"] | {"model_type": "bert"}))
+        (folder / file).write_text(json.dumps(CODE_KEYS["auto_map of a tokenizer"].says | {"model_type": "bert"}))
     let_open_clip_trust(folder)
     script = "import sys, open_clip; open_clip.get_tokenizer('local-dir:' + sys.argv[1])"
     subprocess.run([sys.executable, "-W", "ignore", "-c", script, folder], capture_output=True, check=False)
@@ -265,8 +349,9 @@ def test_the_payload_of_a_clip_folder_is_live(models: Models, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("case", CODE_KEYS)
-def test_no_code_that_a_config_names_runs(models: Models, tmp_path: Path, case: str, figure: Figure) -> None:
-    canary = tmp_path / "canary"
+def test_no_code_that_a_config_names_runs(
+    models: Models, tmp_path: Path, canary: Path, case: str, figure: Figure
+) -> None:
     loaders: dict[str, Callable[[Path], Any]] = {
         "captioner": lambda folder: load_blip(str(folder), "captioner", device=CPU, dtype=torch.float32),
         "bert": lambda folder: (bert_sizes(folder), load_tokenizer(folder)),
@@ -274,11 +359,7 @@ def test_no_code_that_a_config_names_runs(models: Models, tmp_path: Path, case: 
         "clip": lambda folder: load_clip(find_clip(RankSettings(clip_model=str(folder))), CPU, torch.float32),
     }
     for name, load in loaders.items():
-        folder = Path(shutil.copytree(getattr(models, name), tmp_path / name))
-        (folder / "evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass T: pass\n")
-        for file in ("config.json", "tokenizer_config.json"):
-            found = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
-            (folder / file).write_text(json.dumps({**found, **CODE_KEYS[case]}))
+        folder = with_code(getattr(models, name), tmp_path / name, CODE_KEYS[case], canary)
         if name == "clip":
             let_open_clip_trust(folder)
         try:

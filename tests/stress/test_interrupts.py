@@ -1,7 +1,7 @@
 """Ctrl-C at any moment: once, and the command ends in two seconds and says how to go on; twice, and it ends at once.
 
-Either leaves a run that verifies, and the same command then makes what an undisturbed one makes. The signal goes to
-the whole group of processes, as a terminal sends it.
+Either leaves a run that verifies, and the same command then makes what an undisturbed one makes. The signal comes when
+the command is seen to work, and goes to the whole group of processes, as a terminal sends it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,12 @@ from tests.stress.conftest import FULL, Figure
 from tests.stress.lives import committed_files
 
 NUM_MOMENTS = 3 if FULL else 1
-FIRST_SECONDS = 0.3 if FULL else 2.0
-"""The earliest moment: Python itself takes a while to start, longer beside other tests."""
 PAUSE_SECONDS = 0.05
 """Between the first signal and the second."""
+MOST_TRIES = 8
+"""Runs for each moment: the others were over before the signal came."""
+HANGS_SECONDS = 600 if FULL else 120
+"""After which a command is taken for hanging."""
 LONGEST_SECONDS = {1: 2.0, 2: 0.5} if FULL else {1: 20.0, 2: 20.0}
 """The goal; where other tests compute beside it, only that it ends."""
 NAMES = ["download", "import", "caption", "rank", "filter", "select", "train"] if FULL else ["caption"]
@@ -45,6 +48,20 @@ def trained_weights(path: Path) -> dict[str, str]:
 
 def model_of(path: Path) -> Path:
     return path.with_name(f"{path.name}-model")
+
+
+SIGNS = {"download": ".staging/*/*/current", "import": ".staging/*/shard.tar"}
+"""What is there as soon as a command works: half a shard; for the others, see `is_at_work`."""
+
+
+def is_at_work(name: str, path: Path, process: subprocess.Popen[str]) -> bool:
+    """Whether a command has got beyond its start: half a shard, the metrics' file, or the run's lock is there."""
+    if name in SIGNS:
+        return any(path.glob(SIGNS[name]))
+    if name == "train":
+        return any(model_of(path).glob("metrics.*"))
+    lock = path / ".lock"
+    return lock.exists() and lock.read_text().strip() == str(process.pid)
 
 
 RESULTS: dict[str, Callable[[Path], object]] = {
@@ -100,9 +117,29 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     opened.close()
 
 
+@contextmanager
+def started(site: Site, name: str, path: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command in a group of its own; nothing of it is left at the end."""
+    process = capfilt_process(*site.command(name, path), in_group_of_its_own=True)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 def finish(process: subprocess.Popen[str]) -> str:
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=HANGS_SECONDS)
     return said
+
+
+def wait_for_work(name: str, path: Path, process: subprocess.Popen[str]) -> None:
+    """Returns when the command works, or is over."""
+    end = time.monotonic() + HANGS_SECONDS
+    while process.poll() is None and not is_at_work(name, path, process):
+        assert time.monotonic() < end, "no work was seen"
+        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,41 +149,52 @@ def test_interrupted(site: Site, tmp_path: Path, name: str, times: int, figure: 
     result = RESULTS.get(name, committed_files)
     undisturbed = tmp_path / "undisturbed"
     site.prepare(name, undisturbed)
-    began = time.monotonic()
-    process = capfilt_process(*site.command(name, undisturbed))
-    said = finish(process)
-    assert process.returncode == 0, said
-    whole, expected = time.monotonic() - began, result(undisturbed)
-    seconds, codes = [0.0], Counter[int]()
-    for moment in range(4 * NUM_MOMENTS):
-        if codes[130] + codes[-signal.SIGINT] == NUM_MOMENTS:
-            break  # the others came when the command was over
-        path = tmp_path / f"run{moment}"
-        site.prepare(name, path)
-        process = capfilt_process(*site.command(name, path), in_group_of_its_own=True)
-        time.sleep(rng.uniform(FIRST_SECONDS, max(0.9 * whole, FIRST_SECONDS)))
-        for number in range(times):
-            sent = time.monotonic()
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGINT)
-            if number < times - 1:
-                time.sleep(PAUSE_SECONDS)
+    with started(site, name, undisturbed) as process:
+        wait_for_work(name, undisturbed, process)
+        began = time.monotonic()
         said = finish(process)
+    assert process.returncode == 0, said
+    work_seconds, expected = time.monotonic() - began, result(undisturbed)
+    seconds, codes = [], Counter[int]()
+    # the signal itself ends Python in its own last moments: after the first one that is the command's good end, after
+    # the second one an end at once
+    interrupted = (130,) if times == 1 else (130, -signal.SIGINT)
+    for number in range(MOST_TRIES * NUM_MOMENTS):
+        if sum(codes[code] for code in interrupted) == NUM_MOMENTS:
+            break
+        path = tmp_path / f"run{number}"
+        site.prepare(name, path)
+        with started(site, name, path) as process:
+            wait_for_work(name, path, process)
+            time.sleep(rng.uniform(0, 0.7 * work_seconds))
+            sent = send_interrupts(process, times)
+            said = finish(process)
+            seconds.append(time.monotonic() - sent)
         codes[process.returncode] += 1
-        # the signal itself ends Python in its own last moments, when the command is over
         assert process.returncode in (0, 130, -signal.SIGINT), said
         if process.returncode == 130:
-            seconds.append(time.monotonic() - sent)
             assert "the same command goes on" in said
             assert "Traceback" not in said
         if (path / "run.json").exists():
             assert verify_run(RunDir.open(path), deep=True).findings == []
-        again = capfilt_process(*site.command(name, path))
-        said = finish(again)
-        assert again.returncode == 0, said
+        with started(site, name, path) as process:
+            said = finish(process)
+        assert process.returncode == 0, said
         assert result(path) == expected
-    num = codes[130] + codes[-signal.SIGINT]
-    assert num
+    num = sum(codes[code] for code in interrupted)
+    assert num == NUM_MOMENTS, codes
     figure("signals", f"{name}, Ctrl-C {'once' if times == 1 else 'twice'}, {num} times: over in "
                       f"{max(seconds):.2f} s at most, the runs verified, the same command went on")  # fmt: skip
     assert max(seconds) <= LONGEST_SECONDS[times]
+
+
+def send_interrupts(process: subprocess.Popen[str], times: int) -> float:
+    """Interrupt the group of a process so many times; gives when the last one was sent."""
+    sent = time.monotonic()
+    for number in range(times):
+        if number:
+            time.sleep(PAUSE_SECONDS)
+        sent = time.monotonic()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+    return sent

@@ -19,7 +19,7 @@ from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from capfilt.progress import NullProgress
 from tests.curate.small_runs import Models, make_run, save_models
-from tests.stress.conftest import FULL, Figure
+from tests.stress.conftest import FULL, LONGEST_TEST_SECONDS, Figure
 
 NUM_SHARDS, NUM_SAMPLES = (100, 1_000) if FULL else (10, 40)
 ALL = ("captions", "clip", "itm", "manifest")
@@ -62,7 +62,7 @@ def test_one_hundred_thousand_samples(tmp_path: Path, figure: Figure) -> None:
     answers = context.Queue()
     child = context.Process(target=work, args=(run.path, models, answers))
     child.start()
-    seen = answers.get(timeout=3600)
+    seen = answers.get(timeout=LONGEST_TEST_SECONDS - 30)
     child.join()
     assert len(seen) == 11
     assert verify_run(run).exit_code == 0

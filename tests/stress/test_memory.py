@@ -2,23 +2,29 @@
 or by 32 MB where it is small.
 
 As many samples each time, in many small shards or in one: what grows with the length of a run alone (kernels that are
-kept) is not counted. Each command runs in processes of its own; of each the kernel's own record of its peak is read.
+kept) is not counted. The pictures are so large that a stage which keeps those of a shard grows by far more. Each
+command runs in processes of its own; of each the kernel's own record of its peak is read.
 """
 
 from __future__ import annotations
 
+import http.server
+import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from capfilt.data.rundir import RunDir
-from capfilt.world.site import SiteSettings, WorldSite
 from tests.cli.conftest import capfilt_process
-from tests.curate.small_runs import Models, make_run, save_models
+from tests.curate.downloads import rows_of
+from tests.curate.small_runs import Models, encode_picture, make_run, save_models
 from tests.stress.conftest import FULL, Figure
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
@@ -26,6 +32,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 SIZES = (50, 500, 5_000) if FULL else (20, 200)
 """Samples of a shard."""
 NUM_SAMPLES = SIZES[-1]
+NUM_PICTURES = 20
+EDGE_PX, SITE_EDGE_PX = (256, 256) if FULL else (512, 384)
+"""Of the pictures of runs and of the site: decoded, the largest shard's take 980 MB; in the sample 157 MB and 88 MB."""
 MOST_GROWTH, SLACK_MB = 1.10, 32
 """The goal, and what a command that takes little memory may take more: allocators grow by such steps."""
 POLL_SECONDS = 0.02
@@ -68,7 +77,13 @@ def runs(models: Models, tmp_path_factory: pytest.TempPathFactory) -> list[RunDi
     """A run for each size of shards."""
     folder = tmp_path_factory.mktemp("runs")
     return [
-        make_run(folder / str(size), num_shards=NUM_SAMPLES // size, num_samples=size, num_pictures=100)
+        make_run(
+            folder / str(size),
+            num_shards=NUM_SAMPLES // size,
+            num_samples=size,
+            num_pictures=NUM_PICTURES,
+            picture_size_px=(EDGE_PX, EDGE_PX),
+        )
         for size in SIZES
     ]
 
@@ -77,16 +92,25 @@ STAGES = {
     "caption": ("captioner", ("--captioner",)), "rank": ("clip", ("--clip-model",)),
     "filter": ("filter", ("--filter-model",)),
 }  # fmt: skip
-READING: list[tuple[object, ...]] = [("select", "--threshold", 0.4), ("verify", "--deep"), ("stats",)]
+READING: list[tuple[object, ...]] = [
+    ("select", "--threshold", 0.4), ("verify", "--deep"), ("stats",),
+    ("export", "--dropped", "--output"), ("report", "--output"),
+]  # fmt: skip
+"""Of some a file is the last argument."""
+FILES = {"export": "pairs.csv", "report": "report.html"}
 
 
-def test_curation(models: Models, runs: list[RunDir], figure: Figure) -> None:
+def test_curation(models: Models, runs: list[RunDir], tmp_path: Path, figure: Figure) -> None:
     """The stages one by one, each with the rows of those before, then what only reads."""
     for stage, (folder, option) in list(STAGES.items())[: None if FULL else 1]:
         peaks = [peak_mb(stage, run.path, *option, models.root / folder, "--dtype", "float32") for run in runs]
         check(stage, peaks, figure)
     for name, *options in READING if FULL else READING[1:2]:
-        check(name, [peak_mb(name, run.path, *options) for run in runs], figure)
+        peaks = []
+        for run in runs:
+            file = [tmp_path / f"{run.path.name}-{FILES[name]}"] if name in FILES else []
+            peaks.append(peak_mb(name, run.path, *options, *file))
+        check(name, peaks, figure)
 
 
 def test_import(runs: list[RunDir], tmp_path: Path, figure: Figure) -> None:
@@ -97,11 +121,36 @@ def test_import(runs: list[RunDir], tmp_path: Path, figure: Figure) -> None:
     check("import", peaks, figure)
 
 
+@contextmanager
+def picture_site() -> Iterator[str]:
+    """Address of a server that has a picture at every number."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            number = self.path.strip("/")
+            data = encode_picture(int(number) % NUM_PICTURES, SITE_EDGE_PX, SITE_EDGE_PX) if number.isdigit() else b""
+            self.send_response(200 if data else 404)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
 def test_download(tmp_path: Path, figure: Figure) -> None:
-    peaks = []
-    with WorldSite(SiteSettings(num_urls=NUM_SAMPLES, behaviour_shares={"not_found": 0.1})) as site:
-        table = site.write_table(tmp_path / "urls.parquet")
+    peaks, table = [], tmp_path / "urls.parquet"
+    with picture_site() as address:
+        urls = [f"{address}/{number}" for number in range(NUM_SAMPLES)]
+        pq.write_table(pa.table({"url": urls, "text": ["a picture"] * NUM_SAMPLES}), table)
         for size in SIZES:
             options = ("--samples-per-shard", size, "--num-processes", 1, "--allow-private-addresses")
-            peaks.append(peak_mb("download", table, tmp_path / f"run{size}", *options))
+            path = tmp_path / f"run{size}"
+            peaks.append(peak_mb("download", table, path, *options))
+            assert sum(1 for row in rows_of(RunDir.open(path)) if row["reason"] is None) == NUM_SAMPLES
     check("download", peaks, figure)

@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,10 +24,22 @@ from tests.cli.conftest import capfilt_process
 from tests.curate.downloads import command_of, rows_of, wait_for, workers_of
 from tests.stress.conftest import FULL, Figure
 
-NUM_RESTARTS, NUM_URLS = (20, 2400) if FULL else (3, 360)
+NUM_RESTARTS, NUM_URLS = (20, 2400) if FULL else (2, 240)
 ROWS_OF_A_SHARD = 12
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are found in Linux's /proc")
+
+
+def stop_amid(process: subprocess.Popen[str], is_amid: Callable[[], Any]) -> None:
+    """Stop a process in the next moment in which it is amid something; where it ended first, the test fails."""
+    while True:
+        wait_for(is_amid)
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert process.poll() is None, "the download was over before it could be killed"
+        if is_amid():
+            return
+        os.kill(process.pid, signal.SIGCONT)
 
 
 def test_killed_and_restarted_at_once(tmp_path: Path, figure: Figure) -> None:
@@ -38,13 +53,15 @@ def test_killed_and_restarted_at_once(tmp_path: Path, figure: Figure) -> None:
         num_orphans = num_half_done = 0
         for _ in range(NUM_RESTARTS):
             parent = capfilt_process(*command)
-            wait_for(lambda: list(path.glob(".staging/*/*/current")))
+            at_work = f".staging/{parent.pid}-*/*/current"  # of this parent, not of one killed before
+            wait_for(lambda at_work=at_work: list(path.glob(at_work)))
             time.sleep(rng.uniform(0, 0.3))
+            stop_amid(parent, lambda at_work=at_work: list(path.glob(at_work)))
             workers = workers_of(parent.pid)
-            num_half_done += bool(list(path.glob(".staging/*/*/current")))
             os.kill(parent.pid, signal.SIGKILL)  # its workers are in the middle of a shard
             num_orphans += any(command_of(pid) for pid in workers)
             assert parent.wait() == -signal.SIGKILL
+            num_half_done += bool(list(path.glob(at_work)))
             parent.communicate()
         last = capfilt_process(*command)
         _, said = last.communicate(timeout=300)
@@ -56,7 +73,7 @@ def test_killed_and_restarted_at_once(tmp_path: Path, figure: Figure) -> None:
     assert not any((path / ".staging").iterdir())
     num_pictures = sum(1 for name in run.shard_names() for _ in read_samples(run, name))
     assert num_pictures == sum(row.reason is None for row in truth)
-    assert num_half_done
+    assert num_half_done == NUM_RESTARTS
     figure(4, f"killed {NUM_RESTARTS} times ({num_half_done} amid shards, {num_orphans} times workers were still alive "
               f"right after) and restarted at once: {num_pictures:,} of {num_pictures:,} pictures "
               "read, 0 corrupt")  # fmt: skip

@@ -19,11 +19,12 @@ from PIL import Image
 from capfilt.data.commit import read_commit_record
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
+from capfilt.data.schemas import SCHEMAS
 from capfilt.data.sealed import read_sealed, sealed_bytes
-from capfilt.data.spreadsheets import FORMULA_SIGNS, from_cell, to_cell
+from capfilt.data.spreadsheets import from_cell, to_cell
 from tests.cli.conftest import capfilt
-from tests.data import conftest as small
 from tests.stress.conftest import FULL, Figure
+from tests.stress.lives import COMMITS
 from tests.stress.test_shown_text import TRICKS, UNSAFE, fuzzed
 
 PAYLOADS = [
@@ -51,6 +52,9 @@ ALLOWED = {
     "style": set(), "body": set(), "h1": set(), "h2": set(), "pre": set(), "ul": set(), "li": set(), "p": set(),
     "bdi": set(), "small": set(), "img": {"src", "alt"},
 }  # fmt: skip
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+"""What spreadsheets take a cell for a formula by; not read from the code under test."""
 
 
 class Page(HTMLParser):
@@ -81,15 +85,19 @@ class Page(HTMLParser):
 
 
 def run_with_texts(path: Path, texts: list[str]) -> RunDir:
-    """A run of one shard whose captions, addresses and keys are these texts."""
+    """A run of one shard whose captions and addresses are these texts, in turn; every second time the keys too.
+
+    A pair with such a key has no picture.
+    """
     run = RunDir.create(path)
-    small.commit_shard(run, num_samples=len(texts))
-    for commit in (small.commit_captions, small.commit_clip, small.commit_itm, small.commit_manifest):
-        commit(run)
+    for stage, commit in COMMITS.items():
+        commit(run, **({"num_samples": len(texts)} if stage == "shards" else {}))
     table, record, _ = read_sealed(run.stage_file("manifest", "00000"))
     rows = table.to_pylist()
     for number, row in enumerate(rows):
         row["text"] = row["url"] = texts[number % len(texts)].encode("utf-8", "replace").decode()
+        if number // len(texts) % 2:
+            row["key"] = row["text"]
         row["itm_score"] = (row["itm_score"] if row["itm_score"] is not None else 0.5) or 0.5
     run.stage_file("manifest", "00000").write_bytes(
         sealed_bytes(pa.Table.from_pylist(rows, schema=table.schema), record)
@@ -113,15 +121,16 @@ def test_pages(hostile: RunDir, tmp_path: Path, figure: Figure) -> None:
         assert set(attributes) <= ALLOWED[tag], (tag, attributes)
         if tag == "img":
             assert re.fullmatch(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+", attributes["src"] or "")
-        if tag == "meta" and "name" not in attributes and "charset" not in attributes:
-            assert attributes["http-equiv"] == "Content-Security-Policy"
-            assert (attributes["content"] or "").startswith("default-src 'none'; img-src data:;")
+    metas = [attributes for tag, attributes in page.tags if tag == "meta" and "http-equiv" in attributes]
+    assert metas == [{"http-equiv": "Content-Security-Policy", "content": POLICY}]
+    first = [tag for tag, _ in page.tags].index
+    assert first("meta") < first("style") < first("body"), "the policy is for what comes after it"
     assert page.others == []
     assert not UNSAFE.search(source.replace("\n", ""))
     shown = [payload for payload in PAYLOADS if payload.isprintable()]
     assert [payload for payload in shown if payload not in page.text] == []
-    figure(16, f"{len(PAYLOADS)} payloads and {len(TRICKS)} tricks of terminals in texts, addresses and the run's "
-               f"name: {len(page.tags)} elements, no script, handler, link or address among them")  # fmt: skip
+    figure(16, f"{len(PAYLOADS)} payloads and {len(TRICKS)} tricks of terminals in texts, addresses, keys and the "
+               f"run's name: {len(page.tags)} elements, no script, handler, link or address among them")  # fmt: skip
 
 
 def test_a_page_shows_what_is_nearest_to_the_threshold(tmp_path: Path) -> None:
@@ -159,7 +168,7 @@ def test_cells_are_plain_and_reversible(figure: Figure) -> None:
     for text in texts:
         cell = to_cell(text)
         assert from_cell(cell) == text
-        assert not cell.startswith(tuple(FORMULA_SIGNS))
+        assert not cell.startswith(FORMULA_SIGNS)
         assert "\0" not in cell
     assert len({to_cell(text) for text in texts}) == len(set(texts))
     figure(17, f"{len(texts):,} texts: no cell a formula, every one read back as it was")
@@ -174,11 +183,14 @@ def test_csv_files_in_their_readers(tmp_path: Path, figure: Figure) -> None:
     assert done.code == 0, done.err
     with open(output, encoding="utf-8", newline="") as file:
         by_csv = list(csv.DictReader(file))
-    frame = pandas.read_csv(output, keep_default_na=False, lineterminator="\n")
+    columns = [field.name for field in SCHEMAS["manifest"] if field.type == pa.string()]
+    assert {"key", "url", "source", "text"} < set(columns)
+    frame = pandas.read_csv(output, keep_default_na=False, lineterminator="\n", dtype=dict.fromkeys(columns, str))
     assert len(by_csv) == len(frame) == len(expected)
     for own, plain, row in zip(frame.to_dict("records"), by_csv, expected, strict=True):
-        assert from_cell(own["text"]) == from_cell(plain["text"]) == row["text"]
-        assert not plain["text"].startswith(tuple(FORMULA_SIGNS))
+        for name in columns:
+            assert from_cell(own[name]) == from_cell(plain[name]) == (row[name] or "")
+            assert not plain[name].startswith(FORMULA_SIGNS)
         assert float(own["itm_score"]) == pytest.approx(row["itm_score"], abs=0, rel=1e-7)
         assert (own["caption_index"], bool(own["kept"])) == (row["caption_index"], row["kept"])
         assert (
@@ -186,8 +198,8 @@ def test_csv_files_in_their_readers(tmp_path: Path, figure: Figure) -> None:
             if row["clip_score"] is None
             else pa.scalar(float(plain["clip_score"]), pa.float32()) == pa.scalar(row["clip_score"], pa.float32())
         )
-    figure(17, f"{len(FORMULAS)} formulas and {len(TRICKS)} tricks through CSV: the same by Python's csv and pandas, "
-               "numbers intact")  # fmt: skip
+    figure(17, f"{len(FORMULAS)} formulas and {len(TRICKS)} tricks through CSV in {len(columns)} columns: the same by "
+               "Python's csv and pandas, numbers intact")  # fmt: skip
 
 
 def test_json_lines_are_the_manifest(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
 import re
+import sys
 import tarfile
+import unicodedata
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow as pa
 import pytest
@@ -19,6 +23,7 @@ from capfilt.data.texts import clean_for_terminal
 from tests import factories
 from tests.curate.small_runs import make_run, save_models
 from tests.stress.conftest import FULL, Figure
+from tests.stress.lives import live
 
 TRICKS = {
     "colour": "\x1b[31mred", "title (OSC 0)": "\x1b]0;owned\x07", "link (OSC 8)": "\x1b]8;;http://evil\x1b\\x",
@@ -29,10 +34,22 @@ TRICKS = {
     "zero width": "a\u200bb\ufeff", "tags": "\U000e0041\U000e0042", "lone surrogate": "a\ud800b",
     "line separator": "a\u2028b", "private use": "\ue000", "shift out": "\x0e", "query": "\x1b[c\x1b[6n",
 }  # fmt: skip
-UNSAFE = re.compile(
-    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u061c\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]"
-)
-"""All but the line feed, which ends lines."""
+HARMLESS = "harmless"
+
+
+def is_unsafe(char: str) -> bool:
+    """Whether a terminal could act upon it, or shows nothing, or shows what nobody agreed on."""
+    return char in "\u2028\u2029" or (unicodedata.category(char)[0] == "C" and char not in "\u200c\u200d")
+
+
+class _Unsafe:
+    """Finds such characters, but for the line feed: lines end with it, and are counted."""
+
+    def search(self, text: str) -> str | None:
+        return next((char for char in sorted(set(text)) if char != "\n" and is_unsafe(char)), None)
+
+
+UNSAFE = _Unsafe()
 
 
 def fuzzed(rng: random.Random) -> str:
@@ -50,68 +67,112 @@ def test_fuzzed_texts(figure: Figure) -> None:
     figure(15, f"{num:,} of {num:,} fuzzed texts safe")
 
 
+@pytest.mark.parametrize("trick", TRICKS)
+def test_every_trick_is_told_from_what_is_safe(trick: str) -> None:
+    assert UNSAFE.search(TRICKS[trick]) or "\n" in TRICKS[trick]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_models(tmp_path_factory.mktemp("models")).root
 
 
-@pytest.mark.parametrize("trick", list(TRICKS)[:: 1 if FULL else 3])
-def test_every_field_that_is_printed(
-    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str], trick: str, figure: Figure
-) -> None:
-    """In names of files, settings, recipes, models, tars, captions, addresses, quarantine and labels."""
-    text = TRICKS[trick]
-    spoken = text.encode("utf-8", "replace").decode().replace("\0", "")  # what an argument of a process can hold
+@pytest.fixture(scope="module")
+def harmless(tmp_path_factory: pytest.TempPathFactory, models: Path) -> list[str]:
+    """What each command writes where the text is a harmless one: most of them repeat it."""
+    shown = [printed(command) for command in commands_with(HARMLESS, tmp_path_factory.mktemp("harmless"), models)]
+    assert sum(HARMLESS in text for text in shown) >= 17
+    return shown
+
+
+def toml_string(text: str) -> str:
+    return '"' + "".join(f"\\U{ord(char):08x}" for char in text) + '"'
+
+
+def commands_with(text: str, folder: Path, models: Path) -> list[tuple[object, ...]]:
+    """Commands that read a text in names of files, settings, recipes, models, tars, captions, addresses and labels.
+
+    JSON carries the text as it is; files in UTF-8 have no lone surrogates, and arguments no NUL either.
+    """
+    storable = text.encode("utf-8", "replace").decode()
+    spoken = storable.replace("\0", "")
     name = spoken.replace("/", "_")[:40]
-    run = make_run(tmp_path / "run", num_shards=1, num_samples=3)
+    live(folder / "whole")
+    run = make_run(folder / "run", num_shards=1, num_samples=3)
     path = run.stage_file("shards", "00000")
     table, record, _ = read_sealed(path)
     rows = table.to_pylist()
     for row in rows:
-        row |= {"caption": spoken, "url": f"http://x/{spoken}"}
+        row |= {"caption": storable, "url": f"http://x/{storable}"}
     path.write_bytes(sealed_bytes(pa.Table.from_pylist(rows, schema=table.schema), record))
-    recipe = tmp_path / "odd.toml"
-    recipe.write_text(f"description = {json.dumps(spoken)}\n[caption]\ncaptioner = {json.dumps(name)}\n")
-    labels = tmp_path / "labels.csv"
-    labels.write_text(f'key,label,text\n"{name}",7,"{name}"\n', encoding="utf-8", errors="replace")
-    tar = tmp_path / "a.tar"
-    write_tar(tar, name)
-    picture = tmp_path / "a.png"
+    recipe = folder / "odd.toml"
+    recipe.write_text(f"description = {toml_string(storable)}\n[caption]\ncaptioner = {toml_string(name)}\n")
+    labels = folder / "labels.csv"
+    cell = '"' + storable.replace('"', '""') + '"'
+    labels.write_text(f"key,label,text\n{cell},{cell},{cell}\n", encoding="utf-8")
+    json_labels = folder / "labels.jsonl"
+    json_labels.write_text(json.dumps({"key": text, "label": text, "text": text}) + "\n")
+    odd_model = folder / "model"
+    odd_model.mkdir()
+    (odd_model / "config.json").write_text(json.dumps({"model_type": text, "architectures": [text]}))
+    tar = folder / "a.tar"
+    write_tar(tar, name, text)
+    picture = folder / "a.png"
     factories.draw_picture(0).save(picture)
-    commands = [
-        ("stats", run.path), ("verify", run.path, "--deep"), ("stats", tmp_path / name),
-        ("run", recipe, run.path, "--dry-run"), ("run", name, run.path),
-        ("caption", run.path, "--captioner", name), ("caption", run.path, "--captioner", models / "captioner"),
-        ("import", tar, tmp_path / "imported"), ("import", tmp_path / f"{name}.tar", tmp_path / "other"),
-        ("download", tmp_path / f"{name}.csv", tmp_path / "third"),
-        ("evaluate", "filter", run.path, "--labels", labels), ("generate", name, picture),
-        ("generate", models / "captioner", tmp_path / name), ("select", run.path, "--sources", name),
-        ("train", "blip", run.path, "--output", tmp_path / "blip", "--set", f"{name}=1"),
-        ("explain", models / "filter", picture, spoken, "--output", tmp_path / "e.png"),
+    return [
+        ("stats", run.path), ("verify", run.path, "--deep"), ("run", recipe, run.path, "--dry-run"),
+        ("caption", run.path, "--captioner", models / "captioner"), ("caption", run.path, "--captioner", odd_model),
+        ("import", tar, folder / "imported"), ("evaluate", "filter", run.path, "--labels", labels),
+        ("evaluate", "filter", run.path, "--labels", json_labels),
+        ("select", folder / "whole", "--threshold", "0.5", "--sources", name),
+        ("explain", models / "filter", picture, f"dog {spoken}", "--output", folder / "e.png"),
         ("retry", run.path, "--reason", name), (name,), ("stats", run.path, f"--{name}"),
+        ("stats", folder / name), ("run", name, run.path), ("caption", run.path, "--captioner", name),
+        ("import", folder / f"{name}.tar", folder / "other"), ("download", folder / f"{name}.csv", folder / "third"),
+        ("generate", name, picture), ("generate", models / "captioner", folder / name),
+        ("train", "blip", run.path, "--output", folder / "blip", "--set", f"{name}=1"),
     ]  # fmt: skip
-    for command in commands:
-        shown = printed(command, capsys)
+
+
+@pytest.mark.parametrize("trick", list(TRICKS) if FULL else list(TRICKS)[1::4])
+def test_every_field_that_is_printed(
+    tmp_path: Path, models: Path, harmless: list[str], trick: str, figure: Figure
+) -> None:
+    commands = commands_with(TRICKS[trick], tmp_path, models)
+    for command, expected in zip(commands, harmless, strict=True):
+        shown = printed(command)
         assert shown
         assert not UNSAFE.search(shown), (command, shown)
-    figure(15, f"{len(TRICKS)} tricks in {len(commands)} commands: only safe characters printed")
+        assert num_lines(shown) == num_lines(expected), (command, shown)
+    figure(15, f"{len(TRICKS)} tricks in {len(commands)} commands: only safe characters printed, and no line more")
 
 
-def printed(command: tuple[object, ...], capsys: pytest.CaptureFixture[str]) -> str:
+def num_lines(shown: str) -> int:
+    """Lines, but for those of progress, which depend on the time that it takes."""
+    return sum(not re.search(r"^\w+ .*\d%", line) for line in shown.split("\n"))
+
+
+def printed(command: tuple[object, ...]) -> str:
     """All that a command writes to the terminal, the message of an error included."""
-    capsys.readouterr()
-    done = CliRunner().invoke(app, [str(word) for word in command])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        report(done.exception)
-    found = capsys.readouterr()
-    return done.output + found.out + found.err
+    words = [str(word) for word in command]
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(out),
+        patch.object(sys, "argv", ["capfilt", *words]),
+    ):
+        done = CliRunner().invoke(app, words)
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            report(done.exception)
+    return done.output + out.getvalue()
 
 
-def write_tar(path: Path, name: str) -> None:
+def write_tar(path: Path, name: str, text: str) -> None:
     buffer = io.BytesIO()
     factories.draw_picture(1).save(buffer, "PNG")
     with tarfile.open(path, "w") as tar:
-        for member, content in ((f"{name}.png", buffer.getvalue()), (f"{name}.txt", name.encode())):
+        metadata = json.dumps({"caption": text, "url": text})
+        members = {"png": buffer.getvalue(), "txt": name.encode(), "json": metadata.encode()}
+        for member, content in ((f"{name}.{ending}", content) for ending, content in members.items()):
             info = tarfile.TarInfo(member)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))

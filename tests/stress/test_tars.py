@@ -8,11 +8,12 @@ import io
 import json
 import lzma
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from capfilt.data.verify import verify_run
 from capfilt.errors import CorruptionError
 from tests import factories
 from tests.data.conftest import commit_shard
-from tests.hostile_tars import BAD_MEMBERS, DAMAGED, info, packed
+from tests.hostile_tars import ABSOLUTE, BAD_MEMBERS, DAMAGED, info, packed
 from tests.stress.conftest import FULL, Figure
 
 NUM_SAMPLES = 18
@@ -167,9 +168,23 @@ def everything_under(folder: Path) -> set[str]:
 
 
 @pytest.fixture
-def outside(tmp_path: Path) -> Callable[[], set[str]]:
-    """What lies beside the run and the tar: nothing may come there."""
-    return lambda: {name for name in everything_under(tmp_path) if not name.startswith(("run", "a.tar"))}
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], set[str]]]:
+    """What lies beside the run and the tar, in the working folder, and where absolute names lead.
+
+    Nothing may come there.
+    """
+    absolute, here = Path(ABSOLUTE).parent, tmp_path / "here"
+    shutil.rmtree(absolute, ignore_errors=True)
+    absolute.mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def find() -> set[str]:
+        beside = {name for name in everything_under(tmp_path) if not name.startswith(("run", "a.tar"))}
+        return (beside - {"here"}) | everything_under(absolute)
+
+    yield find
+    shutil.rmtree(absolute, ignore_errors=True)
 
 
 def test_hostile_tars_are_refused_or_set_aside(tmp_path: Path, outside: Callable[[], set[str]], figure: Figure) -> None:

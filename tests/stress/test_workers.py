@@ -29,7 +29,8 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 SETTINGS = DownloadSettings(
     allow_private_addresses=True, num_shards=2, num_processes=2, num_threads=8, timeout_seconds=3.0
 )
-LONGEST_SECONDS = 30.0
+LONGEST_SECONDS = 30.0 if FULL else 120.0
+"""The goal; where other tests compute beside it, only that it ends."""
 
 
 def send(number: int) -> Callable[[int], None]:
