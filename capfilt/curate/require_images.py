@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from capfilt.data.commit import read_commit_record, read_quarantine
-from capfilt.data.reasons import shorten_counts
+from capfilt.data.reasons import SETTLED_REASONS, shorten_counts
 from capfilt.data.rundir import RunDir
 from capfilt.errors import CapfiltError
 
@@ -23,9 +23,10 @@ def require_images(run: RunDir) -> None:
     for shard in shards:
         reasons.update(read_quarantine(run, "shards", shard)["reason"].to_pylist())
     advice = f"`capfilt stats {run.path}` shows what failed."
-    if "table_sha256" in records[0].fields:
-        tried = " ".join(f"--reason {reason}" for reason in sorted(reasons))
-        if reasons.keys() <= PRIVATE_REASONS:
+    open_reasons = reasons.keys() - SETTLED_REASONS
+    if "table_sha256" in records[0].fields and open_reasons:
+        tried = " ".join(f"--reason {reason}" for reason in sorted(open_reasons))
+        if open_reasons <= PRIVATE_REASONS:
             advice += " Private networks and other ports are opened with --allow-private-addresses."
             tried += " --allow-private-addresses"
         advice += f" `capfilt retry {run.path} {tried}` tries them again."

@@ -26,7 +26,7 @@ from capfilt.curate.parts import plan_shards
 from capfilt.curate.politeness import RETRIED_REASONS
 from capfilt.curate.url_table import CAPTION, URL, UrlTable, open_url_table
 from capfilt.data.commit import CommitRecord, read_commit_record, read_table
-from capfilt.data.reasons import REASON_SENTENCES, shorten_counts
+from capfilt.data.reasons import REASON_SENTENCES, SETTLED_REASONS, shorten_counts
 from capfilt.data.retries import RETRY, RETRY_OF, LastAttempts, planned_shards
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
@@ -37,12 +37,6 @@ from capfilt.settings.values import did_you_mean
 
 RETRIED_BY_DEFAULT = (*sorted(RETRIED_REASONS), "worker_failed", "retried")
 """Reasons that may pass by themselves; `retried` counts where the later shard is gone."""
-
-_SETTLED = frozenset({
-    "bad_url", "bad_row", "caption_too_long", "bad_caption", "duplicate_key", "missing_image", "several_images",
-    "bad_member", "member_too_large", "damaged_tar", "scoring_failed",
-})  # fmt: skip
-"""Reasons that asking again does not change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +81,7 @@ def retry(
         if reason not in REASON_SENTENCES:
             known = ", ".join(REASON_SENTENCES)
             raise UsageError(f"There is no reason {reason!r}.{did_you_mean(reason, REASON_SENTENCES)} Known: {known}.")
-        if reason in _SETTLED:
+        if reason in SETTLED_REASONS:
             raise UsageError(f"Rows that failed for {reason} fail again. {REASON_SENTENCES[reason]}")
     with run.lock(), run.new_staging() as staging:
         first = _first_record(run)

@@ -59,6 +59,12 @@ REASON_SENTENCES: dict[str, str] = {
 REASONS: tuple[str, ...] = tuple(REASON_SENTENCES)
 """Closed list of the reason codes of the quarantine, and of the shards' column `reason`."""
 
+SETTLED_REASONS = frozenset({
+    "bad_url", "bad_row", "caption_too_long", "bad_caption", "duplicate_key", "missing_image", "several_images",
+    "bad_member", "member_too_large", "damaged_tar", "scoring_failed",
+})  # fmt: skip
+"""Reasons that asking for the row again does not change."""
+
 DROP_REASON_SENTENCES: dict[str, str] = {
     "low_itm": "The ITM score is below the threshold.",
     "low_clip": "The CLIP score is not among the best of its image.",

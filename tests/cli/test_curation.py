@@ -153,9 +153,19 @@ def test_a_download_that_gives_nothing_fails(tmp_path: Path) -> None:
     done = capfilt("download", table, tmp_path / "run")
     assert done.code == 1
     assert "None of the 1 rows gave an image (blocked_address 1)" in done.err
-    assert "--allow-private-addresses" in done.err
+    advised = f"`capfilt retry {tmp_path / 'run'} --reason blocked_address --allow-private-addresses`"
+    assert advised in done.err.replace("\n", " ")
     assert "Next:" not in done.err
     assert capfilt("verify", tmp_path / "run").code == 0, "its failure is accounted for"
+
+
+def test_no_retry_is_advised_that_would_be_refused(tmp_path: Path) -> None:
+    table = tmp_path / "urls.csv"
+    table.write_text(f"url,text\nhttp://127.0.0.1/a.jpg,{'a cat ' * 2000}\n")
+    done = capfilt("download", table, tmp_path / "run")
+    assert done.code == 1
+    assert "(caption_too_long 1)" in done.err
+    assert "capfilt retry" not in done.err
 
 
 def test_all_columns_that_lack_are_named_and_no_run_is_left(downloaded: Path, tmp_path: Path) -> None:
