@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import http.server
-import io
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,18 +14,13 @@ from hypothesis import strategies as st
 
 from capfilt.curate import politeness
 from capfilt.curate.addresses import FetchError
-from capfilt.curate.download import download
 from capfilt.curate.fetch import Fetcher
 from capfilt.curate.politeness import Asked, Hosts, PoliteQueue
 from capfilt.data.rundir import RunDir
-from capfilt.settings import DownloadSettings
-from tests import factories
+from tests.curate.busy_sites import SETTINGS, BusySite, reasons_of
 from tests.curate.downloads import rows_of
 from tests.hostile_server import HostileServer, plain
 
-SETTINGS = DownloadSettings(
-    allow_private_addresses=True, num_processes=1, num_threads=16, timeout_seconds=5.0, connections_per_host=3
-)
 BUSY = FetchError("too_many_requests", "status 429", retry_after_seconds=0.0)
 
 
@@ -152,81 +144,20 @@ def test_what_is_known_of_hosts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 # --- real servers -------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Site:
-    """Counts who is there at a time, and answers as it is told to."""
-
-    robots: tuple[int, str] = (404, "")
-    answer_seconds: float = 0.03
-    busy: dict[str, list[str]] = field(default_factory=dict)
-    """Path → `Retry-After` of the first answers."""
-    asked: list[tuple[float, str]] = field(default_factory=list)
-    most_at_a_time: int = 0
-    _now: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __enter__(self) -> Site:
-        site, picture = self, io.BytesIO()
-        factories.draw_picture(3).save(picture, "JPEG")
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                with site._lock:
-                    site.asked.append((time.monotonic(), self.path))
-                    site._now += 1
-                    site.most_at_a_time = max(site.most_at_a_time, site._now)
-                    waits = site.busy.get(self.path) or site.busy.get("*") or []
-                    wait = waits.pop(0) if waits else None
-                time.sleep(site.answer_seconds)
-                status, body = (200, picture.getvalue()) if wait is None else (429, b"")
-                if self.path == "/robots.txt":
-                    status, body = site.robots[0], site.robots[1].encode()
-                with site._lock:
-                    site._now -= 1
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                if wait:
-                    self.send_header("Retry-After", wait)
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def url(self, path: object) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}/{path}"
-
-
 @pytest.fixture
-def site() -> Iterator[Site]:
-    with Site() as opened:
+def site() -> Iterator[BusySite]:
+    with BusySite() as opened:
         yield opened
 
 
-def reasons_of(urls: list[str], tmp_path: Path, settings: DownloadSettings) -> list[str | None]:
-    table = tmp_path / "t.txt"
-    table.write_text("\n".join(urls))
-    run = RunDir.create(tmp_path / "run")
-    download(str(table), run, settings)
-    return [row["reason"] for row in rows_of(run)]
-
-
-def test_few_connections_to_one_host(site: Site, tmp_path: Path) -> None:
-    with Site() as other:
+def test_few_connections_to_one_host(site: BusySite, tmp_path: Path) -> None:
+    with BusySite() as other:
         urls = [one.url(number) for number in range(30) for one in (site, other)]
         assert reasons_of(urls, tmp_path, SETTINGS) == [None] * 60
         assert (site.most_at_a_time, other.most_at_a_time) == (3, 3)
 
 
-def test_retry_after_is_waited_for(site: Site, tmp_path: Path) -> None:
+def test_retry_after_is_waited_for(site: BusySite, tmp_path: Path) -> None:
     site.busy["/0"] = ["2"]
     found = reasons_of([site.url(number) for number in range(12)], tmp_path, replace(SETTINGS, retries=1))
     assert found == [None] * 12
@@ -237,15 +168,15 @@ def test_retry_after_is_waited_for(site: Site, tmp_path: Path) -> None:
     assert Counter(path for _, path in site.asked)["/0"] == 2
 
 
-def test_a_host_that_is_too_busy_for_a_moment_is_not_given_up(site: Site, tmp_path: Path) -> None:
+def test_a_host_that_is_too_busy_for_a_moment_is_not_given_up(site: BusySite, tmp_path: Path) -> None:
     """All of its first answers are refusals, and none afterwards."""
     site.busy["*"], site.answer_seconds = [""] * 12, 0.5
     settings = replace(SETTINGS, retries=3, connections_per_host=12)
     assert reasons_of([site.url(number) for number in range(40)], tmp_path, settings) == [None] * 40
 
 
-def test_a_host_that_asks_for_hours_is_given_up_and_others_go_on(site: Site, tmp_path: Path) -> None:
-    with Site(busy={"*": ["7200"] * 99}) as other:
+def test_a_host_that_asks_for_hours_is_given_up_and_others_go_on(site: BusySite, tmp_path: Path) -> None:
+    with BusySite(busy={"*": ["7200"] * 99}) as other:
         urls = [one.url(number) for number in range(20) for one in (site, other)]
         began = time.monotonic()
         found = reasons_of(urls, tmp_path, SETTINGS)
@@ -256,61 +187,8 @@ def test_a_host_that_asks_for_hours_is_given_up_and_others_go_on(site: Site, tmp
     assert "the host asked to be left alone" in rows[-1]["error_message"]
 
 
-@pytest.mark.parametrize(
-    ("robots", "expected"),
-    [
-        ((200, "User-agent: *\nDisallow: /private\n"), [None, "disallowed"]),
-        ((200, "User-agent: capfilt\nDisallow: /\n\nUser-agent: *\nAllow: /\n"), ["disallowed", "disallowed"]),
-        ((200, "User-agent: googlebot\nDisallow: /\n"), [None, None]),
-        ((404, "Disallow: /"), [None, None]),
-        ((200, "\ufeffUser-agent: *\nDisallow: /*0.jpg$\nDisallow: /p\nAllow: /public/\n"), [None, "disallowed"]),
-        ((500, ""), ["server_error", "server_error"]),
-    ],
-    ids=["a folder", "this tool", "another robot", "no rules", "patterns, the longest counts", "out of order"],
-)
-def test_robots_txt(robots: tuple[int, str], expected: list[str | None], tmp_path: Path) -> None:
-    with Site(robots=robots) as site:
-        urls = [site.url(f"{folder}/{number}.jpg") for number in range(6) for folder in ("public", "private")]
-        assert reasons_of(urls, tmp_path, replace(SETTINGS, robots_txt=True)) == expected * 6
-        counts = Counter(path for _, path in site.asked)
-    assert counts["/robots.txt"] == 1
-    assert counts["/private/0.jpg"] == (expected[1] is None)
-
-
-def test_a_robots_txt_is_read_whatever_is_said_of_its_own_use() -> None:
-    """It may be kept out of indexes, and be too long to be read to its end."""
-    rules = b"User-agent: *\nDisallow: /private\n" + b"#" * 400_000
-    answers = {
-        "/robots.txt": plain(rules, "200 OK", "X-Robots-Tag: noindex, noai"), "/private/a": plain(b"picture"),
-        "/a": plain(b"picture"),
-    }  # fmt: skip
-    with HostileServer(answers) as server:
-        fetcher = Fetcher(replace(SETTINGS, robots_txt=True, max_body_bytes=100_000))
-        assert fetcher.fetch(server.url("/a")) == b"picture"
-        with pytest.raises(FetchError) as failure:
-            fetcher.fetch(server.url("/private/a"))
-    assert failure.value.reason == "disallowed"
-
-
-def test_a_busy_site_is_asked_for_its_rules_again() -> None:
-    answers = {"/robots.txt": plain(b"", "429 Busy", "Retry-After: 7"), "/a": plain(b"picture")}
-    with HostileServer(answers) as server:
-        fetcher = Fetcher(replace(SETTINGS, robots_txt=True))
-        with pytest.raises(FetchError, match=r"robots\.txt: status 429") as failure:
-            fetcher.fetch(server.url("/a"))
-        assert (failure.value.reason, failure.value.retry_after_seconds) == ("too_many_requests", 7.0)
-        answers["/robots.txt"] = plain(b"User-agent: *\nAllow: /\n")
-        assert fetcher.fetch(server.url("/a")) == b"picture"
-
-
 def test_the_status_counts_before_the_tag() -> None:
     answers = {"/a": plain(b"", "503 Closed", "Retry-After: 60", "X-Robots-Tag: noindex, noai")}
     with HostileServer(answers) as server, pytest.raises(FetchError) as failure:
         Fetcher(SETTINGS).fetch(server.url("/a"))
     assert (failure.value.reason, failure.value.retry_after_seconds) == ("server_error", 60.0)
-
-
-def test_robots_txt_is_not_asked_for_unless_wanted(tmp_path: Path) -> None:
-    with Site(robots=(200, "User-agent: *\nDisallow: /\n")) as site:
-        assert reasons_of([site.url(1)], tmp_path, SETTINGS) == [None]
-        assert [path for _, path in site.asked] == ["/1"]

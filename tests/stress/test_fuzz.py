@@ -46,8 +46,8 @@ from capfilt.weights.model_files import read_json, read_safetensors
 from tests.data import conftest as small
 from tests.hostile_server import OK, HostileServer, raw
 from tests.hostile_tars import GOOD, info, packed
+from tests.hostile_texts import UNSAFE
 from tests.stress.conftest import FULL, Figure
-from tests.stress.test_shown_text import UNSAFE
 
 NUM_EXAMPLES = 2_000 if FULL else 60
 MANY = settings(
@@ -292,7 +292,7 @@ def test_answers_of_servers(figure: Figure) -> None:
     answers: dict[str, Any] = {}
     fetcher = Fetcher(DownloadSettings(allow_private_addresses=True, timeout_seconds=2.0, robots_txt=True))
     num, limit = [0, 0], min(NUM_EXAMPLES, 600)
-    with HostileServer(_Any(answers)) as server:
+    with HostileServer(_EveryPath(answers)) as server:
 
         @settings(MANY, max_examples=limit)
         @given(mutated(ANSWERS))
@@ -312,7 +312,7 @@ def test_answers_of_servers(figure: Figure) -> None:
     figure("fuzzing", f"answers of servers: {num[0]:,} bodies, {num[1]:,} failures with a reason, 0 other errors")
 
 
-class _Any(dict[str, Any]):
+class _EveryPath(dict[str, Any]):
     """Every address gives the bytes of the moment."""
 
     def __init__(self, answers: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Ctrl-C at any moment: once, and the command ends in two seconds and says how to go on; twice, and it ends at once.
 
-Either leaves a run that verifies, and the same command then makes what an undisturbed one makes. The signal comes when
-the command is seen to work, and goes to the whole group of processes, as a terminal sends it.
+Either leaves a run that verifies, and the same command then makes what an undisturbed one makes. A training ends its
+step and saves a checkpoint first, which takes it as long as it takes. The signal comes when the command is seen to
+work, and goes to the whole group of processes, as a terminal sends it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,15 +29,17 @@ from tests.curate.small_runs import Models, make_run, save_models
 from tests.stress.conftest import FULL, Figure
 from tests.stress.lives import committed_files
 
-NUM_MOMENTS = 3 if FULL else 1
-PAUSE_SECONDS = 0.05
-"""Between the first signal and the second."""
+TIMES = (1, 2, 1) if FULL else (1, 2)
+"""Signals at each moment."""
+PAUSE_SECONDS, PAUSE_IN_TRAINING_SECONDS = 0.05, 0.4
+"""Between the first signal and the second. Two that come within one operation of torch's are one for Python."""
 MOST_TRIES = 8
 """Runs for each moment: the others were over before the signal came."""
 HANGS_SECONDS = 600 if FULL else 120
 """After which a command is taken for hanging."""
 LONGEST_SECONDS = {1: 2.0, 2: 0.5} if FULL else {1: 20.0, 2: 20.0}
-"""The goal; where other tests compute beside it, only that it ends."""
+"""By the number of signals, the goal; in a sample only that it ends."""
+LONGEST_SECONDS_TO_SAVE = 10.0 if FULL else 20.0
 NAMES = ["download", "import", "caption", "rank", "filter", "select", "train"] if FULL else ["caption"]
 
 
@@ -98,8 +100,8 @@ class Site:
             "select": ["select", path, "--threshold", 0.3],
             "train": [
                 "train", "stage1", path, "--image-encoder", "embedded", "--output", model_of(path),
-                "--set", "max_steps=40", "--set", "batch_size=8", "--set", "num_queries=4",
-                "--set", "save_every_steps=10",
+                "--set", "max_steps=16", "--set", "batch_size=8", "--set", "num_queries=4",
+                "--set", "save_every_steps=4",
             ],
         }[name]  # fmt: skip
 
@@ -143,57 +145,59 @@ def wait_for_work(name: str, path: Path, process: subprocess.Popen[str]) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("times", [1, 2])
-def test_interrupted(site: Site, tmp_path: Path, name: str, times: int, figure: Figure) -> None:
-    rng = random.Random(f"{name}{times}")
-    result = RESULTS.get(name, committed_files)
-    undisturbed = tmp_path / "undisturbed"
-    site.prepare(name, undisturbed)
-    with started(site, name, undisturbed) as process:
-        wait_for_work(name, undisturbed, process)
+def test_interrupted(site: Site, tmp_path: Path, name: str, figure: Figure) -> None:
+    rng, result = random.Random(name), RESULTS.get(name, committed_files)
+    path = tmp_path / "undisturbed"
+    site.prepare(name, path)
+    with started(site, name, path) as process:
+        wait_for_work(name, path, process)
         began = time.monotonic()
         said = finish(process)
     assert process.returncode == 0, said
-    work_seconds, expected = time.monotonic() - began, result(undisturbed)
-    seconds, codes = [], Counter[int]()
-    # the signal itself ends Python in its own last moments: after the first one that is the command's good end, after
-    # the second one an end at once
-    interrupted = (130,) if times == 1 else (130, -signal.SIGINT)
-    for number in range(MOST_TRIES * NUM_MOMENTS):
-        if sum(codes[code] for code in interrupted) == NUM_MOMENTS:
-            break
-        path = tmp_path / f"run{number}"
-        site.prepare(name, path)
-        with started(site, name, path) as process:
-            wait_for_work(name, path, process)
-            time.sleep(rng.uniform(0, 0.7 * work_seconds))
-            sent = send_interrupts(process, times)
-            said = finish(process)
-            seconds.append(time.monotonic() - sent)
-        codes[process.returncode] += 1
-        assert process.returncode in (0, 130, -signal.SIGINT), said
-        if process.returncode == 130:
-            assert "the same command goes on" in said
-            assert "Traceback" not in said
-        if (path / "run.json").exists():
-            assert verify_run(RunDir.open(path), deep=True).findings == []
+    work_seconds, expected = time.monotonic() - began, result(path)
+    seconds: dict[int, list[float]] = {times: [] for times in TIMES}
+    for number, times in enumerate(TIMES):
+        for attempt in range(MOST_TRIES):
+            path = tmp_path / f"run{number}-{attempt}"
+            site.prepare(name, path)
+            with started(site, name, path) as process:
+                wait_for_work(name, path, process)
+                time.sleep(rng.uniform(0, 0.6 * work_seconds))
+                sent = send_interrupts(process, times, PAUSE_IN_TRAINING_SECONDS if name == "train" else PAUSE_SECONDS)
+                said = finish(process)
+                seconds[times].append(time.monotonic() - sent)
+            if process.returncode == 130:
+                assert "the same command goes on" in said
+                assert "Traceback" not in said
+            if (path / "run.json").exists():
+                assert verify_run(RunDir.open(path), deep=True).findings == []
+            # the signal itself ends Python in its own last moments: after the first one that is the command's good
+            # end, after the second one an end at once
+            if process.returncode == 130 or (times == 2 and process.returncode == -signal.SIGINT):
+                break
+            assert process.returncode in (0, -signal.SIGINT), said
+        else:
+            raise AssertionError(f"of {MOST_TRIES} runs each was over before the signal came")
         with started(site, name, path) as process:
             said = finish(process)
         assert process.returncode == 0, said
         assert result(path) == expected
-    num = sum(codes[code] for code in interrupted)
-    assert num == NUM_MOMENTS, codes
-    figure("signals", f"{name}, Ctrl-C {'once' if times == 1 else 'twice'}, {num} times: over in "
-                      f"{max(seconds):.2f} s at most, the runs verified, the same command went on")  # fmt: skip
-    assert max(seconds) <= LONGEST_SECONDS[times]
+    once, twice = (max(seconds[times]) for times in (1, 2))
+    figure(
+        "signals",
+        f"{name}: over {once:.2f} s at most after Ctrl-C once ({TIMES.count(1)} times), {twice:.2f} s after twice "
+        f"({TIMES.count(2)}): the runs verified, the same command went on",
+    )
+    assert once <= (LONGEST_SECONDS_TO_SAVE if name == "train" else LONGEST_SECONDS[1])
+    assert twice <= LONGEST_SECONDS[2]
 
 
-def send_interrupts(process: subprocess.Popen[str], times: int) -> float:
+def send_interrupts(process: subprocess.Popen[str], times: int, pause_seconds: float) -> float:
     """Interrupt the group of a process so many times; gives when the last one was sent."""
     sent = time.monotonic()
     for number in range(times):
         if number:
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(pause_seconds)
         sent = time.monotonic()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)

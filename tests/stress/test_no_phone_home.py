@@ -130,7 +130,8 @@ def test_no_command_asks_for_anything(folder: Path, figure: Figure) -> None:
             ("evaluate", "retrieval", "embedded", "--references", "runs/small", "--k-test", 4),
             ("export", "runs/small", "--output", "pairs.csv"), ("report", "runs/small", "--output", "report.html"),
             ("import", "runs/downloaded/shards/00000.tar", "runs/imported"),
-            ("retry", "runs/small", "--reason", "not_found"),  # adds a shard, of which there is no manifest yet
+            # adds a shard, of which there is no manifest yet
+            ("retry", "runs/small", "--reason", "not_found", "--allow-private-addresses"),
         ]  # fmt: skip
     lines: list[tuple[object, ...]] = [("-c", DOWNLOAD), *(("-m", "capfilt", *command) for command in commands)]
     for line in lines:

@@ -9,7 +9,6 @@ import random
 import re
 import sys
 import tarfile
-import unicodedata
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,39 +21,11 @@ from capfilt.data.sealed import read_sealed, sealed_bytes
 from capfilt.data.texts import clean_for_terminal
 from tests import factories
 from tests.curate.small_runs import make_run, save_models
+from tests.hostile_texts import TRICKS, UNSAFE, fuzzed
 from tests.stress.conftest import FULL, Figure
 from tests.stress.lives import live
 
-TRICKS = {
-    "colour": "\x1b[31mred", "title (OSC 0)": "\x1b]0;owned\x07", "link (OSC 8)": "\x1b]8;;http://evil\x1b\\x",
-    "clipboard (OSC 52)": "\x1b]52;c;ZXZpbA==\x07", "C1 CSI": "\x9b31mred", "C1 OSC": "\x9d0;owned\x9c",
-    "device control": "\x1bP1$r\x1b\\", "backspace": "good\b\b\b\bevil", "carriage return": "good\revil",
-    "line feed": "a\nb", "vertical tab": "a\x0bb", "bell": "\x07", "null": "a\0b", "delete": "a\x7fb",
-    "right to left": "\u202egnp.exe", "isolates": "\u2066a\u2069\u2067b", "marks": "\u200e\u200f\u061c",
-    "zero width": "a\u200bb\ufeff", "tags": "\U000e0041\U000e0042", "lone surrogate": "a\ud800b",
-    "line separator": "a\u2028b", "private use": "\ue000", "shift out": "\x0e", "query": "\x1b[c\x1b[6n",
-}  # fmt: skip
 HARMLESS = "harmless"
-
-
-def is_unsafe(char: str) -> bool:
-    """Whether a terminal could act upon it, or shows nothing, or shows what nobody agreed on."""
-    return char in "\u2028\u2029" or (unicodedata.category(char)[0] == "C" and char not in "\u200c\u200d")
-
-
-class _Unsafe:
-    """Finds such characters, but for the line feed: lines end with it, and are counted."""
-
-    def search(self, text: str) -> str | None:
-        return next((char for char in sorted(set(text)) if char != "\n" and is_unsafe(char)), None)
-
-
-UNSAFE = _Unsafe()
-
-
-def fuzzed(rng: random.Random) -> str:
-    alphabet = "".join(TRICKS.values()) + "abc äé猫🙂 []();:/\\'\"%{}$`"
-    return "".join(rng.choice(alphabet) for _ in range(rng.randrange(1, 60)))
 
 
 def test_fuzzed_texts(figure: Figure) -> None:

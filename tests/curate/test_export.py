@@ -1,0 +1,45 @@
+"""What is exported is what the manifest says, and what cannot be written is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
+from capfilt.data.manifest import read_manifest
+from capfilt.data.rundir import RunDir
+from tests.cli.conftest import capfilt
+from tests.hostile_texts import FORMULAS, run_with_texts
+
+
+def test_json_lines_are_the_manifest(tmp_path: Path) -> None:
+    run = run_with_texts(tmp_path / "run", [*FORMULAS, "ünïcode 🙂"])
+    assert capfilt("export", run.path, "-o", tmp_path / "all.jsonl", "--dropped").code == 0
+    assert capfilt("export", run.path, "-o", tmp_path / "kept.jsonl").code == 0
+    found = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    expected = read_manifest([run]).to_pylist()
+    assert [row | {"clip_score": None, "itm_score": None} for row in found] == [
+        row | {"clip_score": None, "itm_score": None} for row in expected
+    ]
+    assert pa.array([row["itm_score"] for row in found], pa.float32()) == pa.array(
+        [row["itm_score"] for row in expected], pa.float32()
+    )
+    kept = (tmp_path / "kept.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["key"] for line in kept] == [row["key"] for row in expected if row["kept"]]
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+    run = run_with_texts(tmp_path / "run", ["a dog", "two cats"])
+    done = capfilt("export", run.path, "-o", tmp_path / "pairs.xlsx")
+    assert (done.code, "expected one of .csv, .jsonl" in done.err) == (2, True)
+    (tmp_path / "pairs.csv").write_text("mine")
+    done = capfilt("export", run.path, "-o", tmp_path / "pairs.csv")
+    assert (done.code, "give --overwrite" in done.err) == (2, True)
+    assert (tmp_path / "pairs.csv").read_text() == "mine"
+    done = capfilt("export", run.path, "-o", tmp_path / "nowhere" / "pairs.csv")
+    assert (done.code, "There is no directory" in done.err) == (2, True)
+    empty = RunDir.create(tmp_path / "empty")
+    assert capfilt("export", empty.path, "-o", tmp_path / "e.csv").code == 2
+    assert not (tmp_path / "e.csv").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
