@@ -32,6 +32,10 @@ class MissingPackageError(UsageError):
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package}. Install it: pip install 'capfilt[{extra}]'")
 
+    def __reduce__(self) -> tuple[type[UsageError], tuple[str]]:
+        """As other processes hand it back: with its message."""
+        return UsageError, (str(self),)
+
 
 class FingerprintMismatchError(CapfiltError):
     """Results of other parameters are in the way; they are neither mixed nor deleted."""

@@ -23,6 +23,7 @@ from capfilt.trainings import TRAININGS
 
 if TYPE_CHECKING:
     from capfilt.data.rundir import RunDir
+    from capfilt.engines.base import Engine
 
 WORLD_PORTS = range(20080, 22080)
 """The miniature world's site prefers one of these, by its seed: runs of one world have equal addresses."""
@@ -50,10 +51,11 @@ def run_recipe(
     generation: str | None = None,
     curate_only: bool = False,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[StepResult]:
     """Do what the recipe says, step by step; a step is done when its result is yielded.
 
-    With `curate_only` the trainings are left out.
+    With `curate_only` the trainings are left out. `engine` captions, ranks and filters; unset: this process.
 
     Raises UsageError when the recipe has no [source] and the run no shards, when a further run that a training names
     is none or has no manifest, and what the steps raise.
@@ -73,7 +75,7 @@ def run_recipe(
                 yield _take_source(recipe.source, download_settings(recipe), run, progress)
             _require_shards(recipe, run)
             if recipe.caption is not None:
-                yield StepResult("annotate", _annotate(recipe, run, progress))
+                yield StepResult("annotate", _annotate(recipe, run, progress, engine))
     for section in trainings:
         output_dir = training_dir(run.path, section.output, run.generation)
         settings = resolved_settings(recipe, section, run)
@@ -107,10 +109,10 @@ def require_manifest(run: RunDir) -> None:
     next(iterate_manifest([run], ["key"]), None)
 
 
-def _annotate(recipe: Recipe, run: RunDir, progress: Progress) -> Any:
+def _annotate(recipe: Recipe, run: RunDir, progress: Progress, engine: Engine | None) -> Any:
     from capfilt.curate.annotate import annotate
 
-    return annotate(run, stages_of(recipe), recipe.caption, recipe.rank, recipe.filter, progress)
+    return annotate(run, stages_of(recipe), recipe.caption, recipe.rank, recipe.filter, progress, engine=engine)
 
 
 def stages_of(recipe: Recipe) -> list[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from capfilt.cli.console import command, note, open_progress, say_result
+from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
 from capfilt.cli.options import (
     AsJson,
     BatchSize,
@@ -22,6 +23,9 @@ from capfilt.cli.options import (
     settings_from,
 )
 from capfilt.settings import EMBEDDED, CaptionSettings, FilterSettings, RankSettings
+
+if TYPE_CHECKING:
+    from capfilt.engines.base import Engine
 
 
 def caption(
@@ -62,6 +66,11 @@ def caption(
     batch_size: BatchSize = CaptionSettings.batch_size,
     device: Device = CaptionSettings.device,
     dtype: Dtype = CaptionSettings.dtype,
+    engine: EngineName = "local",
+    address: Address = None,
+    num_workers: NumWorkers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:
@@ -70,7 +79,7 @@ def caption(
         num_captions = 1 if decoding in ("greedy", "beam") else CaptionSettings.num_captions
     settings = settings_from(CaptionSettings, locals())
     model = ["--clip-model", EMBEDDED] if captioner == EMBEDDED else []
-    _annotate(run, generation, as_json, ["rank", run, *model], ["captions"], caption=settings)
+    _annotate(run, generation, as_json, ["rank", run, *model], ["captions"], engine_from(locals()), caption=settings)
 
 
 def rank(
@@ -88,13 +97,26 @@ def rank(
     batch_size: BatchSize = RankSettings.batch_size,
     device: Device = RankSettings.device,
     dtype: Dtype = RankSettings.dtype,
+    engine: EngineName = "local",
+    address: Address = None,
+    num_workers: NumWorkers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:
     """Score every caption by CLIP and rank the captions of each image."""
     settings = settings_from(RankSettings, locals())
     model = EMBEDDED if clip_model == EMBEDDED else "PATH"
-    _annotate(run, generation, as_json, ["filter", run, "--filter-model", model], ["clip"], rank=settings)
+    _annotate(
+        run,
+        generation,
+        as_json,
+        ["filter", run, "--filter-model", model],
+        ["clip"],
+        engine_from(locals()),
+        rank=settings,
+    )
 
 
 def filter_(
@@ -111,12 +133,17 @@ def filter_(
     batch_size: BatchSize = FilterSettings.batch_size,
     device: Device = FilterSettings.device,
     dtype: Dtype = FilterSettings.dtype,
+    engine: EngineName = "local",
+    address: Address = None,
+    num_workers: NumWorkers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:
     """Score the web caption and the kept synthetic captions by ITM, and write the manifest."""
     settings = settings_from(FilterSettings, locals())
-    _annotate(run, generation, as_json, ["stats", run], ["itm", "manifest"], filter=settings)
+    _annotate(run, generation, as_json, ["stats", run], ["itm", "manifest"], engine_from(locals()), filter=settings)
 
 
 def select(
@@ -129,6 +156,11 @@ def select(
         str | None,
         typer.Option(metavar="NAMES", help="web, synthetic or web,synthetic: captions taken at all; unset: as now."),
     ] = None,
+    engine: EngineName = "local",
+    address: Address = None,
+    num_workers: NumWorkers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:
@@ -136,9 +168,10 @@ def select(
     from capfilt.curate.selection import reselect
     from capfilt.data.rundir import RunDir
 
+    chosen = engine_from(locals())
     opened = RunDir.open(run, generation)
     taken = None if sources is None else [name.strip() for name in sources.split(",")]
-    summary = reselect(opened, threshold=threshold, keep=keep, sources=taken, progress=open_progress())
+    summary = reselect(opened, threshold, keep, open_progress(), sources=taken, engine=chosen)
     stats = command("stats", run, generation=generation)
     say_result(summary, summary.line(), stats, as_json=as_json)
     if summary.num_pairs and not summary.num_kept:
@@ -146,7 +179,13 @@ def select(
 
 
 def _annotate(
-    run: Path, generation: str | None, as_json: bool, following: Sequence[object], stages: list[str], **settings: Any
+    run: Path,
+    generation: str | None,
+    as_json: bool,
+    following: Sequence[object],
+    stages: list[str],
+    engine: Engine | None,
+    **settings: Any,
 ) -> None:
     """Run the shard loop for some stages, and say what it did."""
     from capfilt.data.rundir import RunDir
@@ -155,5 +194,5 @@ def _annotate(
     from capfilt.curate.annotate import annotate
 
     chosen = {"caption": None, "rank": None, "filter": None, **settings}
-    summary = annotate(opened, stages, **chosen, progress=open_progress())
+    summary = annotate(opened, stages, **chosen, progress=open_progress(), engine=engine)
     say_result(summary, summary.line(), command(*following, generation=generation), as_json=as_json)

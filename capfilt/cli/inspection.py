@@ -8,24 +8,35 @@ from typing import Annotated
 import typer
 
 from capfilt.cli.console import clean, command, note, open_progress, say, say_json
+from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Generation, Run
 from capfilt.errors import UsageError
 
 MAX_FINDINGS_SHOWN = 50
 
 
-def stats(run: Run, generation: Generation = None, as_json: AsJson = False) -> None:
+def stats(
+    run: Run,
+    engine: EngineName = "local",
+    address: Address = None,
+    num_workers: NumWorkers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
+    generation: Generation = None,
+    as_json: AsJson = False,
+) -> None:
     """Counts, yields, failures by reason, sizes, captions, scores, kept rate against threshold, words."""
     from capfilt.data.rundir import RunDir
     from capfilt.progress import speaks_unicode
     from capfilt.report.stats import compute_stats
     from capfilt.report.stats_view import stats_lines
 
+    engine_asked = engine_from(locals())
     opened = RunDir.open(run, generation)
     if generation is not None and generation not in opened.generations():
         known = ", ".join(opened.generations()) or "none"
         raise UsageError(f"{run} has no generation {generation}; those it has: {known}.")
-    found = compute_stats(opened)
+    found = compute_stats(opened, engine_asked, open_progress())
     if as_json:
         say_json(found)
         return
@@ -41,6 +52,11 @@ def stats(run: Run, generation: Generation = None, as_json: AsJson = False) -> N
 def verify(
     run: Run,
     deep: Annotated[bool, typer.Option("--deep", help="Hash every byte of the tars and every image too.")] = False,
+    engine: EngineName = "local",
+    address: Address = None,
+    num_workers: NumWorkers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,7 +64,8 @@ def verify(
     from capfilt.data.rundir import RunDir
     from capfilt.data.verify import verify_run
 
-    report = verify_run(RunDir.open(run, generation), deep, open_progress())
+    asked = engine_from(locals())
+    report = verify_run(RunDir.open(run, generation), deep, open_progress(), engine=asked)
     if as_json:
         say_json(report)
     else:

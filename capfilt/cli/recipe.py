@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from capfilt.cli.console import clean, command, note, open_progress, say, say_json
+from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Generation
 from capfilt.cli.train import training_line
 from capfilt.pipeline import StepResult, run_dir_of, run_recipe
@@ -32,6 +33,11 @@ def run(
         bool,
         typer.Option("--curate-only", help="Leave the trainings out: `torchrun … -m capfilt run` can do them then."),
     ] = False,
+    engine: EngineName = "local",
+    address: Address = None,
+    num_workers: NumWorkers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:
@@ -39,6 +45,7 @@ def run(
 
     Started by torchrun, it does the trainings alone, on the manifest that is there.
     """
+    asked = engine_from(locals())
     chosen = read_recipe(recipe)
     path = run_dir_of(chosen, run)
     if dry_run:
@@ -46,7 +53,7 @@ def run(
         return
     progress = open_progress()
     results = {}
-    steps = run_recipe(chosen, path, generation=generation, curate_only=curate_only, progress=progress)
+    steps = run_recipe(chosen, path, generation=generation, curate_only=curate_only, progress=progress, engine=asked)
     for step in steps:
         results[step.name] = step.summary
         if not as_json:

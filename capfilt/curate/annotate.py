@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pyarrow as pa
@@ -20,13 +20,15 @@ from capfilt.curate.require_images import require_images
 from capfilt.curate.selection import SOURCES, RankedCaption, commit_manifest, manifest_fields
 from capfilt.curate.shard_pass import CaptionLane, ClipLane, Item, ItmLane, Lane, run_lanes
 from capfilt.curate.stage_models import MODELS, StageModels
-from capfilt.data.commit import commit_stage, input_digest, read_commit_record, read_table, stage_state
+from capfilt.data.commit import CommitRecord, commit_stage, input_digest, read_commit_record, read_table, stage_state
 from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
 from capfilt.data.shards import read_samples
+from capfilt.engines.base import Engine
+from capfilt.engines.local import LocalEngine
 from capfilt.errors import FingerprintMismatchError, UsageError
-from capfilt.progress import NullProgress, Progress
+from capfilt.progress import Progress
 from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
 from capfilt.weights.host_memory import keep_freed_memory
 
@@ -47,16 +49,33 @@ class StageSummary:
     """Samples in, those of earlier commands included."""
     num_quarantined: int = 0
 
+    @classmethod
+    def of(cls, record: CommitRecord, *, is_new: bool) -> StageSummary:
+        """That of one shard."""
+        return cls(1, int(is_new), record.rows_in, record.rows_quarantined)
+
+    def merge(self, other: StageSummary) -> None:
+        """Add other shards'."""
+        for entry in fields(self):
+            setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
+
 
 @dataclass(slots=True)
 class AnnotateSummary:
-    """What a pass over the run did."""
+    """What a pass over the run, or over one shard, did."""
 
     stages: dict[str, StageSummary] = field(default_factory=dict)
     num_pairs: int = 0
     """Rows of the manifest, where it was asked for."""
     num_kept: int = 0
     seconds: float = 0.0
+
+    def merge(self, other: AnnotateSummary) -> None:
+        """Add other shards'."""
+        for stage, summary in other.stages.items():
+            self.stages.setdefault(stage, StageSummary()).merge(summary)
+        self.num_pairs += other.num_pairs
+        self.num_kept += other.num_kept
 
     def line(self) -> str:
         """One line for people."""
@@ -84,6 +103,7 @@ def annotate(
     progress: Progress | None = None,
     *,
     models: StageModels | None = None,
+    engine: Engine | None = None,
 ) -> AnnotateSummary:
     """Make the given stages of every shard.
 
@@ -91,6 +111,7 @@ def annotate(
         run: an open run.
         stages: some of captions, clip, itm, manifest; each needs its settings (the manifest, the filter's).
         models: the settings with their models, where several runs use them; the settings are then left out.
+        engine: what carries it out; unset: this process, shard by shard.
 
     On a CPU the process keeps the memory that it frees, from here to its end (`weights.host_memory`). Passes in several
     threads of one process are not meant: torch's number of threads is changed for new ones while pictures are decoded.
@@ -98,8 +119,8 @@ def annotate(
     Raises UsageError for missing settings, models, shards or earlier stages; FingerprintMismatchError where a
     stage is there with other parameters; CorruptionError for damage. An image that fails is quarantined.
     """
-    plan = _Plan(run, stages, models or StageModels(caption, rank, filter))
-    progress = progress or NullProgress()
+    models = models or StageModels(caption, rank, filter)
+    asked = _checked_stages(stages, models)
     started = time.monotonic()
     with run.lock():
         shards = stage_shards(run)
@@ -109,33 +130,74 @@ def annotate(
                 f"`capfilt import TARS {run.path}` first."
             )
         require_images(run)
-        loaded = plan.load_models()
         counts = {shard: read_commit_record(run.stage_file("shards", shard)).rows_kept for shard in shards}
-        commands = {COMMANDS[stage] for stage in plan.stages}
+        work = _AnnotateShards(run, asked, models, sum(counts.values()), counts)
+        summary = AnnotateSummary()
+        for _, done in (engine or LocalEngine()).run(work, shards, progress):
+            summary.merge(done)
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def _checked_stages(stages: Sequence[str], models: StageModels) -> list[str]:
+    """The stages asked for, in their order. Raises UsageError for others, and for settings that lack."""
+    needed = {"captions": models.caption, "clip": models.rank, "itm": models.filter, "manifest": models.filter}
+    unknown = [stage for stage in stages if stage not in needed]
+    lacking = [stage for stage in stages if stage in needed and needed[stage] is None]
+    if unknown or lacking or not stages:
+        raise UsageError(
+            f"The stages asked for are {', '.join(stages) or 'none'}; expected some of "
+            f"{', '.join(needed)}, each with its settings."
+        )
+    return [stage for stage in STAGES if stage in stages]
+
+
+@dataclass(frozen=True)
+class _AnnotateShards:
+    """The work of `annotate`."""
+
+    run: RunDir
+    stages: list[str]
+    models: StageModels
+    total: int
+    counts: dict[str, int]
+    """Shard → images."""
+    unit = "images"
+    is_light = False
+
+    def open(self) -> _Annotator:
+        """Load the models."""
+        self.run.join()
+        return _Annotator(self)
+
+
+class _Annotator:
+    """The models are loaded."""
+
+    def __init__(self, work: _AnnotateShards) -> None:
+        self._plan, self._counts = _Plan(work.run, work.stages, work.models), work.counts
+        loaded = self._plan.load_models()
+        commands = {COMMANDS[stage] for stage in work.stages}
         name = commands.pop() if len(commands) == 1 else "annotate"
         computing = ", ".join(dict.fromkeys(model.computing for model in loaded))
-        progress.start(f"{name} ({computing})" if computing else name, sum(counts.values()), "images")
-        for shard in shards:
-            _annotate_shard(plan, shard, counts[shard], progress)
-        progress.finish()
-        return _summarise(plan, shards, time.monotonic() - started)
+        self.title = f"{name} ({computing})" if computing else name
+
+    def __call__(self, shard: str, progress: Progress) -> AnnotateSummary:
+        new = _annotate_shard(self._plan, shard, self._counts[shard], progress)
+        summary = AnnotateSummary()
+        for stage in self._plan.stages:
+            record = read_commit_record(self._plan.run.read_file(stage, shard))
+            summary.stages[stage] = StageSummary.of(record, is_new=stage in new)
+            if stage == "manifest":
+                summary.num_pairs, summary.num_kept = (int(record.extra[n]) for n in ("table_rows", "pairs_kept"))
+        return summary
 
 
 class _Plan:
     """The stages asked for, and what makes them."""
 
-    def __init__(self, run: RunDir, stages: Sequence[str], models: StageModels) -> None:
-        needed = {"captions": models.caption, "clip": models.rank, "itm": models.filter, "manifest": models.filter}
-        unknown = [stage for stage in stages if stage not in needed]
-        lacking = [stage for stage in stages if stage in needed and needed[stage] is None]
-        if unknown or lacking or not stages:
-            raise UsageError(
-                f"The stages asked for are {', '.join(stages) or 'none'}; expected some of "
-                f"{', '.join(needed)}, each with its settings."
-            )
-        self.run, self.models = run, models
-        self.stages = [stage for stage in STAGES if stage in stages]
-        self.new_shards: dict[str, set[str]] = {stage: set() for stage in self.stages}
+    def __init__(self, run: RunDir, stages: list[str], models: StageModels) -> None:
+        self.run, self.stages, self.models = run, stages, models
         self.num_quarantined = 0
 
     def load_models(self) -> list[Any]:
@@ -180,8 +242,8 @@ class _Plan:
         return lanes
 
 
-def _annotate_shard(plan: _Plan, shard: str, num_images: int, progress: Progress) -> None:
-    """Bring one shard up to date; every stage is committed before the next shard begins."""
+def _annotate_shard(plan: _Plan, shard: str, num_images: int, progress: Progress) -> list[str]:
+    """Bring one shard up to date; every stage is committed before the next shard begins. Gives the stages made."""
     todo = _find_todo(plan, shard)
     lanes = plan.lanes(todo, shard)
     if lanes:
@@ -198,7 +260,7 @@ def _annotate_shard(plan: _Plan, shard: str, num_images: int, progress: Progress
         progress.advance(num_images, already=True)
     if "manifest" in todo:
         commit_manifest(plan.run, shard, plan.fields("manifest", shard))
-        plan.new_shards["manifest"].add(shard)
+    return todo
 
 
 def _find_todo(plan: _Plan, shard: str) -> list[str]:
@@ -281,7 +343,6 @@ def _commit_pass(plan: _Plan, shard: str, stages: Sequence[str], items: Sequence
             replace=True,
         )
         left = [item for item in left if item.failed_stage != stage]
-        plan.new_shards[stage].add(shard)
 
 
 def _caption_rows(item: Item) -> list[dict[str, Any]]:
@@ -312,19 +373,3 @@ _ROWS_OF: dict[str, Callable[[Item], list[dict[str, Any]]]] = {
     "clip": _clip_rows,
     "itm": _itm_rows,
 }
-
-
-def _summarise(plan: _Plan, shards: Sequence[str], seconds: float) -> AnnotateSummary:
-    summary = AnnotateSummary(seconds=seconds)
-    for stage in plan.stages:
-        records = [read_commit_record(plan.run.read_file(stage, shard)) for shard in shards]
-        summary.stages[stage] = StageSummary(
-            num_shards=len(shards),
-            num_new_shards=len(plan.new_shards[stage]),
-            num_samples=sum(record.rows_in for record in records),
-            num_quarantined=sum(record.rows_quarantined for record in records),
-        )
-        if stage == "manifest":
-            summary.num_pairs = sum(int(record.extra["table_rows"]) for record in records)
-            summary.num_kept = sum(int(record.extra["pairs_kept"]) for record in records)
-    return summary

@@ -12,6 +12,7 @@ In: scores. Out: ranks, manifest rows. No model is run: `reselect` chooses anew 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,10 @@ from capfilt.data.commit import commit_stage, input_digest, read_commit_record, 
 from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
+from capfilt.engines.base import SHARDS, Engine
+from capfilt.engines.local import LocalEngine
 from capfilt.errors import FingerprintMismatchError, UsageError
-from capfilt.progress import NullProgress, Progress
+from capfilt.progress import Progress
 from capfilt.settings import FilterSettings, RankSettings
 
 MANIFEST_VERSION = 1
@@ -210,13 +213,15 @@ def reselect(
     progress: Progress | None = None,
     *,
     sources: Sequence[str] | None = None,
+    engine: Engine | None = None,
 ) -> SelectionSummary:
     """Choose anew from the stored scores; replaces the manifest of this generation.
 
-    What is not given stays as the present manifest has it; `sources` are some of SOURCES. Raises UsageError where a
-    shard has no ITM scores, `keep` asks for captions the filter did not see, or a source is none.
+    What is not given stays as the present manifest has it; `sources` are some of SOURCES; `engine` carries it out,
+    unset: threads of this process. Raises UsageError where a shard has no ITM scores, `keep` asks for captions the
+    filter did not see, or a source is none.
     """
-    progress, started = progress or NullProgress(), time.monotonic()
+    started = time.monotonic()
     with run.lock():
         shards = stage_shards(run)
         stored = _stored_ranking(run, shards)
@@ -226,24 +231,52 @@ def reselect(
         _refuse_unseen(run, top, stored["keep"])
         taken = _checked_sources(present.get("sources", SOURCES) if sources is None else sources)
         fields = manifest_fields(threshold=chosen, keep=top, include_web=stored["include_web"], sources=taken)
-        num_new, num_pairs, reasons = 0, 0, dict[str, int]()
-        progress.start("select", len(shards), "shards")
-        for shard in shards:
-            is_done = _is_selected(run, shard, fields)
-            if is_done:
-                table = read_table(run.stage_file("manifest", shard), columns=["drop_reason"])
-            else:
-                table, num_new = commit_manifest(run, shard, fields), num_new + 1
-            num_pairs += table.num_rows
-            for entry in pc.value_counts(table["drop_reason"].drop_null()).to_pylist():
-                reasons[entry["values"]] = reasons.get(entry["values"], 0) + entry["counts"]
-            progress.advance(1, already=is_done)
-        progress.finish()
-    num_kept = num_pairs - sum(reasons.values())
-    ordered = dict(sorted(reasons.items(), key=lambda item: -item[1]))
+        num_new, num_pairs, reasons = 0, 0, Counter[str]()
+        work = _SelectShards(run, fields, len(shards))
+        for _, found in (engine or LocalEngine()).run(work, shards, progress):
+            num_new += found.is_new
+            num_pairs += found.num_pairs
+            reasons += found.drop_reasons
+    num_kept = num_pairs - reasons.total()
+    ordered = dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
     return SelectionSummary(
         len(shards), num_new, num_pairs, num_kept, ordered, chosen, top, taken, time.monotonic() - started
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """What the selection of a shard is."""
+
+    is_new: bool
+    num_pairs: int
+    drop_reasons: Counter[str]
+
+
+@dataclass(frozen=True)
+class _SelectShards:
+    """The work of `reselect`."""
+
+    run: RunDir
+    fields: dict[str, Any]
+    total: int
+    unit = SHARDS
+    is_light = True
+    title = "select"
+
+    def open(self) -> _SelectShards:
+        """Nothing is loaded."""
+        self.run.join()
+        return self
+
+    def __call__(self, shard: str, _progress: Progress) -> _Selected:
+        is_new = not _is_selected(self.run, shard, self.fields)
+        if is_new:
+            table = commit_manifest(self.run, shard, self.fields)
+        else:
+            table = read_table(self.run.stage_file("manifest", shard), columns=["drop_reason"])
+        counts = pc.value_counts(table["drop_reason"].drop_null()).to_pylist()
+        return _Selected(is_new, table.num_rows, Counter({entry["values"]: entry["counts"] for entry in counts}))
 
 
 def _checked_sources(sources: Sequence[str]) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ class BoundedParquet:
             with pq.ParquetFile(source, **options) as plain:
                 self.schema, self.metadata = plain.schema_arrow, plain.metadata
             texts = [field.name for field in self.schema if _is_text(field.type)]
-            self._file = pq.ParquetFile(source, read_dictionary=texts, **options)
+            self._file = pq.ParquetFile(source, read_dictionary=texts, metadata=self.metadata, **options)
 
     def __enter__(self) -> BoundedParquet:
         return self

@@ -34,7 +34,7 @@ from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchErr
 
 __all__ = [
     "CommitRecord", "Quarantined", "canonical_json", "commit_stage", "file_sha256",
-    "fingerprint", "input_digest", "read_commit_record", "read_quarantine", "read_table", "stage_state",
+    "fingerprint", "input_digest", "read_commit_record", "read_quarantine", "read_stage", "read_table", "stage_state",
 ]  # fmt: skip
 
 
@@ -81,18 +81,23 @@ def read_commit_record(path: Path) -> CommitRecord:
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read the rows of a stage's file after checking every byte. Raises CorruptionError naming the shard."""
+    return read_stage(path, columns)[0]
+
+
+def read_stage(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, CommitRecord]:
+    """Read rows and record of a stage's file as `read_table` and `read_commit_record` do, in one go."""
     table, record, _ = read_sealed(path, columns)
-    _checked_record(path, record, table.num_rows)
-    return table
+    return table, _checked_record(path, record, table.num_rows)
 
 
-def read_quarantine(run: RunDir, stage: str, shard: str) -> pa.Table:
+def read_quarantine(run: RunDir, stage: str, shard: str, record: CommitRecord | None = None) -> pa.Table:
     """Give the quarantined rows of a committed stage; an empty table where there are none.
 
-    Raises CorruptionError when the quarantine file is not the one that the commit record names.
+    `record` is the stage's, where it has been read already. Raises CorruptionError when the quarantine file is not the
+    one that it names.
     """
     path = run.read_file(stage, shard)
-    record = read_commit_record(path)
+    record = record or read_commit_record(path)
     expected = record.extra.get("quarantine_seal")
     if expected is None:
         return QUARANTINE_SCHEMA.empty_table()

@@ -2,6 +2,7 @@
 
     RUN/run.json              format version and date
     RUN/.lock                 held (flock) by the command that writes; contains its process id
+    RUN/.workers              held (flock, shared) by processes that work for it on other machines
     RUN/.staging/ATTEMPT/     files of an attempt that is under way; void as soon as its process is gone
     RUN/shards/00000.tar      images and captions        RUN/shards/00000.parquet   its commit record and rows
     RUN/STAGE/00000.parquet   what a stage made of a shard; RUN/STAGE@NAME/ in the generation NAME
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -36,6 +38,10 @@ STAGES = ("shards", "captions", "clip", "itm", "manifest")
 _GENERATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHARD = re.compile(r"[0-9]{5,}")
 _held_locks: dict[Path, int] = {}  # of this process, so that a command may take the lock again in its parts
+_joined: dict[Path, int] = {}  # descriptors of this process by which it is known as a worker
+
+_WORKERS_END_SECONDS = 60.0
+"""How long the workers of a dead command are waited for."""
 
 
 class RunDir:
@@ -155,10 +161,10 @@ class RunDir:
     def _remove_empty(self, *, with_directory: bool) -> None:
         """Remove the run where it holds nothing but what every run has."""
         with self.lock():
-            if not {entry.name for entry in self.path.iterdir()} <= {"run.json", ".lock", ".staging"}:
+            if not {entry.name for entry in self.path.iterdir()} <= {"run.json", ".lock", ".workers", ".staging"}:
                 return
             shutil.rmtree(self.path / ".staging", ignore_errors=True)
-            for name in ("run.json", ".lock"):
+            for name in ("run.json", ".lock", ".workers"):
                 (self.path / name).unlink(missing_ok=True)
             if with_directory:
                 self.path.rmdir()
@@ -209,6 +215,7 @@ class RunDir:
             _take_lock(descriptor, self.path)
             _held_locks[root] = 1
             try:
+                _wait_for_workers(root, self.path)
                 _remove_dead_staging(root / ".staging")
                 yield
             finally:
@@ -216,6 +223,16 @@ class RunDir:
                 os.ftruncate(descriptor, 0)
         finally:
             os.close(descriptor)
+
+    def join(self) -> None:
+        """Be a worker of the command that holds the run, until this process ends; where it is this one, nothing.
+
+        Should that command die first, the next one waits until its workers are gone.
+        """
+        root = self.path.resolve()
+        if root not in _joined and not _held_locks.get(root, 0):
+            _joined[root] = os.open(root / ".workers", os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(_joined[root], fcntl.LOCK_SH)
 
     @contextmanager
     def new_staging(self) -> Iterator[Path]:
@@ -254,6 +271,29 @@ def _take_lock(descriptor: int, run: Path) -> None:
         ) from None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+
+
+def _wait_for_workers(root: Path, run: Path) -> None:
+    """Return when no process is left that a dead command had set to work. Raises RunLockedError where they stay."""
+    try:
+        descriptor = os.open(root / ".workers", os.O_RDWR)
+    except FileNotFoundError:
+        return
+    end = time.monotonic() + _WORKERS_END_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise RunLockedError(
+                        f"Workers of a command that has ended are still at {run}. End them (`ray stop`, or their "
+                        "machines), and repeat the command."
+                    ) from None
+                time.sleep(0.05)
+    finally:
+        os.close(descriptor)
 
 
 def _remove_dead_staging(staging: Path) -> None:

@@ -13,7 +13,7 @@ every key, to find keys that two shards share. What is looked at:
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 
 import numpy as np
@@ -32,8 +32,10 @@ from capfilt.data.reconcile import check_counts, check_rows, check_tar, count_ke
 from capfilt.data.retries import attempts_of, is_retry, needs_stages, planned_shards, retry_shards
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import HUMAN
+from capfilt.engines.base import SHARDS, Engine
+from capfilt.engines.local import LocalEngine
 from capfilt.errors import CapfiltError, CorruptionError
-from capfilt.progress import NullProgress, Progress, counted
+from capfilt.progress import Progress, counted
 
 _MAX_PROBLEMS_PER_FILE = 5
 _MAX_SHARDS = 10_000_000
@@ -61,6 +63,11 @@ class StageCounts:
     rows_rejected: int = 0
     rows_quarantined: int = 0
 
+    def merge(self, other: StageCounts) -> None:
+        """Add other shards'."""
+        for entry in fields(self):
+            setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
+
 
 @dataclass(slots=True)
 class Report:
@@ -72,6 +79,13 @@ class Report:
     """Work that an interrupted command has left; repeating the command mends it."""
     counts: dict[str, StageCounts] = field(default_factory=dict)
     """Folder of the stage → sums of its commit records."""
+
+    def merge(self, other: Report) -> None:
+        """Add what was found elsewhere."""
+        self.findings += other.findings
+        self.unfinished += other.unfinished
+        for folder, counts in other.counts.items():
+            self.counts.setdefault(folder, StageCounts()).merge(counts)
 
     @property
     def exit_code(self) -> int:
@@ -111,33 +125,61 @@ class Report:
         )
 
 
-def verify_run(run: RunDir, deep: bool = False, progress: Progress | None = None) -> Report:
+def verify_run(
+    run: RunDir, deep: bool = False, progress: Progress | None = None, *, engine: Engine | None = None
+) -> Report:
     """Check everything in `run`: its own generation where it has one, else all of them.
 
-    With `deep`, every byte of the tars is hashed as well. Never raises for damage: it is in the report.
+    With `deep`, every byte of the tars is hashed as well. `engine` carries it out, unset: threads of this process.
+    Never raises for damage: it is in the report.
     """
     report, keys = Report(), _KeyLedger()
-    progress = progress or NullProgress()
     views = [run]
     if run.generation is None:
         views += [RunDir(run.path, name) for name in run.generations()]
     shards = run.shard_names()
     _check_strays(run, views, set(shards), report)
-    progress.start("verify", len(shards), "shards")
-    for shard in shards:
-        rows = _verify_shard(run, shard, deep, report)
-        if rows is not None:
-            keys.add(shard, rows["key"].to_pylist())
-            for view in views:
-                _verify_stages(view, shard, rows, report)
-        progress.advance(1, problems=len(report.findings))
-    progress.finish()
+    begun = {(view.generation, stage) for view in views for stage in STAGES[1:] if _has_begun(view, stage)}
+    work = _VerifyShards(run, views, deep, len(shards), begun)
+    for shard, (part, digests) in (engine or LocalEngine()).run(work, shards, progress):
+        report.merge(part)
+        if digests is not None:
+            keys.add(shard, digests)
     keys.report_shared(run, report)
     _check_plan(run, shards, report)
     _check_retries(run, report)
     for view in views:
         _check_parameters(view, report)
     return report
+
+
+@dataclass(frozen=True)
+class _VerifyShards:
+    """The part of `verify_run` that is done shard by shard."""
+
+    run: RunDir
+    views: list[RunDir]
+    deep: bool
+    total: int
+    begun: set[tuple[str | None, str]]
+    """(generation, stage) of which any shard has a file."""
+    unit = SHARDS
+    is_light = True
+    title = "verify"
+
+    def open(self) -> _VerifyShards:
+        """Nothing is loaded."""
+        return self
+
+    def __call__(self, shard: str, _progress: Progress) -> tuple[Report, np.ndarray | None]:
+        """What was found, and digests of the keys."""
+        report = Report()
+        rows = _verify_shard(self.run, shard, self.deep, report)
+        if rows is None:
+            return report, None
+        for view in self.views:
+            _verify_stages(view, shard, rows, self.begun, report)
+        return report, _digests_of(rows["key"].to_pylist())
 
 
 def _verify_shard(run: RunDir, shard: str, deep: bool, report: Report) -> pa.Table | None:
@@ -162,7 +204,9 @@ def _verify_shard(run: RunDir, shard: str, deep: bool, report: Report) -> pa.Tab
     return rows
 
 
-def _verify_stages(view: RunDir, shard: str, rows: pa.Table, report: Report) -> None:
+def _verify_stages(
+    view: RunDir, shard: str, rows: pa.Table, begun: set[tuple[str | None, str]], report: Report
+) -> None:
     """Check the stages of one shard in one generation, each against those before it."""
     tables = {"shards": rows}
     kept_before: int | None = count_kept("shards", rows)
@@ -171,7 +215,7 @@ def _verify_stages(view: RunDir, shard: str, rows: pa.Table, report: Report) -> 
         is_own = path == view.stage_file(stage, shard)
         folder = view.stage_file(stage, shard).parent.name
         if not path.exists():
-            if _has_begun(view, stage) and needs_stages(read_commit_record(view.stage_file("shards", shard))):
+            if (view.generation, stage) in begun and needs_stages(read_commit_record(view.stage_file("shards", shard))):
                 _add(report.unfinished, folder, shard, [f"{path.name} is not there"])
             kept_before = None
             continue
@@ -352,15 +396,20 @@ def _add(findings: list[Finding], folder: str, shard: str, problems: list[str]) 
         findings.append(Finding(folder, shard, f"and {more} more of this kind"))
 
 
+def _digests_of(keys: list[str]) -> np.ndarray:
+    """Eight bytes of each key."""
+    joined = b"".join(blake2b(str(key).encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(joined, dtype=np.uint64)
+
+
 class _KeyLedger:
     """Remembers eight bytes of every key, to find the keys that two shards share."""
 
     def __init__(self) -> None:
         self._digests: dict[str, np.ndarray] = {}
 
-    def add(self, shard: str, keys: list[str]) -> None:
-        joined = b"".join(blake2b(str(key).encode(), digest_size=8).digest() for key in keys)
-        self._digests[shard] = np.frombuffer(joined, dtype=np.uint64)
+    def add(self, shard: str, digests: np.ndarray) -> None:
+        self._digests[shard] = digests
 
     def report_shared(self, run: RunDir, report: Report) -> None:
         if not self._digests:

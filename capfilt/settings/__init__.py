@@ -7,6 +7,7 @@ these classes.
 from capfilt.settings.albef import AlbefTrainSettings
 from capfilt.settings.checks import DECODINGS, DEVICES, DTYPES, EMBEDDED
 from capfilt.settings.curation import CaptionSettings, DownloadSettings, FilterSettings, RankSettings
+from capfilt.settings.engines import ENGINES, RaySettings
 from capfilt.settings.fine_tuning import Blip2CaptionsSettings, Blip2TuningSettings, Blip2VqaSettings
 from capfilt.settings.generation import GenerationSettings
 from capfilt.settings.training import (
@@ -27,6 +28,7 @@ __all__ = [
     "DEVICES",
     "DTYPES",
     "EMBEDDED",
+    "ENGINES",
     "AlbefTrainSettings",
     "Blip2CaptionsSettings",
     "Blip2TuningSettings",
@@ -43,6 +45,7 @@ __all__ = [
     "LlmTrainSettings",
     "QFormerSettings",
     "RankSettings",
+    "RaySettings",
     "Stage1Settings",
     "Stage2Settings",
     "TrainSettings",
