@@ -16,7 +16,7 @@ import platform
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ class RayEngine:
         Raises MissingPackageError without Ray, UsageError for a cluster that cannot be reached or differs from this
         process in its versions, CapfiltError at the end where shards were set aside.
         """
-        with _connected(self._settings) as ray:
+        with _silent_stdout(), _connected(self._settings) as ray:
             crew = _Crew(ray, self._settings, work, progress or NullProgress())
             try:
                 yield from crew.work_off(shards)
@@ -250,7 +250,8 @@ class _Crew:
         self._members.remove(member)
         self._recruited = 0.0
         self._count(member, member.settled)  # what it did of its last shards is done again
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        said = str(error).strip() or type(error).__name__
+        why = "".join(filter(str.isprintable, said.splitlines()[0]))
         if member.hello is None and not member.shards:
             self._deaths[""] += 1
             if self._deaths[""] > self._settings.max_deaths:
@@ -258,6 +259,7 @@ class _Crew:
             return
         for shard in member.shards:
             self._deaths[shard] += 1
+        self._progress.say(f"A worker ended at {', '.join(member.shards)}: {why} Another one is given it.")
         again = [shard for shard in member.shards if self._deaths[shard] < self._settings.max_deaths]
         self._aside |= {shard: why for shard in member.shards if shard not in again}
         self._left.extendleft([shard] for shard in reversed(again))  # alone, so that one is found out
@@ -319,6 +321,13 @@ class _Crew:
 
 def _versions() -> tuple[str, str]:
     return __version__, ".".join(platform.python_version_tuple()[:2])
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Ray writes of workers that ended to the standard output, which is for a command's result."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 @contextmanager

@@ -84,13 +84,15 @@ def test_every_shard_once_by_other_processes(cluster: str, is_light: bool) -> No
     assert (tally.title, tally.done, tally.finished) == ("sleep", 50 if is_light else 50 * UNITS, 1)
 
 
-def test_a_shard_that_ends_its_workers_is_set_aside(cluster: str) -> None:
+def test_a_shard_that_ends_its_workers_is_set_aside(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
     tally, done = Tally(), list[tuple[str, int]]()
     with pytest.raises(CapfiltError, match=r"1 of 12 shards were set aside: each ended 3 workers \(00004") as failure:
         done.extend(TWO.run(Sleeps(12 * UNITS, deadly="00004"), NAMES, tally))
     assert failure.value.exit_code == 1
     assert sorted(name for name, _ in done) == [name for name in NAMES if name != "00004"]
     assert tally.done == 11 * UNITS
+    assert [text.partition(":")[0] for text in tally.said] == ["A worker ended at 00004"] * 3
+    assert capsys.readouterr().out == ""
 
 
 def test_an_error_of_the_work_is_raised_as_it_is(cluster: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from capfilt.engines.base import SHARDS
 from capfilt.errors import UsageError
@@ -50,6 +50,7 @@ class Tally:
     title: str = ""
     done: int = 0
     finished: int = 0
+    said: list[str] = field(default_factory=list)
 
     def start(self, name: str, total: int | None, unit: str, /) -> None:
         self.title = name
@@ -61,4 +62,4 @@ class Tally:
         self.finished += 1
 
     def say(self, text: str, /) -> None:
-        pass
+        self.said.append(text)
