@@ -281,7 +281,8 @@ class WorldSite:
         if not problems:
             await self._stop.wait()
         await runner.cleanup()
-        await asyncio.sleep(0.05)  # connections that were cut off are closed in the loop's next rounds
+        for _ in range(10):  # connections that were cut off are closed in the loop's next rounds
+            await asyncio.sleep(0.01)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         match = _PATH_INDEX.search(request.path)
