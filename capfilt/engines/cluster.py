@@ -84,8 +84,6 @@ class Hello:
     title: str
     versions: tuple[str, str]
     """Of capfilt and of Python."""
-    node: str
-    pid: int
 
 
 class ShardActor:
@@ -96,11 +94,8 @@ class ShardActor:
 
     def open(self) -> Hello:
         """Load what the work needs."""
-        import ray
-
         self._worker = self._work.open()
-        node = ray.get_runtime_context().get_node_id()
-        return Hello(self._worker.title, _versions(), node, os.getpid())
+        return Hello(self._worker.title, _versions())
 
     def work_off(self, shards: Sequence[str]) -> tuple[list[Any], Counts]:
         """Results of some shards, and the counts since the worker began."""
@@ -292,7 +287,9 @@ class _Crew:
             if not self._ray.wait([member.asked], timeout=0)[0]:
                 continue
             with suppress(self._ray.exceptions.RayError):  # a dead one is noticed by its shard
-                self._count(member, self._ray.get(member.asked))
+                counts = self._ray.get(member.asked)
+                if counts.done >= member.counts.done:  # it may be older than the result of a shard
+                    self._count(member, counts)
             member.asked = None
 
     def _need(self) -> str:
@@ -334,7 +331,6 @@ def _silent_stdout() -> Iterator[None]:
 def _connected(settings: RaySettings) -> Iterator[Any]:
     """Ray, connected to the cluster; one that was started for it here ends with it. It reports nothing to anyone."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ImportError:
