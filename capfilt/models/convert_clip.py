@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from capfilt.models.clip import ClipImageTower, ClipTextConfig, ClipTextTower
 from capfilt.models.convert_image_encoders import QUICK_GELU_SCALE
 from capfilt.models.packed import Activation
+from capfilt.models.shapes import shapes_only
 from capfilt.models.vit import ViTConfig
 
 _Tower = TypeVar("_Tower", ClipImageTower, ClipTextTower)
@@ -32,7 +33,7 @@ def image_tower_from_open_clip(model: Any, dtype: torch.dtype = torch.float32) -
         image_size_px=visual.image_size[0], patch_size_px=visual.patch_size[0], norm_first=True,
         **_sizes(visual.transformer.resblocks),
     )  # fmt: skip
-    with torch.device("meta"):
+    with shapes_only():
         tower = ClipImageTower(config, visual.proj.shape[1])
     return _filled(tower, _image_weights(visual), dtype)
 
@@ -43,7 +44,7 @@ def text_tower_from_open_clip(model: Any, dtype: torch.dtype = torch.float32) ->
         vocab_size=model.token_embedding.num_embeddings, max_positions=len(model.positional_embedding),
         **_sizes(model.transformer.resblocks),
     )  # fmt: skip
-    with torch.device("meta"):
+    with shapes_only():
         tower = ClipTextTower(config, _matrix(model.text_projection).shape[1])
     return _filled(tower, _text_weights(model), dtype)
 

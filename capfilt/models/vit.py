@@ -207,6 +207,9 @@ def _sine_positions(config: ViTConfig) -> Tensor:
     as twice the picture at most and two patches at least, so that all of them tell places apart on small grids
     too (of the usual code's, down to 1 / 10,000, most are flat there, and what lies left of what is not learnt).
     """
+    filled = torch.zeros(1, 1 + config.num_patches, config.width)
+    if filled.is_meta:  # weights are read in its place; there these functions are Python's and take seconds to import
+        return filled
     side, quarter = config.image_size_px // config.patch_size_px, config.width // 4
     places = (torch.arange(side, dtype=torch.float32) + 0.5) / side
     frequencies = math.pi * torch.logspace(0, math.log2(max(side / 2, 1)), quarter, base=2.0)
@@ -214,6 +217,5 @@ def _sine_positions(config: ViTConfig) -> Tensor:
     by_column = waves_SD[None].expand(side, -1, -1)
     by_row = waves_SD[:, None].expand(-1, side, -1)
     code_PD = torch.cat([by_column, by_row], dim=2).flatten(0, 1)
-    filled = torch.zeros(1, 1 + config.num_patches, config.width)
     filled[:, 1:, : code_PD.shape[1]] = code_PD - code_PD.mean(dim=0)
     return filled

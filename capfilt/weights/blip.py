@@ -28,6 +28,7 @@ from capfilt.models.convert_blip import (
     to_transformers,
 )
 from capfilt.models.med import Captioner, Filter, MEDConfig
+from capfilt.models.shapes import shapes_only
 from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.weights.devices import name_dtype
 from capfilt.weights.find import download_snapshot, find_model_dir
@@ -102,7 +103,7 @@ def load_blip(
         state, weight_files, side_dir = read_weights(path, dtype), find_weights(path), path
         preparation = read_preparation(path, sizes[0].image_size_px)
         _refuse_other_resizing(path, preparation)
-    with torch.device("meta"):
+    with shapes_only():
         model = _build(kind, sizes)
     with naming(path):
         model.load_state_dict(_our_weights(state, kind, model, sizes), assign=True)

@@ -43,6 +43,7 @@ from capfilt.models.convert_image_encoders import (
     openai_sizes,
     without_last_block,
 )
+from capfilt.models.shapes import shapes_only
 from capfilt.models.vit import VisionTransformer, ViTConfig
 from capfilt.settings import RankSettings
 from capfilt.weights.blip import read_sizes
@@ -144,7 +145,7 @@ def build_image_encoder(
     if image_size_px is not None:
         weights, sizes = at_image_size(weights, sizes, image_size_px)
         preparation = replace(preparation, image_size_px=image_size_px)
-    with torch.device("meta"):
+    with shapes_only():
         vision = VisionTransformer(sizes)
     vision.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     refuse_odd_shapes(weights, vision.state_dict())

@@ -94,7 +94,9 @@ class Site:
         return {
             "download": ["download", self.table, path, "--samples-per-shard", 20, "--allow-private-addresses"],
             "import": ["import", *sorted((self.runs["before"] / "shards").glob("*.tar")), path],
-            "caption": ["caption", path, "--captioner", models / "captioner", "--dtype", "float32"],
+            "caption": [
+                "caption", path, "--captioner", models / "captioner", "--dtype", "float32", "--num-captions", 4,
+            ],
             "rank": ["rank", path, "--clip-model", models / "clip", "--dtype", "float32"],
             "filter": ["filter", path, "--filter-model", models / "filter", "--dtype", "float32"],
             "select": ["select", path, "--threshold", 0.3],

@@ -57,7 +57,8 @@ class StopsInTheMiddle(NullProgress):
 
 def work(path: Path, models: Models, progress: Progress | None = None) -> None:
     torch.set_num_threads(1)  # the parent's threads are not in the child
-    settings = models.caption(batch_size=8), models.rank(batch_size=8), models.filter(batch_size=8)
+    caption = models.caption(num_captions=2, min_length=3, max_length=6, batch_size=8)
+    settings = caption, models.rank(batch_size=8), models.filter(batch_size=8)
     annotate(RunDir.open(path), ALL, *settings, progress=progress)
 
 

@@ -50,8 +50,8 @@ class Watch(NullProgress):
 def work(path: Path, models: Models, answers: Any) -> None:
     torch.set_num_threads(1)
     watch = Watch(NUM_SHARDS * NUM_SAMPLES // 10)
-    caption = models.caption(num_captions=2, min_length=3, max_length=6)
-    annotate(RunDir.open(path), ALL, caption, models.rank(), models.filter(), watch)
+    caption = models.caption(num_captions=2, min_length=3, max_length=6, batch_size=64)
+    annotate(RunDir.open(path), ALL, caption, models.rank(batch_size=64), models.filter(batch_size=64), watch)
     answers.put(watch.seen)
 
 

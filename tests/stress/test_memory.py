@@ -92,9 +92,10 @@ def runs(models: Models, tmp_path_factory: pytest.TempPathFactory) -> list[RunDi
 
 
 STAGES = {
-    "caption": ("captioner", ("--captioner",)), "rank": ("clip", ("--clip-model",)),
-    "filter": ("filter", ("--filter-model",)),
+    "caption": ("captioner", ("--num-captions", 2, "--min-length", 3, "--max-length", 6, "--captioner")),
+    "rank": ("clip", ("--clip-model",)), "filter": ("filter", ("--filter-model",)),
 }  # fmt: skip
+"""The folder of its model, and options, of which that is the last."""
 READING: dict[str, list[object]] = {
     "select": ["--threshold", 0.4], "verify": ["--deep"], "stats": [],
     "export": ["--dropped", "--output"], "report": ["--output"],
@@ -105,8 +106,8 @@ FILES = {"export": "pairs.csv", "report": "report.html"}
 
 def test_curation(models: Models, runs: list[RunDir], tmp_path: Path, figure: Figure) -> None:
     """The stages one by one, each with the rows of those before, then what only reads."""
-    for stage, (folder, option) in list(STAGES.items())[: None if FULL else 1]:
-        peaks = [peaks_mb(stage, run.path, *option, models.root / folder, "--dtype", "float32") for run in runs]
+    for stage, (folder, options) in list(STAGES.items())[: None if FULL else 1]:
+        peaks = [peaks_mb(stage, run.path, *options, models.root / folder, "--dtype", "float32") for run in runs]
         check(stage, peaks, figure)
     for name, options in READING.items():
         if not FULL and name != "verify":
