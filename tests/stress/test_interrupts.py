@@ -114,6 +114,13 @@ class Site:
             shutil.copytree(source, path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def interrupts_count() -> None:
+    """Where the tests were started in the background of a script, processes of theirs would ignore SIGINT too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     opened = Site(tmp_path_factory.mktemp("site"))

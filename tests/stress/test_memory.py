@@ -92,7 +92,7 @@ def runs(models: Models, tmp_path_factory: pytest.TempPathFactory) -> list[RunDi
 
 
 STAGES = {
-    "caption": ("captioner", ("--num-captions", 2, "--min-length", 3, "--max-length", 6, "--captioner")),
+    "caption": ("captioner", ("--min-length", 3, "--max-length", 6, "--captioner")),
     "rank": ("clip", ("--clip-model",)), "filter": ("filter", ("--filter-model",)),
 }  # fmt: skip
 """The folder of its model, and options, of which that is the last."""
