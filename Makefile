@@ -64,7 +64,9 @@ clean: ## remove .venv and build/ (runs/ stays)
 
 $(INSTALLED): requirements.lock pyproject.toml | $(UV)
 	test -x $(BIN)/python || $(UV) venv --quiet --python '>=3.11,<3.13' $(VENV)
-	$(UV) pip install --quiet --python $(BIN)/python -r requirements.lock -e .
+	# Compiled once, where Python is told not to keep what it compiles too: torch alone takes two seconds each time.
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock -e .
+	$(BIN)/python -m compileall -q capfilt
 	@touch $@
 
 $(UV_DIR)/bin/uv:

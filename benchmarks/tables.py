@@ -4,7 +4,7 @@
 
 In: nothing. The run is made once, by the real commit protocol, and stays for the next time: shards of 910 samples,
 each with its web caption and ten synthetic ones of words drawn by Zipf's law, CLIP scores and ranks, and ITM scores of
-the web caption and the top two. Out: a line for each command. Peaks are of resident memory of the process.
+the web caption and the top two. Out: a line for each command. Peaks are of resident memory of its processes together.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
@@ -148,14 +150,11 @@ def time_command(*arguments: object) -> tuple[float, float]:
     process = subprocess.Popen(
         [sys.executable, "-m", "capfilt", *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    peak = 0.0
-    status = Path(f"/proc/{process.pid}/status")
+    peak, watched = 0.0, psutil.Process(process.pid)
     while process.poll() is None:
-        try:
-            line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-            peak = max(peak, int(line.split()[1]) / 1000)
-        except (OSError, StopIteration):
-            pass
+        with suppress(psutil.Error):
+            together = [watched, *watched.children(recursive=True)]
+            peak = max(peak, sum(one.memory_info().rss for one in together) / 1e6)
         time.sleep(0.02)
     assert process.stderr is not None
     if process.returncode:

@@ -55,7 +55,8 @@ def run_recipe(
 ) -> Iterator[StepResult]:
     """Do what the recipe says, step by step; a step is done when its result is yielded.
 
-    With `curate_only` the trainings are left out. `engine` captions, ranks and filters; unset: this process.
+    With `curate_only` the trainings are left out. `engine` downloads (but from the miniature world, whose site is of
+    this machine), captions, ranks and filters; unset: this process.
 
     Raises UsageError when the recipe has no [source] and the run no shards, when a further run that a training names
     is none or has no manifest, and what the steps raise.
@@ -72,7 +73,7 @@ def run_recipe(
         opened = RunDir.new(run_path, generation) if recipe.source else nullcontext(RunDir.open(run_path, generation))
         with opened as run, run.lock():
             if recipe.source is not None:
-                yield _take_source(recipe.source, download_settings(recipe), run, progress)
+                yield _take_source(recipe.source, download_settings(recipe), run, progress, engine)
             _require_shards(recipe, run)
             if recipe.caption is not None:
                 yield StepResult("annotate", _annotate(recipe, run, progress, engine))
@@ -174,7 +175,9 @@ def download_settings(recipe: Recipe) -> DownloadSettings:
 # --- sources ------------------------------------------------------------------------------------------------
 
 
-def _take_source(source: SourceSettings, settings: DownloadSettings, run: Any, progress: Progress) -> StepResult:
+def _take_source(
+    source: SourceSettings, settings: DownloadSettings, run: Any, progress: Progress, engine: Engine | None
+) -> StepResult:
     if source.tars:
         from capfilt.curate.import_shards import import_shards
 
@@ -184,7 +187,7 @@ def _take_source(source: SourceSettings, settings: DownloadSettings, run: Any, p
     from capfilt.data.retries import planned_shards
 
     if source.table:
-        return StepResult("download", download(source.table, run, settings, progress))
+        return StepResult("download", download(source.table, run, settings, progress, engine=engine))
     num_urls = source.world_urls or 0
     done = len(plan_shards(num_urls, settings.samples_per_shard, settings.num_shards)) == len(planned_shards(run))
     with open_world(run.path, num_urls, source.world_seed, serve=not done) as table:

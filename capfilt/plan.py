@@ -16,6 +16,7 @@ from capfilt.data.commit import file_sha256, input_digest, read_commit_record
 from capfilt.data.field_changes import field_changes
 from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import RunDir
+from capfilt.errors import UsageError
 from capfilt.pipeline import (
     download_settings,
     no_shards,
@@ -72,12 +73,33 @@ def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -
     plans = [_plan_shards(recipe, run, shards)]
     if run is None or not shards:
         return plans + [StepPlan(name, what, "to do") for name, what in _steps_after_the_shards(recipe)]
+    stages = list(_plan_stages(recipe, run, shards))
+    plans += [plan for plan, _ in stages]
+    done = stages[-1][1] if stages else set(shards)
+    has_manifest = set(shards) == done and done <= set(run.committed("manifest"))
+    return plans + _plan_trainings(recipe, run, has_manifest=has_manifest)
+
+
+def stages_to_do(recipe: Recipe, run: RunDir) -> dict[str, list[str]]:
+    """Stage of curation → shards that lack it, or would be given it anew; stages that are whole are left out.
+
+    Raises UsageError where what is there was made with other settings.
+    """
+    shards, found = stage_shards(run), dict[str, list[str]]()
+    for plan, done in _plan_stages(recipe, run, shards):
+        if plan.differences:
+            raise UsageError(f"{plan.name} of {run.path} was made with other settings ({plan.differences}).")
+        if lacking := [shard for shard in shards if shard not in done]:
+            found[plan.name] = lacking
+    return found
+
+
+def _plan_stages(recipe: Recipe, run: RunDir, shards: Sequence[str]) -> Iterator[tuple[StepPlan, set[str]]]:
+    """The plan of each stage, and the shards that have it and all before it."""
     ready = set(shards)
     for stage in _stages(recipe):
         plan, ready = _plan_stage(stage, run, ready, len(shards))
-        plans.append(plan)
-    has_manifest = set(shards) == ready and ready <= set(run.committed("manifest"))
-    return plans + _plan_trainings(recipe, run, has_manifest=has_manifest)
+        yield plan, ready
 
 
 def _plan_shards(recipe: Recipe, run: RunDir | None, shards: list[str]) -> StepPlan:

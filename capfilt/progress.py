@@ -211,3 +211,14 @@ def format_field(value: object) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 shard`, `2 shards`, `1,200 shards`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def as_bytes(number: int) -> str:
+    """`812 bytes`, `1.2 kB`, `345 MB`, `6.7 TB`."""
+    if number < 1000:
+        return counted(number, "byte")
+    size, units = number / 1000, ["kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:,.0f} {units[0]}" if size >= 9.95 else f"{size:.1f} {units[0]}"

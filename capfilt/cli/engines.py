@@ -32,8 +32,8 @@ GpusPerWorker = Annotated[
 _OPTIONS = ("address", "num_workers", "cpus_per_worker", "gpus_per_worker")
 
 
-def engine_from(values: Mapping[str, Any]) -> Engine | None:
-    """The engine that a command's `locals()` ask for; None is this process.
+def engine_from(values: Mapping[str, Any]) -> Engine:
+    """The engine that a command's `locals()` ask for.
 
     Raises UsageError for another name, and for an option of Ray's without it.
     """
@@ -46,4 +46,6 @@ def engine_from(values: Mapping[str, Any]) -> Engine | None:
         return RayEngine(RaySettings(**options))
     if given := [f"--{option.replace('_', '-')}" for option, value in options.items() if value is not None]:
         raise UsageError(f"{', '.join(given)} belongs to --engine ray. Add it, or leave the option out.")
-    return None
+    from capfilt.engines.local import LocalEngine
+
+    return LocalEngine(processes=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from capfilt.cli.console import command, note, open_progress, say_result
+from capfilt.cli.engines import Address, CpusPerWorker, EngineName, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Run, settings_from
 from capfilt.progress import counted
 from capfilt.settings import DownloadSettings
@@ -63,15 +64,23 @@ def download(
     timeout_seconds: Timeout = DownloadSettings.timeout_seconds,
     retries: Retries = DownloadSettings.retries,
     allow_private_addresses: PrivateAddresses = False,
+    engine: EngineName = "local",
+    address: Address = None,
+    num_workers: NumWorkers = None,
+    cpus_per_worker: CpusPerWorker = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download a URL table into WebDataset shards; every failure is kept with its reason."""
+    """Download a URL table into WebDataset shards; every failure is kept with its reason.
+
+    With --engine ray each worker downloads as many shards at a time as --num-processes says.
+    """
+    asked = engine_from(locals() | {"gpus_per_worker": None})
     settings = settings_from(DownloadSettings, locals())
     from capfilt.curate.download import download as download_table
     from capfilt.data.rundir import RunDir
 
     with RunDir.new(run) as opened:
-        summary = download_table(table, opened, settings, open_progress())
+        summary = download_table(table, opened, settings, open_progress(), engine=asked)
     _end(summary, opened, as_json)
 
 

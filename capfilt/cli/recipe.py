@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
-from capfilt.cli.console import clean, command, note, open_progress, say, say_json
+from capfilt.cli.console import command, note, open_progress, say, say_json
+from capfilt.cli.dry_run import show_plan
 from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Generation
 from capfilt.cli.train import training_line
+from capfilt.errors import UsageError
 from capfilt.pipeline import StepResult, run_dir_of, run_recipe
-from capfilt.recipes import Recipe, read_recipe
+from capfilt.recipes import read_recipe
 
 
 def run(
@@ -29,6 +31,19 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and what is already done; change nothing.")
     ] = False,
+    probe: Annotated[
+        int | None,
+        typer.Option(
+            "--probe",
+            min=1,
+            metavar="N",
+            help="With --dry-run: work on N images in a temporary directory, and tell how long all of them take.",
+        ),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option("--price-per-hour", min=0, help="With --probe: what an hour of the device costs."),
+    ] = None,
     curate_only: Annotated[
         bool,
         typer.Option("--curate-only", help="Leave the trainings out: `torchrun … -m capfilt run` can do them then."),
@@ -46,10 +61,15 @@ def run(
     Started by torchrun, it does the trainings alone, on the manifest that is there.
     """
     asked = engine_from(locals())
+    if (probe and not dry_run) or (price_per_hour is not None and not probe):
+        raise UsageError("--probe belongs to --dry-run, and --price-per-hour to --probe. Add it, or leave it out.")
     chosen = read_recipe(recipe)
     path = run_dir_of(chosen, run)
     if dry_run:
-        _show_plan(replace(chosen, trainings=()) if curate_only else chosen, recipe, path, generation, as_json)
+        chosen = replace(chosen, trainings=()) if curate_only else chosen
+        show_plan(
+            chosen, recipe, path, generation, as_json=as_json, num_probed=probe or 0, price_per_hour=price_per_hour
+        )
         return
     progress = open_progress()
     results = {}
@@ -62,29 +82,6 @@ def run(
         say_json(results)
     else:
         note(f"Next: {command('stats', path, generation=generation)}")
-
-
-def _show_plan(recipe: Recipe, named: str, path: Path, generation: str | None, as_json: bool) -> None:
-    from capfilt.plan import plan_recipe
-
-    plans = plan_recipe(recipe, path, generation)
-    if as_json:
-        say_json({"recipe": recipe.path, "run": path, "steps": plans})
-        return
-    say(f"{recipe.path}: {clean(recipe.description)}")
-    say(f"run directory: {clean(path)}")
-    width = max(len(plan.name) for plan in plans)
-    for plan in plans:
-        say(f"  {plan.name:<{width}} {plan.state:<18} {clean(plan.what, 500)}")
-        if plan.differences:
-            say(f"  {'':<{width}} {clean(plan.differences, 500)}")
-    if plans[0].differences:
-        note(f"Nothing was changed. Shards are never rewritten; in another run: {command('run', named, 'RUN')}")
-    elif any(plan.differences for plan in plans):
-        beside = command("run", named, path, generation="NAME")
-        note(f"Nothing was changed. The run would refuse the other settings; beside them: {beside}")
-    else:
-        note(f"Nothing was changed. Next: {command('run', named, path, generation=generation)}")
 
 
 def summary_line(step: StepResult) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from capfilt.cli.console import open_progress, say_result
+from capfilt.cli.engines import Address, EngineName, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Generation, Run
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file where it is there already.")]
@@ -22,16 +23,19 @@ def export(
         bool, typer.Option("--dropped", help="Dropped pairs too, each with its reason; without it, kept ones alone.")
     ] = False,
     overwrite: Overwrite = False,
+    engine: EngineName = "local",
+    address: Address = None,
+    num_workers: NumWorkers = None,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the pairs of the manifest to a CSV or JSONL file."""
+    asked = engine_from(locals() | {"cpus_per_worker": None, "gpus_per_worker": None})
     from capfilt.curate.export import export_pairs
     from capfilt.data.rundir import RunDir
 
-    summary = export_pairs(
-        RunDir.open(run, generation), output, dropped=dropped, overwrite=overwrite, progress=open_progress()
-    )
+    opened, progress = RunDir.open(run, generation), open_progress()
+    summary = export_pairs(opened, output, dropped=dropped, overwrite=overwrite, progress=progress, engine=asked)
     say_result(summary, summary.line(), None, as_json=as_json)
 
 

@@ -21,6 +21,7 @@ from capfilt.data.commit import CommitRecord, read_commit_record, stage_state
 from capfilt.data.reasons import shorten_counts
 from capfilt.data.retries import planned_shards, superseded_reasons
 from capfilt.data.rundir import RunDir
+from capfilt.engines.base import Engine
 from capfilt.progress import NullProgress, Progress
 from capfilt.settings import DownloadSettings
 
@@ -59,8 +60,15 @@ class DownloadSummary:
         return f"Downloaded {total} in {self.seconds:.1f} s ({self.num_new_shards:,} new shards{failed})."
 
 
-def download(table: str, run: RunDir, settings: DownloadSettings, progress: Progress | None = None) -> DownloadSummary:
-    """Download what of `table` is not in `run` yet.
+def download(
+    table: str,
+    run: RunDir,
+    settings: DownloadSettings,
+    progress: Progress | None = None,
+    *,
+    engine: Engine | None = None,
+) -> DownloadSummary:
+    """Download what of `table` is not in `run` yet; `engine` has it done by other machines.
 
     Raises:
         UsageError: the table or its columns cannot be used.
@@ -76,10 +84,10 @@ def download(table: str, run: RunDir, settings: DownloadSettings, progress: Prog
         missing = _missing_shards(run, sizes, fields, urls.sha256)
         if missing:
             plan = ShardPlan(
-                urls=urls, sizes=sizes, fields=fields,
+                table_sha256=urls.sha256, columns=tuple(urls.extra), sizes=sizes, fields=fields,
                 extra={"num_shards": len(sizes), "source_rows": urls.num_rows, **exchange_facts(settings)},
             )  # fmt: skip
-            download_shards(run, settings, plan, missing, staging, progress or NullProgress())
+            download_shards(run, settings, plan, urls, missing, staging, progress or NullProgress(), engine)
         return _summary(run, urls, len(missing), time.monotonic() - started)
 
 

@@ -13,16 +13,17 @@ from __future__ import annotations
 import errno
 import os
 import selectors
+import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from capfilt.curate.parts import Part, write_parts
+from capfilt.curate.parts import PART_ROWS, Part, write_parts
 from capfilt.curate.supervision import Attempts, Nursery, Worker
 from capfilt.curate.url_table import UrlTable
 from capfilt.data.commit import commit_stage
@@ -30,6 +31,8 @@ from capfilt.data.reasons import Quarantined
 from capfilt.data.retries import retried_keys
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
+from capfilt.engines.base import Engine
+from capfilt.engines.local import LocalEngine
 from capfilt.errors import CapfiltError
 from capfilt.progress import Progress
 from capfilt.settings import DownloadSettings
@@ -46,7 +49,9 @@ _PAUSE_NOTICED_SECONDS = 5.0
 class ShardPlan:
     """What is to be downloaded into which shards."""
 
-    urls: UrlTable
+    table_sha256: str
+    columns: tuple[str, ...]
+    """Of the table, that the shards carry besides."""
     sizes: list[int]
     """Rows of each shard, in the order of the table."""
     fields: dict[str, Any]
@@ -65,12 +70,66 @@ def download_shards(
     run: RunDir,
     settings: DownloadSettings,
     plan: ShardPlan,
+    urls: UrlTable,
     missing: Sequence[int],
     staging: Path,
     progress: Progress,
+    engine: Engine | None = None,
 ) -> None:
-    """Download and commit those shards of a plan that are missing. Raises CapfiltError when some failed for good."""
-    _Download(run, settings, plan, staging, progress).run_all(missing)
+    """Download and commit those shards of a plan that are missing; `engine` has it done elsewhere, part by part.
+
+    Raises CapfiltError when some failed for good.
+    """
+    wanted = {number - plan.first for number in missing}
+    num_rows, failed = sum(plan.size_of(number) for number in missing), list[str]()
+    if engine is None or isinstance(engine, LocalEngine):  # whose processes go from part to part
+        parts = write_parts(urls, plan.sizes, wanted, staging)
+        progress.start("download", num_rows, "URLs")
+        failed += _Download(run, settings, plan, staging, progress, parts).run_all(len(missing))
+        progress.finish()
+    else:
+        part_rows = settings.num_processes * max(plan.sizes)  # what one worker downloads at a time
+        parts = write_parts(urls, plan.sizes, wanted, staging, min(part_rows, PART_ROWS))
+        written = {part.path.stem: part for part in parts}
+        work = _DownloadParts(run, settings, plan, written, num_rows)
+        for _, problems in engine.run(work, list(written), progress):
+            failed += problems
+    if failed:
+        raise CapfiltError(
+            "\n  ".join([f"{len(failed)} of {len(missing)} shards could not be downloaded: ", *failed[:10]])
+            + "\nThe others are committed. Repeat the command to try these again."
+        )
+
+
+@dataclass(frozen=True)
+class _DownloadParts:
+    """The work of an engine's workers: a part of the table at a time, by processes of their own."""
+
+    run: RunDir
+    settings: DownloadSettings
+    plan: ShardPlan
+    parts: dict[str, Part]
+    total: int
+    unit = "URLs"
+    is_light, has_models = False, False
+    title = "download"
+
+    def open(self) -> _DownloadParts:
+        """Nothing is loaded."""
+        self.run.join()
+        return self
+
+    def __call__(self, name: str, progress: Progress) -> list[str]:
+        """Download a part's shards but those that are there; gives what failed for good."""
+        part, plan = self.parts[name], self.plan
+        numbers = [number + plan.first for number in part.numbers]
+        missing = [n for n in numbers if not self.run.stage_file("shards", shard_name(n)).exists()]
+        progress.advance(sum(plan.size_of(number) for number in {*numbers} - {*missing}), already=True)
+        if not missing:
+            return []
+        with self.run.new_staging() as staging:
+            own = Part(part.numbers, Path(shutil.copy(part.path, staging)))
+            return _Download(self.run, self.settings, plan, staging, progress, iter([own])).run_all(len(missing))
 
 
 def shard_name(number: int) -> str:
@@ -116,9 +175,10 @@ class _Download:
         plan: ShardPlan,
         staging: Path,
         progress: Progress,
+        parts: Iterator[Part],
     ) -> None:
         self._run, self._settings, self._plan = run, settings, plan
-        self._staging, self._progress = staging, progress
+        self._staging, self._progress, self._parts = staging, progress, parts
         self._nursery = Nursery(settings, staging)
         self._workers: list[Worker] = []
         self._selector = selectors.DefaultSelector()
@@ -128,15 +188,10 @@ class _Download:
         self._retried = retried_keys(run)
         self._num_ok = 0
 
-    def run_all(self, missing: Sequence[int]) -> None:
-        """Download and commit the missing shards. Raises CapfiltError when some failed for good."""
-        plan = self._plan
-        wanted = {number - plan.first for number in missing}
-        self._parts = write_parts(plan.urls, plan.sizes, wanted, self._staging)
-        num_rows = sum(plan.size_of(number) for number in missing)
-        self._progress.start("download", num_rows, "URLs")
+    def run_all(self, num_missing: int) -> list[str]:
+        """Download and commit the shards of the parts that are not there; gives what failed for good, in words."""
         try:
-            for _ in range(min(self._settings.num_processes, len(missing))):
+            for _ in range(min(self._settings.num_processes, num_missing)):
                 self._start_worker()
             last = time.monotonic()
             while self._hand_out():
@@ -147,14 +202,12 @@ class _Download:
                 last = time.monotonic()
                 for worker in list(self._workers):
                     worker.forgive() if paused else self._check(worker)
-            self._progress.finish()
         finally:
             for worker in self._workers:
                 worker.stop()
             self._nursery.stop()
             self._selector.close()
-        if self._failed:
-            raise _incomplete(self._failed, len(missing))
+        return [f"{shard.name}: {'; '.join(shard.attempts.problems)}" for shard in self._failed]
 
     # --- tasks ----------------------------------------------------------------------------------------------
 
@@ -184,7 +237,7 @@ class _Download:
             "first_shard": split.shards[0].number,
             "shard_rows": split.shards[0].num_rows,
             "done": [shard.number for shard in split.shards if shard.name in done],
-            "extra": list(self._plan.urls.extra),
+            "extra": list(self._plan.columns),
             "to_dir": str(self._staging),
         }
         worker.give(split, message)
@@ -291,9 +344,9 @@ class _Download:
             self._run,
             "shards",
             shard.name,
-            rows.select([*SCHEMAS["shards"].names, *self._plan.urls.extra]),
+            rows.select([*SCHEMAS["shards"].names, *self._plan.columns]),
             fields=self._plan.fields,
-            input_digest=self._plan.urls.sha256,
+            input_digest=self._plan.table_sha256,
             rows_in=shard.num_rows,
             quarantine=quarantine,
             tar=shard.attempt_dir / "shard.tar",
@@ -318,12 +371,3 @@ def _remove_files(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
-
-
-def _incomplete(failed: list[_Shard], num_missing: int) -> CapfiltError:
-    lines = [f"{shard.name}: {'; '.join(shard.attempts.problems)}" for shard in failed[:10]]
-    return CapfiltError(
-        f"{len(failed)} of {num_missing} shards could not be downloaded: "
-        + "\n  ".join(["", *lines]).rstrip()
-        + "\nThe others are committed. Repeat the command to try these again."
-    )

@@ -7,23 +7,27 @@ Texts are as they came; in CSV those that a spreadsheet would take for a formula
 from __future__ import annotations
 
 import csv
+import io
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
 
-from capfilt.data.manifest import iterate_manifest
+from capfilt.data.manifest import checked_shards, read_pairs
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
 from capfilt.data.spreadsheets import to_cell
 from capfilt.data.whole_files import refuse_existing, whole_file
+from capfilt.engines.base import SHARDS, Engine
+from capfilt.engines.local import LocalEngine
 from capfilt.errors import UsageError
-from capfilt.progress import NullProgress, Progress, counted
+from capfilt.progress import Progress, counted
 
 _BATCH_ROWS = 1000
 
@@ -44,28 +48,80 @@ class ExportSummary:
 
 
 def export_pairs(
-    run: RunDir, output: Path, *, dropped: bool = False, overwrite: bool = False, progress: Progress | None = None
+    run: RunDir,
+    output: Path,
+    *,
+    dropped: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> ExportSummary:
     """Write the kept pairs of `run`, with `dropped` the others too, in the format that the file's ending names.
 
+    `engine` has the shards written out elsewhere; what it gives out of order waits in files beside `output`.
+
     Raises UsageError for an ending that is not known, a file that is there already, or a run without a manifest.
     """
-    started, progress = time.monotonic(), progress or NullProgress()
-    if output.suffix.lower() not in WRITERS:
+    started, ending = time.monotonic(), output.suffix.lower()
+    if ending not in WRITERS:
         raise UsageError(f"{output} ends in {output.suffix or 'nothing'}; expected one of {', '.join(WRITERS)}.")
     refuse_existing(output, overwrite=overwrite)
-    num_pairs = num_kept = 0
-    progress.start("export", len(run.shard_names()), "shards")
-    with whole_file(output) as file:
-        write = WRITERS[output.suffix.lower()](file)
-        for _, _, table in iterate_manifest([run], kept_only=not dropped):
-            for row in _rows(table):
-                write(row)
-                num_pairs += 1
-                num_kept += row["kept"]
-            progress.advance()
-    progress.finish()
+    shards, selection = checked_shards(run)
+    work, num_pairs, num_kept = _ExportShards(run, selection, ending, dropped, len(shards)), 0, 0
+    with whole_file(output) as file, TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as waiting:
+        file.write(HEADS.get(ending, ""))
+        place = {shard: number for number, shard in enumerate(shards)}
+        num_written = 0
+        for shard, written in (engine or LocalEngine()).run(work, shards, progress):
+            num_pairs += written.num_pairs
+            num_kept += written.num_kept
+            part = Path(waiting) / str(place[shard])
+            if place[shard] > num_written:
+                part.write_text(written.text, encoding="utf-8", newline="")
+                continue
+            file.write(written.text)
+            num_written += 1
+            while (part := Path(waiting) / str(num_written)).exists():
+                file.write(part.read_bytes().decode("utf-8"))
+                part.unlink()
+                num_written += 1
     return ExportSummary(output=output, num_pairs=num_pairs, num_kept=num_kept, seconds=time.monotonic() - started)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A shard's rows as they stand in the file."""
+
+    text: str
+    num_pairs: int
+    num_kept: int
+
+
+@dataclass(frozen=True)
+class _ExportShards:
+    """The work of `export_pairs`."""
+
+    run: RunDir
+    selection: str
+    ending: str
+    dropped: bool
+    total: int
+    unit = SHARDS
+    is_light, has_models = True, False
+    title = "export"
+
+    def open(self) -> _ExportShards:
+        """Nothing is loaded."""
+        return self
+
+    def __call__(self, shard: str, _progress: Progress) -> _Written:
+        file, num_pairs, num_kept = io.StringIO(newline=""), 0, 0
+        write = WRITERS[self.ending](file)
+        for row in _rows(read_pairs(self.run, shard, self.selection, kept_only=not self.dropped)):
+            write(row)
+            num_pairs += 1
+            num_kept += row["kept"]
+        return _Written(file.getvalue(), num_pairs, num_kept)
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
@@ -79,9 +135,18 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def _csv_rows(file: TextIO) -> Any:
+    return csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+
+
+def _csv_head() -> str:
+    file = io.StringIO(newline="")
+    _csv_rows(file).writerow(SCHEMAS["manifest"].names)
+    return file.getvalue()
+
+
 def _csv_writer(file: TextIO) -> Callable[[dict[str, Any]], object]:
-    writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    writer.writerow(SCHEMAS["manifest"].names)
+    writer = _csv_rows(file)
     return lambda row: writer.writerow([to_cell(value) if isinstance(value, str) else value for value in row.values()])
 
 
@@ -93,4 +158,7 @@ WRITERS: dict[str, Callable[[TextIO], Callable[[dict[str, Any]], object]]] = {
     ".csv": _csv_writer,
     ".jsonl": _json_writer,
 }
-"""Ending → what begins a file and gives the function that writes a row."""
+"""Ending → what gives the function that writes a row."""
+
+HEADS = {".csv": _csv_head()}
+"""Ending → what stands before the rows, if anything."""

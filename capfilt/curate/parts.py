@@ -39,10 +39,15 @@ def plan_shards(num_rows: int, samples_per_shard: int, num_shards: int | None) -
     return [base + 1] * longer + [base] * (num_shards - longer)
 
 
-def write_parts(urls: UrlTable, sizes: list[int], missing: Collection[int], to_dir: Path) -> Iterator[Part]:
-    """Write the table in parts, each when it is asked for; parts without a missing shard are passed over."""
+def write_parts(
+    urls: UrlTable, sizes: list[int], missing: Collection[int], to_dir: Path, part_rows: int = PART_ROWS
+) -> Iterator[Part]:
+    """Write the table in parts of up to `part_rows`, or a shard where that is larger, each when it is asked for.
+
+    Parts without a missing shard are passed over.
+    """
     rows = _RowStream(urls.batches())
-    for index, numbers in enumerate(_group_shards(sizes)):
+    for index, numbers in enumerate(_group_shards(sizes, part_rows)):
         num_rows = sum(sizes[number] for number in numbers)
         if set(numbers).isdisjoint(missing):
             rows.take(num_rows, None)
@@ -73,11 +78,11 @@ class _RowStream:
                 writer.write_batch(taken)
 
 
-def _group_shards(sizes: list[int]) -> Iterator[list[int]]:
+def _group_shards(sizes: list[int], part_rows: int) -> Iterator[list[int]]:
     """Numbers of consecutive shards of one size, as many as fit a part."""
     group: list[int] = []
     for number, size in enumerate(sizes):
-        if group and (size != sizes[group[0]] or (len(group) + 1) * size > PART_ROWS):
+        if group and (size != sizes[group[0]] or (len(group) + 1) * size > part_rows):
             yield group
             group = []
         group.append(number)

@@ -16,8 +16,12 @@ PRIVATE_REASONS = {"blocked_address", "bad_port"}
 def require_images(run: RunDir) -> None:
     """Raises CapfiltError, with the reasons, where the shards of `run` hold rows and not one image."""
     shards = run.shard_names()
-    records = [read_commit_record(run.stage_file("shards", shard)) for shard in shards]
-    if not records or any(record.rows_kept for record in records):
+    records = []
+    for shard in shards:
+        records.append(read_commit_record(run.stage_file("shards", shard)))
+        if records[-1].rows_kept:
+            return
+    if not records:
         return
     reasons: Counter[str] = Counter()
     for shard in shards:

@@ -94,12 +94,13 @@ def retry(
         behind = max(int(name) for name in run.shard_names()) + 1
         _remove_strays(run, planned=int(first.extra["num_shards"]))
         plan = ShardPlan(
-            urls=urls, sizes=sizes, first=behind,
+            table_sha256=urls.sha256, columns=tuple(urls.extra), sizes=sizes, first=behind,
             fields={**first.fields, "stage_version": STAGE_VERSION, "table_sha256": urls.sha256, RETRY: list(chosen)},
             extra={RETRY: ",".join(chosen), **exchange_facts(made_with)},
         )  # fmt: skip
-        download_shards(run, made_with, plan, range(behind, behind + len(sizes)), staging, progress or NullProgress())
-        return _summary(run, chosen, [shard_name(number) for number in range(behind, behind + len(sizes))], started)
+        numbers = range(behind, behind + len(sizes))
+        download_shards(run, made_with, plan, urls, numbers, staging, progress or NullProgress())
+        return _summary(run, chosen, [shard_name(number) for number in numbers], started)
 
 
 def _first_record(run: RunDir) -> CommitRecord:

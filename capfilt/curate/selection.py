@@ -261,7 +261,7 @@ class _SelectShards:
     fields: dict[str, Any]
     total: int
     unit = SHARDS
-    is_light = True
+    is_light, has_models = True, False
     title = "select"
 
     def open(self) -> _SelectShards:

@@ -12,13 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capfilt.data.commit import read_commit_record, read_table
+from capfilt.data.commit import read_commit_record, read_stage
 from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
 from capfilt.errors import CapfiltError, UsageError
 
-__all__ = ["SCHEMAS", "WEB_CAPTION_INDEX", "iterate_manifest", "read_manifest"]
+__all__ = ["SCHEMAS", "WEB_CAPTION_INDEX", "checked_shards", "iterate_manifest", "read_manifest", "read_pairs"]
 
 
 def iterate_manifest(
@@ -36,18 +36,22 @@ def iterate_manifest(
     if unknown:
         known = ", ".join(SCHEMAS["manifest"].names)
         raise UsageError(f"The manifest has no column {', '.join(unknown)}; it has {known}.")
-    read_names = names if not kept_only or "kept" in names else [*names, "kept"]
     for run in (_opened(item) for item in run_dirs):
-        shards, selection = _checked_shards(run)
+        shards, selection = checked_shards(run)
         for shard in shards:
-            if read_commit_record(run.read_file("manifest", shard)).fingerprint != selection:
-                raise CapfiltError(
-                    f"The pairs of {run.path} were selected anew while they were read. Repeat the command."
-                )
-            table = read_table(run.read_file("manifest", shard), columns=read_names)
-            if kept_only:
-                table = table.filter(pc.field("kept"))
-            yield run, shard, table.select(names)
+            yield run, shard, read_pairs(run, shard, selection, names, kept_only=kept_only)
+
+
+def read_pairs(
+    run: RunDir, shard: str, selection: str, columns: Sequence[str] | None = None, *, kept_only: bool = False
+) -> pa.Table:
+    """Rows of one shard of a manifest that was checked. Raises CapfiltError where it is of another selection by now."""
+    names = list(columns) if columns is not None else SCHEMAS["manifest"].names
+    read_names = names if not kept_only or "kept" in names else [*names, "kept"]
+    table, record = read_stage(run.read_file("manifest", shard), read_names)
+    if record.fingerprint != selection:
+        raise CapfiltError(f"The pairs of {run.path} were selected anew while they were read. Repeat the command.")
+    return (table.filter(pc.field("kept")) if kept_only else table).select(names)
 
 
 def read_manifest(
@@ -63,12 +67,11 @@ def read_manifest(
     return pa.concat_tables(tables)
 
 
-def _opened(run: RunDir | str | Path) -> RunDir:
-    return run if isinstance(run, RunDir) else RunDir.open(run)
+def checked_shards(run: RunDir) -> tuple[list[str], str]:
+    """The shards of a manifest that is whole and of one selection, and the fingerprint of that.
 
-
-def _checked_shards(run: RunDir) -> tuple[list[str], str]:
-    """The shards of a manifest that is whole and of one selection, and the fingerprint of that."""
+    Errors as `iterate_manifest`.
+    """
     shards = stage_shards(run)
     if not shards:
         raise UsageError(f"No shards in {run.path}/shards. Run `capfilt download TABLE {run.path}` first.")
@@ -93,3 +96,7 @@ def _checked_shards(run: RunDir) -> tuple[list[str], str]:
             f"Repeat it: `capfilt select {run.path} --threshold T --keep K{run.generation_option}`."
         )
     return shards, selections.pop()
+
+
+def _opened(run: RunDir | str | Path) -> RunDir:
+    return run if isinstance(run, RunDir) else RunDir.open(run)

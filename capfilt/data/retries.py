@@ -32,17 +32,37 @@ def is_retry(record: CommitRecord) -> bool:
 
 def planned_shards(run: RunDir) -> list[str]:
     """Names of the committed shards that the table (or the imported tars) was cut into."""
-    return [shard for shard in run.shard_names() if not is_retry(_record(run, shard))]
+    return _split(run)[0]
 
 
 def retry_shards(run: RunDir) -> list[str]:
     """Names of the committed shards of further attempts, in the order of the attempts."""
-    return [shard for shard in run.shard_names() if is_retry(_record(run, shard))]
+    return _split(run)[1]
 
 
 def stage_shards(run: RunDir) -> list[str]:
     """Names of the committed shards that the other stages are made of: of an attempt, those that brought an image."""
-    return [shard for shard in run.shard_names() if needs_stages(_record(run, shard))]
+    planned, retried = _split(run)
+    return [*planned, *(shard for shard in retried if needs_stages(_record(run, shard)))]
+
+
+def _split(run: RunDir) -> tuple[list[str], list[str]]:
+    """(planned shards, shards of further attempts). Few records are read, however many planned shards there are.
+
+    An attempt's shards are numbered behind those of the table, which is whole by then; the table's know their number,
+    an import's, which has no attempts, do not.
+    """
+    names = run.shard_names()
+    if not names:
+        return [], []
+    first = _record(run, names[0])
+    if is_retry(first):  # a planned shard was removed
+        return [n for n in names if not is_retry(_record(run, n))], [n for n in names if is_retry(_record(run, n))]
+    num_planned = first.extra.get("num_shards", len(names))
+    behind = [name for name in names if int(name) >= num_planned]
+    retried = [name for name in behind if is_retry(_record(run, name))]
+    others = set(retried)
+    return [name for name in names if name not in others], retried
 
 
 def needs_stages(record: CommitRecord) -> bool:

@@ -164,7 +164,7 @@ class _VerifyShards:
     begun: set[tuple[str | None, str]]
     """(generation, stage) of which any shard has a file."""
     unit = SHARDS
-    is_light = True
+    is_light, has_models = True, False
     title = "verify"
 
     def open(self) -> _VerifyShards:

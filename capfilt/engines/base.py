@@ -44,6 +44,11 @@ class Work(Protocol[Result_co]):
         """Whether it takes milliseconds and holds no model: several shards at a time in one process."""
         ...
 
+    @property
+    def has_models(self) -> bool:
+        """Whether a GPU does it, where there is one."""
+        ...
+
     def open(self) -> Worker[Result_co]:
         """Make it ready in this process."""
         ...

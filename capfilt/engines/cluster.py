@@ -145,8 +145,8 @@ class _Crew:
         self._recruited = self._seen_working = 0.0
         cores = min([MOST_CORES, *(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])])
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        gpus = settings.gpus_per_worker
-        self._gpus = float(has_gpus and not work.is_light) if gpus is None else gpus
+        gpus = float(has_gpus) if settings.gpus_per_worker is None else settings.gpus_per_worker
+        self._gpus = gpus if work.has_models else 0.0
         cpus = settings.cpus_per_worker
         self._cpus = (1 if work.is_light or self._gpus else max(1, cores)) if cpus is None else cpus
         options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_restarts": 0, "max_task_retries": 0}

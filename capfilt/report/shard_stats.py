@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capfilt.data.commit import CommitRecord, read_quarantine, read_stage
+from capfilt.data.commit import CommitRecord, read_commit_record, read_quarantine, read_stage, read_table
 from capfilt.data.retries import LastAttempts
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SUCCESS
@@ -182,7 +182,7 @@ def sum_shard(run: RunDir, shard: str, stages: Collection[str], last: LastAttemp
     """Sum up the given stages of a shard, which are committed. Raises CorruptionError for a damaged file."""
     sums = ShardSums()
     for stage in stages:
-        record = _ADD[stage](run, shard, sums, last)
+        record = _ADD[stage](run, shard, sums, last, stages)
         rows = read_quarantine(run, stage, shard, record)
         if rows.num_rows:
             reasons = (last.of(shard, rows) if stage == "shards" else rows)["reason"]
@@ -195,25 +195,38 @@ def counts_of(column: pa.ChunkedArray) -> dict[Any, int]:
     return {item["values"]: item["counts"] for item in pc.value_counts(pc.drop_null(column)).to_pylist()}
 
 
-def _add_download(run: RunDir, shard: str, sums: ShardSums, last: LastAttempts) -> CommitRecord:
+def _add_download(run: RunDir, shard: str, sums: ShardSums, last: LastAttempts, _stages: Any) -> CommitRecord:
     columns = ["key", "status", "reason", "width", "height"]
     table, record = read_stage(run.read_file("shards", shard), columns)
     sums.download.add(last.of(shard, table))
     return record
 
 
-def _add_captions(run: RunDir, shard: str, sums: ShardSums, _last: LastAttempts) -> CommitRecord:
-    table, record = read_stage(run.read_file("captions", shard), ["key", "text"])
+def _add_captions(
+    run: RunDir, shard: str, sums: ShardSums, _last: LastAttempts, stages: Collection[str]
+) -> CommitRecord:
+    path = run.read_file("captions", shard)
+    if "manifest" in stages:  # which has their texts too
+        return read_commit_record(path)
+    table, record = read_stage(path, ["key", "text"])
     sums.captions.add(table)
     return record
 
 
-def _add_pairs(run: RunDir, shard: str, sums: ShardSums, _last: LastAttempts) -> CommitRecord:
+def _add_pairs(run: RunDir, shard: str, sums: ShardSums, _last: LastAttempts, stages: Collection[str]) -> CommitRecord:
     columns = ["key", "source", "text", "clip_score", "itm_score", "kept", "drop_reason"]
     table, record = read_stage(run.read_file("manifest", shard), columns)
-    for source in pc.unique(table["source"]).to_pylist():
-        sums.pairs.setdefault(source, PairSums()).add(table.filter(pc.equal(table["source"], source)))
+    sources = {
+        source: table.filter(pc.equal(table["source"], source)) for source in pc.unique(table["source"]).to_pylist()
+    }
+    for source, rows in sources.items():
+        sums.pairs.setdefault(source, PairSums()).add(rows)
     sums.num_images_kept += pc.count_distinct(table["key"].filter(table["kept"])).as_py()
+    if "captions" in stages:
+        path, written = run.read_file("captions", shard), sources.get("synthetic", table.slice(0, 0))
+        if read_commit_record(path).extra["table_rows"] != written.num_rows:  # a later stage set images aside
+            written = read_table(path, ["key", "text"])
+        sums.captions.add(written)
     return record
 
 

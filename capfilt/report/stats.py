@@ -141,7 +141,7 @@ class _SumShards:
     """Stage → shards."""
     total: int
     unit = SHARDS
-    is_light = True
+    is_light, has_models = True, False
     title = "stats"
 
     def open(self) -> _SumShards:

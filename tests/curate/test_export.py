@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from capfilt.curate.annotate import annotate
+from capfilt.curate.export import export_pairs
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
+from capfilt.engines.local import LocalEngine
 from tests.cli.conftest import capfilt
+from tests.curate.small_runs import make_run, save_models
 from tests.hostile_texts import FORMULAS, run_with_texts
 
 
@@ -27,6 +33,23 @@ def test_json_lines_are_the_manifest(tmp_path: Path) -> None:
     )
     kept = (tmp_path / "kept.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert [json.loads(line)["key"] for line in kept] == [row["key"] for row in expected if row["kept"]]
+
+
+class Backwards(LocalEngine):
+    """The last shard first."""
+
+    def run(self, work: Any, shards: Sequence[str], progress: Any = None) -> Iterator[Any]:
+        yield from reversed(list(super().run(work, shards, progress)))
+
+
+def test_shards_that_end_in_any_order_stand_in_theirs(tmp_path: Path) -> None:
+    run, models = make_run(tmp_path / "run", num_shards=5, num_samples=3), save_models(tmp_path / "models")
+    caption = models.caption(num_captions=1, min_length=3, max_length=6)
+    annotate(run, ("captions", "clip", "itm", "manifest"), caption, models.rank(), models.filter())
+    export_pairs(run, tmp_path / "forth.csv", dropped=True)
+    export_pairs(run, tmp_path / "back.csv", dropped=True, engine=Backwards())
+    assert (tmp_path / "back.csv").read_text() == (tmp_path / "forth.csv").read_text()
+    assert (tmp_path / "back.csv").read_text().count("\n") == 1 + len(read_manifest([run]))
 
 
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:

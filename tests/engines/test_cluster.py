@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from capfilt.curate.annotate import annotate
+from capfilt.curate.download import download
+from capfilt.curate.export import export_pairs
 from capfilt.curate.selection import reselect
 from capfilt.data.commit import file_sha256
 from capfilt.data.rundir import RunDir
@@ -22,8 +24,10 @@ from capfilt.engines.base import SHARDS
 from capfilt.engines.cluster import RayEngine
 from capfilt.errors import CapfiltError, UsageError
 from capfilt.report.stats import compute_stats
-from capfilt.settings import RaySettings
+from capfilt.settings import DownloadSettings, RaySettings
+from capfilt.world.site import SiteSettings, WorldSite
 from tests.cli.conftest import capfilt, capfilt_process
+from tests.curate.downloads import rows_of, wait_for
 from tests.curate.small_runs import Models, make_run, save_models
 from tests.engines.works import UNITS, Sleeps, Tally
 
@@ -41,7 +45,7 @@ def cluster() -> Iterator[str]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     as_important_as_other_tests = {"worker_niceness": 0}
     context = ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=as_important_as_other_tests
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=as_important_as_other_tests
     )
     yield context.address_info["gcs_address"]
     ray.shutdown()
@@ -114,6 +118,9 @@ def test_stages_are_those_of_one_process(
     assert verify_run(run, deep=True, engine=TWO) == verify_run(run, deep=True)
     chosen = reselect(run, threshold=0.3, engine=TWO)
     files = stage_files(run)
+    export_pairs(run, tmp_path / "there.csv", dropped=True, engine=TWO)
+    export_pairs(run, tmp_path / "here.csv", dropped=True)
+    assert (tmp_path / "there.csv").read_bytes() == (tmp_path / "here.csv").read_bytes()
     reselect(run, threshold=0.5)
     assert reselect(run, threshold=0.3).num_kept == chosen.num_kept
     assert stage_files(run) == files
@@ -143,7 +150,7 @@ def test_workers_that_are_killed_lose_nothing(
 
 def is_working(process: psutil.Process) -> bool:
     try:
-        return process.cmdline()[:1] == ["ray::ShardActor.work_off"]
+        return process.cmdline()[:1] in (["ray::ShardActor.work_off"], ["ray::ShardActor.counts"])
     except psutil.Error:
         return False
 
@@ -170,6 +177,33 @@ def test_a_command_that_is_killed_goes_on(
     names = [name for name in expected if name.startswith("captions/")]
     assert {name: stage_files(run)[name] for name in names} == {name: expected[name] for name in names}
     assert verify_run(run).findings == []
+
+
+def test_a_download_by_several_workers(cluster: str, tmp_path: Path) -> None:
+    """One of which is killed at its shards: what it had committed stays, the rest comes from another one."""
+    run, tally, killed = RunDir.create(tmp_path / "run"), Tally(), list[int]()
+    settings = DownloadSettings(
+        allow_private_addresses=True, samples_per_shard=10, num_processes=2, num_threads=4, timeout_seconds=10.0
+    )
+
+    def kill_one() -> None:
+        wait_for(lambda: list(run.path.glob(".staging/*/*/current")))
+        victims = wait_for(lambda: [one for one in psutil.Process().children(recursive=True) if is_working(one)])
+        killed.append(victims[0].pid)
+        os.kill(killed[0], signal.SIGKILL)
+
+    with WorldSite(SiteSettings(num_urls=120, behaviour_shares={"not_found": 0.1, "truncated": 0.1})) as site:
+        table, truth = site.write_table(tmp_path / "urls.parquet"), list(site.rows())
+        killer = threading.Thread(target=kill_one)
+        killer.start()
+        download(str(table), run, settings, tally, engine=TWO)
+        killer.join()
+        assert "Nothing to download" in download(str(table), run, settings, engine=TWO).line()
+    assert killed
+    assert (tally.title, tally.done, len(tally.said)) == ("download", 120, 1)
+    assert [(row["url"], row["reason"]) for row in rows_of(run)] == [(row.url, row.reason) for row in truth]
+    assert verify_run(run, deep=True).exit_code == 0
+    assert not any((run.path / ".staging").glob("*/*/*"))
 
 
 def test_what_cannot_be_reached_or_does_not_belong(tmp_path: Path) -> None:

@@ -1,17 +1,22 @@
-"""Work in this process: every shard once, in order, and few ahead of what was taken."""
+"""Work on this machine: every shard once, in order, and few ahead of what was taken."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import pytest
 
 from capfilt.engines.base import SHARDS
 from capfilt.engines.local import LocalEngine
-from capfilt.errors import UsageError
+from capfilt.errors import CapfiltError, UsageError
 from capfilt.progress import Progress
+from tests.curate.downloads import wait_for
 from tests.engines.works import UNITS, Sleeps, Tally
 
 NAMES = [f"{number:05d}" for number in range(40)]
@@ -37,7 +42,7 @@ class Counting:
     """Knows how many shards were begun."""
 
     total = 40
-    unit, is_light, title = SHARDS, True, "count"
+    unit, is_light, has_models, title = SHARDS, True, False, "count"
     begun: int = 0
 
     def __post_init__(self) -> None:
@@ -60,3 +65,55 @@ def test_few_are_ahead_of_what_was_taken() -> None:
     results.close()
     assert work.begun <= 5 + 4
     assert len(work.threads) <= 2
+
+
+def test_many_shards_of_light_work_by_processes() -> None:
+    """In order; an error of the work is raised as it is, and ends them."""
+    tally, names = Tally(), [f"{number:05d}" for number in range(300)]
+    engine = LocalEngine(2, processes=True)
+    found = list(engine.run(Sleeps(300, is_light=True, unit=SHARDS), names, tally))
+    assert [name for name, _ in found] == names
+    assert len({pid for _, pid in found}) == 2
+    assert os.getpid() not in dict(found).values()
+    assert (tally.title, tally.done, tally.finished) == ("sleep", 300, 1)
+    taken = []
+    with pytest.raises(UsageError, match="^00150 is refused$"):
+        taken.extend(engine.run(Sleeps(300, refused="00150", is_light=True, unit=SHARDS), names))
+    assert [name for name, _ in taken] == names[:144], "whole messages of eight"
+    assert not any(is_worker(one) for one in psutil.Process().children())
+
+
+def test_a_process_that_is_killed_is_said() -> None:
+    names = [f"{number:05d}" for number in range(300)]
+    with pytest.raises(CapfiltError, match="ended from outside") as failure:
+        list(LocalEngine(2, processes=True).run(Sleeps(300, deadly="00150", is_light=True, unit=SHARDS), names))
+    assert failure.value.exit_code == 1
+
+
+def test_processes_end_with_their_command(tmp_path: Path) -> None:
+    """Killed by SIGKILL, it leaves none at work."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    own = psutil.Process(command.pid)
+    workers = wait_for(lambda: found if len(found := [one for one in own.children() if is_worker(one)]) == 2 else None)
+    command.kill()
+    command.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=30)
+    assert (len(gone), alive) == (2, [])
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Not the one that multiprocessing counts resources by."""
+    return any("spawn_main" in word for word in process.cmdline())
+
+
+SCRIPT = """
+from capfilt.engines.base import SHARDS
+from capfilt.engines.local import LocalEngine
+from tests.curate.downloads import wait_for
+from tests.engines.works import Sleeps
+if __name__ == "__main__":
+    names = [f"{number:05d}" for number in range(300)]
+    list(LocalEngine(2, processes=True).run(Sleeps(300, 5.0, is_light=True, unit=SHARDS), names))
+"""

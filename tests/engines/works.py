@@ -26,7 +26,7 @@ class Sleeps:
     """A shard that cannot be worked on."""
     unit: str = "images"
     is_light: bool = False
-    title = "sleep"
+    has_models, title = True, "sleep"
 
     def open(self) -> Sleeps:
         return self

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Curates on all machines of a SLURM job by Ray, then trains on them by torchrun:
+#   sbatch --nodes 16 examples/slurm.sh RECIPE RUN
+# RUN lies on a file system that all machines see. A job that ends early is submitted again: what is done stays.
+#SBATCH --job-name=capfilt
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
+#SBATCH --requeue
+set -euo pipefail
+recipe=${1:?usage: sbatch slurm.sh RECIPE RUN} run=${2:?usage: sbatch slurm.sh RECIPE RUN}
+export RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+
+mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${machines[0]}
+port=$((20000 + SLURM_JOB_ID % 10000)) # a job's own, below those that systems give out by themselves
+gpus=${SLURM_GPUS_ON_NODE:-0}
+cores=$SLURM_CPUS_PER_TASK
+
+# --- curation: a raylet on each machine; the command hands the shards out -------------------------------------
+ray_options=(--num-cpus "$cores" --num-gpus "$gpus" --block)
+srun --nodes=1 --ntasks=1 --nodelist="$head" \
+  ray start --head --node-ip-address="$head" --port="$port" --include-dashboard=false "${ray_options[@]}" &
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+for _ in $(seq 60); do
+  ray health-check --address "$head:$port" 2>/dev/null && break
+  sleep 2
+done
+for machine in "${machines[@]:1}"; do
+  srun --nodes=1 --ntasks=1 --nodelist="$machine" ray start --address="$head:$port" "${ray_options[@]}" &
+done
+capfilt run "$recipe" "$run" --curate-only --engine ray --address "$head:$port"
+kill $(jobs -p) && wait || true
+
+# --- the recipe's trainings: a process for each GPU (without GPUs: one for a machine, over gloo) ----------------
+srun --nodes="${#machines[@]}" --ntasks="${#machines[@]}" \
+  torchrun --nnodes="${#machines[@]}" --nproc-per-node=$((gpus > 0 ? gpus : 1)) \
+  --rdzv-backend=c10d --rdzv-endpoint="$head:$((port + 1))" --rdzv-id="$SLURM_JOB_ID" -m capfilt run "$recipe" "$run"
