@@ -93,7 +93,7 @@ def test_losses(models: Models, tmp_path: Path, figure: Figure) -> None:
     machines, rng = Machines(), random.Random(7)
     losses = [kind for kind, num in LOSSES.items() for _ in range(num)]
     rng.shuffle(losses)
-    losses.sort(key=lambda kind: kind != "head")  # the head while most is still to do: nothing else ends a whole command
+    losses.sort(key=lambda kind: kind != "head")  # the head while most is still to do
     happened = Counter[str]()
     began = time.monotonic()
     try:
