@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -46,8 +47,9 @@ class StopsAtTheFirst:
 
 def make(path: Path, num_shards: int) -> None:
     """The run, by as many processes as there are cores."""
-    if (path / "run.json").exists():
+    if (path / "made").exists():
         return
+    shutil.rmtree(path, ignore_errors=True)
     run = make_run(path, num_shards=1, num_samples=4)
     run.tar_path("00000").unlink()
     table, record = read_stage(run.stage_file("shards", "00000"))
@@ -57,6 +59,7 @@ def make(path: Path, num_shards: int) -> None:
     pieces = [(path, range(start, min(start + PIECE, num_shards))) for start in range(1, num_shards, PIECE)]
     with multiprocessing.get_context("spawn").Pool() as pool:
         pool.starmap(_make_piece, pieces, chunksize=1)
+    (path / "made").touch()
 
 
 def _make_piece(path: Path, numbers: range) -> None:
@@ -67,7 +70,7 @@ def _make_piece(path: Path, numbers: range) -> None:
 
 
 def plan(path: Path) -> None:
-    """Plan captions, ranks and filter of a run, as `capfilt run` does."""
+    """Plan captions, ranks and filter of shards that are there, as `capfilt run` does."""
     from capfilt.curate.annotate import annotate
     from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
 

@@ -1,6 +1,7 @@
 """Every error a user can cause or meet, and the exit code it ends the command with.
 
     CapfiltError                    1   the run is incomplete, or another failure that a message explains
+    ├── CommittedError              1   what was to be committed is there already
     ├── UsageError                  2   a wrong option, path, column, recipe or file given by the user
     │   └── MissingPackageError     2   an optional package is not installed
     ├── FingerprintMismatchError    3   the run holds results made with other parameters
@@ -18,6 +19,10 @@ class CapfiltError(Exception):
     """Base of every error that is shown to the user without a traceback."""
 
     exit_code = 1
+
+
+class CommittedError(CapfiltError):
+    """A stage of a shard is committed already."""
 
 
 class UsageError(CapfiltError):

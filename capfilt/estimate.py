@@ -25,11 +25,10 @@ from capfilt.data.schemas import SCHEMAS
 from capfilt.data.shards import read_located, sample_rows
 from capfilt.data.tars import write_tar
 from capfilt.errors import UsageError
-from capfilt.plan import stages_to_do
+from capfilt.pipeline import stages_of
+from capfilt.plan import StepPlan
 from capfilt.progress import NullProgress
 from capfilt.recipes import Recipe
-
-Row = dict[str, Any]
 
 STAGE_BYTES_PER_IMAGE = 1_000
 """Of all stages together, where nothing was measured: ten captions of ten words (benchmarks/LOG.md)."""
@@ -60,6 +59,7 @@ class Estimate:
     images_left: int
     """Images there that lack a stage, and as many of the rows left as there have been of others."""
     stages_left: tuple[str, ...]
+    """What some of them lack. Those that lack only a part are reckoned as if they lacked all of it."""
     probe: Probe | None
     bytes_needed: int | None
     """For the shards and stages that are left; None where it is not known: no shard is there."""
@@ -76,12 +76,21 @@ class Estimate:
         return self.bytes_needed is None or self.bytes_needed <= self.bytes_free
 
 
-def estimate(recipe: Recipe, run_path: Path, generation: str | None = None, *, num_probed: int = 0) -> Estimate:
+def estimate(
+    recipe: Recipe,
+    run_path: Path,
+    plans: Sequence[StepPlan],
+    generation: str | None = None,
+    *,
+    num_probed: int = 0,
+) -> Estimate:
     """What the recipe would take at a run, whether or not it is there.
+
+    `plans` are those of `plan_recipe`, without differences.
 
     `num_probed` images are captioned, ranked and filtered as the recipe says, after as many to warm up; none: no probe.
 
-    Raises UsageError for a probe of a run without images, and where the recipe would refuse the run.
+    Raises UsageError for a probe of a run without images.
     """
     free = shutil.disk_usage(next(path for path in (run_path, *run_path.resolve().parents) if path.is_dir())).free
     run = RunDir.open(run_path, generation) if (run_path / "run.json").exists() else None
@@ -91,19 +100,19 @@ def estimate(recipe: Recipe, run_path: Path, generation: str | None = None, *, n
             raise UsageError(f"There are no images in {run_path} to probe. Download some first, or leave --probe out.")
         return Estimate(0, 0, 0, None, 0, (), None, None, free)
     records = {shard: read_commit_record(run.stage_file("shards", shard)) for shard in shards}
-    num_images, num_bytes = sum(r.rows_kept for r in records.values()), _sum_of("tar_bytes", records.values())
-    num_rows = _sum_of("table_rows", records.values())
-    rows_left = _rows_left(run, records)
-    to_do = stages_to_do(recipe, run)
-    lacking = set[str]().union(*to_do.values())
-    probe = _probe(recipe, run, tuple(to_do), sorted(lacking), num_probed) if num_probed and lacking else None
-    more_images = round(rows_left * num_images / num_rows)
-    images_left = sum(records[shard].rows_kept for shard in lacking) + (more_images if recipe.caption else 0)
+    num_images, num_bytes, num_rows = (
+        sum(record.rows_kept for record in records.values()), _sum_of("tar_bytes", records.values()),
+        max(_sum_of("table_rows", records.values()), 1),
+    )  # fmt: skip
+    rows_left = _rows_left(run, records) if recipe.source else 0
+    lacking = set[str]().union(*(plan.lacking for plan in plans))
+    stages = stages_of(recipe) if rows_left else [plan.name for plan in plans if plan.lacking]
+    images_left = sum(records[shard].rows_kept for shard in lacking)
+    images_left += round(rows_left * num_images / num_rows) if stages else 0
+    probe = _probe(recipe, run, stages, sorted(lacking or shards), num_probed) if num_probed and images_left else None
     bytes_per_image = probe.bytes_per_image if probe else STAGE_BYTES_PER_IMAGE
     needed = round(rows_left * num_bytes / num_rows + images_left * bytes_per_image)
-    return Estimate(
-        len(shards), num_images, num_bytes, rows_left, images_left, tuple(to_do), probe, needed, free,
-    )  # fmt: skip
+    return Estimate(len(shards), num_images, num_bytes, rows_left, images_left, tuple(stages), probe, needed, free)
 
 
 def _sum_of(name: str, records: Iterable[CommitRecord]) -> int:
@@ -111,9 +120,10 @@ def _sum_of(name: str, records: Iterable[CommitRecord]) -> int:
 
 
 def _rows_left(run: RunDir, records: dict[str, CommitRecord]) -> int:
-    """Rows of the URL table without a shard yet."""
+    """Rows of the URL table without a shard yet; none of a run that was imported."""
     planned = [records[shard] for shard in planned_shards(run)]
-    return max(int(planned[0].extra["source_rows"]) - sum(int(one.extra["table_rows"]) for one in planned), 0)
+    num_rows = max((int(record.extra.get("source_rows", 0)) for record in planned), default=0)
+    return max(num_rows - _sum_of("table_rows", planned), 0)
 
 
 @dataclass
@@ -146,7 +156,7 @@ def _probe(recipe: Recipe, run: RunDir, stages: Sequence[str], shards: Sequence[
         warm, timed = len(halves[0]), len(halves[1])
         seconds = watch.seconds[-1] - watch.seconds[warm - 1]
         num_bytes = sum(small.stage_file(stage, "00001").stat().st_size for stage in stages)
-    computing = watch.title.partition("(")[2].rstrip(")")
+    computing = watch.title.partition("(")[2].rstrip(")") or "no model"
     return Probe(timed, computing, timed / max(seconds, 1e-9), num_bytes / timed)
 
 
@@ -163,7 +173,7 @@ def _copy_shard(
     sources = list(dict.fromkeys(shard for shard, _ in samples))
     with small.new_staging() as staging:
         index = write_tar(staging / "shard.tar", members)[::3]
-        rows = _rows_of(run, "shards", sources, keys)[0].select(SCHEMAS["shards"].names)
+        rows = _rows_of(run, "shards", sources, keys)[0]
         for column in ("image_offset", "image_length"):
             place = rows.schema.get_field_index(column)
             values = [getattr(member, column.removeprefix("image_")) for member in index]
@@ -183,6 +193,6 @@ def _copy_shard(
 
 def _rows_of(run: RunDir, stage: str, shards: Sequence[str], keys: pa.Array) -> tuple[pa.Table, CommitRecord]:
     """Rows of some samples in a stage, in order, and the record of the last of the shards."""
-    read = [read_stage(run.read_file(stage, shard)) for shard in shards]
+    read = [read_stage(run.read_file(stage, shard), SCHEMAS[stage].names) for shard in shards]
     rows = pa.concat_tables(table for table, _ in read)
     return rows.filter(pc.is_in(rows["key"], value_set=keys)), read[-1][1]

@@ -6,7 +6,7 @@ In: a recipe and a run directory. Out: a line for each step. Changes nothing, lo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from capfilt.data.commit import file_sha256, input_digest, read_commit_record
 from capfilt.data.field_changes import field_changes
 from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import RunDir
-from capfilt.errors import UsageError
 from capfilt.pipeline import (
     download_settings,
     no_shards,
@@ -43,6 +42,8 @@ class StepPlan:
     """"to do", "done", "2 of 3 shards", "500 steps", or "other settings" where what is there was made otherwise."""
     differences: str = ""
     """What differs where the state is "other settings"; `capfilt run` refuses to mix it."""
+    lacking: tuple[str, ...] = field(default=(), repr=False)
+    """Of a stage of curation: shards that are there and lack it, or would be given it anew."""
 
 
 @dataclass(frozen=True)
@@ -80,26 +81,13 @@ def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -
     return plans + _plan_trainings(recipe, run, has_manifest=has_manifest)
 
 
-def stages_to_do(recipe: Recipe, run: RunDir) -> dict[str, list[str]]:
-    """Stage of curation → shards that lack it, or would be given it anew; stages that are whole are left out.
-
-    Raises UsageError where what is there was made with other settings.
-    """
-    shards, found = stage_shards(run), dict[str, list[str]]()
-    for plan, done in _plan_stages(recipe, run, shards):
-        if plan.differences:
-            raise UsageError(f"{plan.name} of {run.path} was made with other settings ({plan.differences}).")
-        if lacking := [shard for shard in shards if shard not in done]:
-            found[plan.name] = lacking
-    return found
-
-
 def _plan_stages(recipe: Recipe, run: RunDir, shards: Sequence[str]) -> Iterator[tuple[StepPlan, set[str]]]:
     """The plan of each stage, and the shards that have it and all before it."""
     ready = set(shards)
     for stage in _stages(recipe):
         plan, ready = _plan_stage(stage, run, ready, len(shards))
-        yield plan, ready
+        lacking = () if plan.differences else tuple(shard for shard in shards if shard not in ready)
+        yield replace(plan, lacking=lacking), ready
 
 
 def _plan_shards(recipe: Recipe, run: RunDir | None, shards: list[str]) -> StepPlan:

@@ -11,27 +11,30 @@
 set -euo pipefail
 recipe=${1:?usage: sbatch slurm.sh RECIPE RUN} run=${2:?usage: sbatch slurm.sh RECIPE RUN}
 export RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over by itself
 
 mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-head=${machines[0]}
+address() { srun --nodes=1 --ntasks=1 --nodelist="$1" hostname --ip-address | cut -d ' ' -f 1; }
+head=$(address "${machines[0]}")
 port=$((20000 + SLURM_JOB_ID % 10000)) # a job's own, below those that systems give out by themselves
 gpus=${SLURM_GPUS_ON_NODE:-0}
-cores=$SLURM_CPUS_PER_TASK
 
 # --- curation: a raylet on each machine; the command hands the shards out -------------------------------------
-ray_options=(--num-cpus "$cores" --num-gpus "$gpus" --block)
-srun --nodes=1 --ntasks=1 --nodelist="$head" \
+ray_options=(--num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus "$gpus" --block)
+srun --nodes=1 --ntasks=1 --nodelist="${machines[0]}" \
   ray start --head --node-ip-address="$head" --port="$port" --include-dashboard=false "${ray_options[@]}" &
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
-for _ in $(seq 60); do
+for try in $(seq 60); do
   ray health-check --address "$head:$port" 2>/dev/null && break
+  ((try < 60)) || { echo "slurm.sh: no Ray cluster at $head:$port after two minutes" >&2 && exit 1; }
   sleep 2
 done
 for machine in "${machines[@]:1}"; do
   srun --nodes=1 --ntasks=1 --nodelist="$machine" ray start --address="$head:$port" "${ray_options[@]}" &
 done
 capfilt run "$recipe" "$run" --curate-only --engine ray --address "$head:$port"
-kill $(jobs -p) && wait || true
+kill $(jobs -p) 2>/dev/null || true
+wait || true # until the machines are free for the training
 
 # --- the recipe's trainings: a process for each GPU (without GPUs: one for a machine, over gloo) ----------------
 srun --nodes="${#machines[@]}" --ntasks="${#machines[@]}" \

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from capfilt.data.commit import read_commit_record, read_table
+from capfilt.data.retries import RETRY_OF
 from capfilt.data.rundir import RunDir
-from capfilt.estimate import STAGE_BYTES_PER_IMAGE, estimate
+from capfilt.estimate import STAGE_BYTES_PER_IMAGE, Estimate, estimate
 from capfilt.pipeline import run_recipe
-from capfilt.progress import as_bytes
-from capfilt.recipes import Recipe, read_recipe
+from capfilt.plan import plan_recipe
+from capfilt.progress import NullProgress, as_bytes
+from capfilt.recipes import Recipe, SourceSettings, read_recipe
+from capfilt.settings import DownloadSettings
 from tests.cli.conftest import capfilt
 from tests.curate.small_runs import Models, make_run, save_models
 
@@ -45,6 +50,10 @@ def recipe(models: Models, tmp_path: Path) -> Recipe:
     return read_recipe(str(tmp_path / "small.toml"))
 
 
+def estimated(recipe: Recipe, path: Path, num_probed: int = 0) -> Estimate:
+    return estimate(recipe, path, plan_recipe(recipe, path), num_probed=num_probed)
+
+
 def files_of(path: Path) -> dict[str, str]:
     return {
         str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -53,10 +62,10 @@ def files_of(path: Path) -> dict[str, str]:
 
 
 def test_amounts_and_a_probe_beside_the_run_itself(recipe: Recipe, tmp_path: Path) -> None:
-    """Rates differ by a factor of three at most: other tests may compute beside one of the two."""
+    """Rates differ by a factor of four at most: other tests may compute beside one of the two."""
     run = make_run(tmp_path / "run", num_shards=3, num_samples=40)
     before = files_of(run.path)
-    found = estimate(recipe, run.path, num_probed=40)
+    found = estimated(recipe, run.path, 40)
     assert files_of(run.path) == before
     assert (found.num_shards, found.num_images, found.images_left, found.rows_left) == (3, 120, 120, 0)
     assert found.num_bytes == sum(run.tar_path(shard).stat().st_size for shard in run.shard_names())
@@ -64,38 +73,89 @@ def test_amounts_and_a_probe_beside_the_run_itself(recipe: Recipe, tmp_path: Pat
     assert found.probe is not None
     assert (found.probe.num_images, found.probe.computing) == (40, "float32 on cpu")
     assert found.hours == pytest.approx(120 / found.probe.images_per_second / 3600)
-    began = time.perf_counter()
-    list(run_recipe(recipe, run.path))
-    seconds = time.perf_counter() - began
-    assert seconds > 0.3 * found.hours * 3600
+    watch = Watch()
+    list(run_recipe(recipe, run.path, progress=watch))
+    assert watch.seconds() / 4 < found.hours * 3600 < watch.seconds() * 4
     sizes = [run.stage_file(stage, shard).stat().st_size for stage in STAGES for shard in run.shard_names()]
     assert found.probe.bytes_per_image == pytest.approx(sum(sizes) / 120, rel=0.1)
     assert found.bytes_needed == round(120 * found.probe.bytes_per_image)
-    after = estimate(recipe, run.path, num_probed=40)
+    after = estimated(recipe, run.path, 40)
     assert (after.images_left, after.stages_left, after.probe, after.bytes_needed) == (0, (), None, 0)
 
 
+class Watch(NullProgress):
+    """From the moment when the models are loaded to the last image."""
+
+    def start(self, name: str, total: int | None, unit: str, /) -> None:
+        self.began = self.ended = time.perf_counter()
+
+    def advance(self, n: int = 1, /, *, already: bool = False, **fields: object) -> None:
+        self.ended = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+
 def test_a_probe_of_what_is_left(recipe: Recipe, tmp_path: Path) -> None:
-    """Captions of two shards of three are there: those of the probe's shard are read, not made."""
+    """Captions that are there are read, not made: the captioner is gone."""
     run = make_run(tmp_path / "run", num_shards=3, num_samples=8, broken=(1,))
     list(run_recipe(replace(recipe, rank=None, filter=None), run.path))
-    found = estimate(recipe, run.path, num_probed=4)
+    gone = replace(recipe, caption=replace(recipe.caption, captioner="nobody/gone")) if recipe.caption else recipe
+    found = estimated(gone, run.path, 4)
     assert found.stages_left == ("clip", "itm", "manifest")
     assert found.images_left == 24
     assert found.probe is not None
     assert found.probe.images_per_second > 0
     run.stage_file("captions", "00002").unlink()
-    assert estimate(recipe, run.path, num_probed=4).stages_left == STAGES
+    assert estimated(recipe, run.path, 4).stages_left == STAGES
 
 
 def test_a_download_that_is_under_way(recipe: Recipe, tmp_path: Path) -> None:
-    """Of 2,000 rows 20 are there: as many images and bytes again for each 20 of the others."""
+    """Of 2,000 rows 20 are there: as many images and bytes again for each 20 of the others, if the recipe has them."""
     run = make_run(tmp_path / "run", num_shards=2, num_samples=10)
     make_longer(run, 2_000)
-    found = estimate(recipe, run.path)
+    assert estimated(recipe, run.path).rows_left == 0
+    source = SourceSettings(table="urls.parquet")
+    downloads = replace(recipe, source=source, download=DownloadSettings(url_column="url"))
+    plans = plan_recipe(recipe, run.path)  # no table is here
+    found = estimate(downloads, run.path, plans)
     assert (found.rows_left, found.images_left) == (1_980, 20 + 1_980)
     assert found.bytes_needed == round(1_980 * found.num_bytes / 20 + 2_000 * STAGE_BYTES_PER_IMAGE)
     assert found.fits
+    list(run_recipe(recipe, run.path))
+    whole = estimate(downloads, run.path, plan_recipe(recipe, run.path), num_probed=4)
+    assert (whole.images_left, whole.stages_left) == (1_980, STAGES)
+    assert whole.probe is not None
+
+
+def test_runs_of_other_kinds(recipe: Recipe, tmp_path: Path) -> None:
+    """Imported, which know no table, human captions, and shards of an attempt, which have a column more."""
+    made = make_run(tmp_path / "made", num_shards=1, num_samples=6)
+    assert capfilt("import", made.tar_path("00000"), tmp_path / "imported").code == 0
+    assert estimated(recipe, tmp_path / "imported", 3).images_left == 6
+    done = capfilt("run", tmp_path / "small.toml", tmp_path / "imported", "--dry-run", "--probe", 2)
+    assert done.code == 0, done.err
+    assert "2 images, float32 on cpu" in done.out
+    run = make_run(tmp_path / "run", num_shards=2, num_samples=4)
+    add_column(run, "00001")
+    probe = estimated(recipe, run.path, 4).probe
+    assert probe is not None
+    assert probe.num_images == 4
+
+
+def add_column(run: RunDir, shard: str) -> None:
+    """As the shards of `capfilt retry` have one."""
+    from capfilt.data.commit import commit_stage
+
+    path = run.stage_file("shards", shard)
+    record, table = read_commit_record(path), read_table(path)
+    path.unlink()
+    with run.new_staging() as staging:
+        tar = run.tar_path(shard).rename(staging / "shard.tar")
+        commit_stage(
+            run, "shards", shard, table.append_column(RETRY_OF, table["key"]), fields={}, tar=tar,
+            input_digest=record.input_digest, rows_in=record.rows_in, extra={"num_shards": 2, "source_rows": 8},
+        )  # fmt: skip
 
 
 def make_longer(run: RunDir, num_rows: int) -> None:
@@ -114,7 +174,7 @@ def make_longer(run: RunDir, num_rows: int) -> None:
             )  # fmt: skip
 
 
-def test_the_command(recipe: Recipe, models: Models, tmp_path: Path) -> None:
+def test_the_command(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, named = make_run(tmp_path / "run", num_shards=2, num_samples=6), tmp_path / "small.toml"
     before = files_of(run.path)
     done = capfilt("run", named, run.path, "--dry-run", "--probe", 3, "--price-per-hour", 2.5)
@@ -125,10 +185,10 @@ def test_the_command(recipe: Recipe, models: Models, tmp_path: Path) -> None:
     told = capfilt("run", named, run.path, "--dry-run", "--json").json()["estimate"]
     assert (told["images_left"], told["hours"], told["probe"]) == (12, None, None)
     assert files_of(run.path) == before
-    make_longer(run, 10**13)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=10_000))
     full = capfilt("run", named, run.path, "--dry-run")
     assert full.code == 1
-    assert "Make room" in full.err
+    assert "needs 12 kB; its disk has 10 kB left. Make room" in full.err
     assert capfilt("run", named, run.path, "--probe", 3).code == 2
     assert capfilt("run", named, run.path, "--dry-run", "--price-per-hour", 3).code == 2
     nothing = capfilt("run", named, tmp_path / "none", "--dry-run", "--probe", 3)

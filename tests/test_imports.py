@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import factories
+
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = (
     "torch",
@@ -47,6 +49,25 @@ def test_data_imports_no_torch() -> None:
     code = "import sys\n" + "\n".join(f"import capfilt.data.{name}" for name in names) + "\nprint(*sys.modules)"
     loaded = python(code).stdout.split()
     assert sorted({"torch", "transformers", "open_clip"} & set(loaded)) == []
+
+
+def test_reading_a_captioner_and_a_filter_imports_no_compiler(tmp_path: Path) -> None:
+    """Nor torchvision: each takes seconds, of every command and of every worker."""
+    factories.save_captioner(tmp_path / "captioner")
+    factories.save_filter(tmp_path / "filter")
+    loaded = python(
+        "import sys, torch\n"
+        "from PIL import Image\n"
+        "from capfilt.curate.pictures import to_square\n"
+        "from capfilt.weights.blip import load_blip\n"
+        "cpu, dtype = torch.device('cpu'), torch.float32\n"
+        "for kind in ('captioner', 'filter'):\n"
+        f"    found = load_blip({str(tmp_path)!r} + '/' + kind, kind, device=cpu, dtype=dtype)\n"
+        "    to_square(Image.new('RGB', (40, 30)), found.preparation)\n"
+        "print(*sys.modules)"
+    ).stdout.split()
+    assert "capfilt.models.med" in loaded
+    assert sorted({"torchvision", "open_clip", "torch._dynamo"} & set(loaded)) == []
 
 
 def test_help_is_immediate() -> None:

@@ -33,10 +33,13 @@ def show_plan(
 
     plans = plan_recipe(recipe, path, generation)
     is_refused = any(plan.differences for plan in plans)
-    found = None if is_refused else estimate(recipe, path, generation, num_probed=num_probed)
+    found = None if is_refused else estimate(recipe, path, plans, generation, num_probed=num_probed)
     if as_json:
-        told = None if found is None else asdict(found) | {"hours": found.hours}
-        say_json({"recipe": recipe.path, "run": path, "steps": plans, "estimate": told})
+        steps = [{name: value for name, value in asdict(plan).items() if name != "lacking"} for plan in plans]
+        told = found and asdict(found) | {
+            "hours": found.hours, "cost": _cost(found, price_per_hour), "fits": found.fits,
+        }  # fmt: skip
+        say_json({"recipe": recipe.path, "run": path, "steps": steps, "estimate": told})
     else:
         say(f"{recipe.path}: {clean(recipe.description)}")
         say(f"run directory: {clean(path)}")
@@ -63,6 +66,10 @@ def _advice(plans: Sequence[StepPlan], named: str, path: Path, generation: str |
     return f"Next: {command('run', named, path, generation=generation)}"
 
 
+def _cost(found: Estimate, price_per_hour: float | None) -> float | None:
+    return None if found.hours is None or price_per_hour is None else found.hours * price_per_hour
+
+
 def _estimate_lines(found: Estimate, price_per_hour: float | None) -> Iterator[tuple[str, str]]:
     """(name, text) of what is there, what is left, how long it takes and what room it needs."""
     free = f"{as_bytes(found.bytes_free)} free"
@@ -78,6 +85,7 @@ def _estimate_lines(found: Estimate, price_per_hour: float | None) -> Iterator[t
     if (probe := found.probe) is not None and found.hours is not None:
         rate = f"{format_rate(probe.images_per_second)} images/s, {probe.bytes_per_image:,.0f} bytes an image"
         yield "probe", f"{counted(probe.num_images, 'image')}, {probe.computing}: {rate}"
-        cost = "" if price_per_hour is None else f", at {price_per_hour:g} an hour {found.hours * price_per_hour:,.2f}"
-        yield "time", f"{found.hours:,.2f} hours of one such device{cost}"
+        cost = _cost(found, price_per_hour)
+        priced = "" if cost is None else f", at {price_per_hour:g} an hour {cost:,.2f}"
+        yield "time", f"{found.hours:,.2f} hours of one such device{priced}"
     yield "disk", f"{as_bytes(found.bytes_needed or 0)} needed, {free}"

@@ -37,7 +37,7 @@ def run(
             "--probe",
             min=1,
             metavar="N",
-            help="With --dry-run: work on N images in a temporary directory, and tell how long all of them take.",
+            help="With --dry-run: time N images, after N to warm up, in a temporary directory; tell how long all take.",
         ),
     ] = None,
     price_per_hour: Annotated[

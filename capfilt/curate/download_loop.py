@@ -4,8 +4,9 @@ In: a plan of shards, the numbers of those that are missing. Out: their committe
 RUN/quarantine.
 
 Each shard is downloaded by a supervised worker process (img2dataset's reader, resizer and formats, this project's
-fetch) in a private staging directory, read back, and committed by this process. A worker that dies or hangs is replaced
-and its shard tried once more; a shard that fails again is named at the end and the command fails.
+fetch) in a private staging directory, read back, and committed by the process that supervises it: this one, or that of
+an engine's worker, which is handed a part of the table. A worker that dies or hangs is replaced and its shard tried
+once more; a shard that fails again is named at the end and the command fails.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from typing import Any
 
 import pyarrow as pa
 
-from capfilt.curate.parts import PART_ROWS, Part, write_parts
+from capfilt.curate.parts import Part, write_parts
 from capfilt.curate.supervision import Attempts, Nursery, Worker
 from capfilt.curate.url_table import UrlTable
-from capfilt.data.commit import commit_stage
+from capfilt.data.commit import commit_stage, read_commit_record
 from capfilt.data.reasons import Quarantined
 from capfilt.data.retries import retried_keys
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
 from capfilt.engines.base import Engine
 from capfilt.engines.local import LocalEngine
-from capfilt.errors import CapfiltError
+from capfilt.errors import CapfiltError, CommittedError
 from capfilt.progress import Progress
 from capfilt.settings import DownloadSettings
 
@@ -89,8 +90,9 @@ def download_shards(
         progress.finish()
     else:
         part_rows = settings.num_processes * max(plan.sizes)  # what one worker downloads at a time
-        parts = write_parts(urls, plan.sizes, wanted, staging, min(part_rows, PART_ROWS))
-        written = {part.path.stem: part for part in parts}
+        parts = write_parts(urls, plan.sizes, wanted, staging, part_rows)
+        written = {f"{part.numbers[0] + plan.first:05d}": part for part in parts}
+        num_rows = sum(plan.sizes[number] for part in written.values() for number in part.numbers)
         work = _DownloadParts(run, settings, plan, written, num_rows)
         for _, problems in engine.run(work, list(written), progress):
             failed += problems
@@ -109,6 +111,7 @@ class _DownloadParts:
     settings: DownloadSettings
     plan: ShardPlan
     parts: dict[str, Part]
+    """By the name of the first shard."""
     total: int
     unit = "URLs"
     is_light, has_models = False, False
@@ -340,18 +343,21 @@ class _Download:
             )
         quarantine = _quarantine_of(rows)
         counts = Counter(row.reason for row in quarantine)
-        record = commit_stage(
-            self._run,
-            "shards",
-            shard.name,
-            rows.select([*SCHEMAS["shards"].names, *self._plan.columns]),
-            fields=self._plan.fields,
-            input_digest=self._plan.table_sha256,
-            rows_in=shard.num_rows,
-            quarantine=quarantine,
-            tar=shard.attempt_dir / "shard.tar",
-            extra=self._plan.extra | {FAILED_PREFIX + reason: count for reason, count in counts.items()},
-        )
+        try:
+            record = commit_stage(
+                self._run,
+                "shards",
+                shard.name,
+                rows.select([*SCHEMAS["shards"].names, *self._plan.columns]),
+                fields=self._plan.fields,
+                input_digest=self._plan.table_sha256,
+                rows_in=shard.num_rows,
+                quarantine=quarantine,
+                tar=shard.attempt_dir / "shard.tar",
+                extra=self._plan.extra | {FAILED_PREFIX + reason: count for reason, count in counts.items()},
+            )
+        except CommittedError:  # by a worker of another machine that was taken for dead
+            record = read_commit_record(self._run.stage_file("shards", shard.name))
         self._show(shard, shard.num_rows, record.rows_kept)
         _remove_files(shard.attempt_dir)
         Path(shard.feather).unlink()

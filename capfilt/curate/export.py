@@ -9,12 +9,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +31,7 @@ from capfilt.engines.local import LocalEngine
 from capfilt.errors import UsageError
 from capfilt.progress import Progress, counted
 
-_BATCH_ROWS = 1000
+_BATCH_ROWS, _PIECE = 1000, 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ def export_pairs(
 ) -> ExportSummary:
     """Write the kept pairs of `run`, with `dropped` the others too, in the format that the file's ending names.
 
-    `engine` has the shards written out elsewhere; what it gives out of order waits in files beside `output`.
+    `engine` has the shards written out, each to a file beside `output` until its turn comes.
 
     Raises UsageError for an ending that is not known, a file that is there already, or a run without a manifest.
     """
@@ -67,32 +69,28 @@ def export_pairs(
         raise UsageError(f"{output} ends in {output.suffix or 'nothing'}; expected one of {', '.join(WRITERS)}.")
     refuse_existing(output, overwrite=overwrite)
     shards, selection = checked_shards(run)
-    work, num_pairs, num_kept = _ExportShards(run, selection, ending, dropped, len(shards)), 0, 0
+    num_pairs, num_kept, num_written, parts = 0, 0, 0, dict[int, Path]()
     with whole_file(output) as file, TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as waiting:
         file.write(HEADS.get(ending, ""))
+        work = _ExportShards(run, selection, ending, dropped, Path(waiting), len(shards))
         place = {shard: number for number, shard in enumerate(shards)}
-        num_written = 0
         for shard, written in (engine or LocalEngine()).run(work, shards, progress):
             num_pairs += written.num_pairs
             num_kept += written.num_kept
-            part = Path(waiting) / str(place[shard])
-            if place[shard] > num_written:
-                part.write_text(written.text, encoding="utf-8", newline="")
-                continue
-            file.write(written.text)
-            num_written += 1
-            while (part := Path(waiting) / str(num_written)).exists():
-                file.write(part.read_bytes().decode("utf-8"))
-                part.unlink()
+            parts[place[shard]] = written.path
+            while (path := parts.pop(num_written, None)) is not None:
+                with open(path, encoding="utf-8", newline="") as part:
+                    shutil.copyfileobj(part, file, _PIECE)
+                path.unlink()
                 num_written += 1
     return ExportSummary(output=output, num_pairs=num_pairs, num_kept=num_kept, seconds=time.monotonic() - started)
 
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """A shard's rows as they stand in the file."""
+    """A shard's rows as they are to stand in the file."""
 
-    text: str
+    path: Path
     num_pairs: int
     num_kept: int
 
@@ -105,6 +103,7 @@ class _ExportShards:
     selection: str
     ending: str
     dropped: bool
+    folder: Path
     total: int
     unit = SHARDS
     is_light, has_models = True, False
@@ -115,13 +114,15 @@ class _ExportShards:
         return self
 
     def __call__(self, shard: str, _progress: Progress) -> _Written:
-        file, num_pairs, num_kept = io.StringIO(newline=""), 0, 0
-        write = WRITERS[self.ending](file)
-        for row in _rows(read_pairs(self.run, shard, self.selection, kept_only=not self.dropped)):
-            write(row)
-            num_pairs += 1
-            num_kept += row["kept"]
-        return _Written(file.getvalue(), num_pairs, num_kept)
+        num_pairs = num_kept = 0
+        path = self.folder / f"{shard}-{uuid4().hex}"  # a worker that is taken for dead may still write its own
+        with open(path, "x", encoding="utf-8", newline="") as file:
+            write = WRITERS[self.ending](file)
+            for row in _rows(read_pairs(self.run, shard, self.selection, kept_only=not self.dropped)):
+                write(row)
+                num_pairs += 1
+                num_kept += row["kept"]
+        return _Written(path, num_pairs, num_kept)
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.curate.url_table import UrlTable
-from capfilt.errors import CapfiltError
 
 PART_ROWS = 50_000
 """Rows of the table that are split into shards at a time."""
@@ -68,9 +67,7 @@ class _RowStream:
     def take(self, num_rows: int, writer: pq.ParquetWriter | None) -> None:
         """Write the next rows, or pass over them."""
         while num_rows > 0:
-            batch = self._rest if self._rest is not None else next(self._batches, None)
-            if batch is None:
-                raise CapfiltError("The table became shorter while it was read. Repeat the command.")
+            batch = self._rest if self._rest is not None else next(self._batches)
             taken = batch.slice(0, num_rows)
             self._rest = batch.slice(num_rows) if batch.num_rows > num_rows else None
             num_rows -= taken.num_rows

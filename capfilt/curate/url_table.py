@@ -69,9 +69,16 @@ class UrlTable:
         texts = [self.url_column]
         if self.caption_column not in (None, self.url_column):
             texts.append(self.caption_column)
+        num_rows = 0
         for file in self.files:
             for batch in self.format.batches(file, texts, self.extra):
+                num_rows += batch.num_rows
                 yield self._clean(batch)
+        if num_rows != self.num_rows:
+            raise UsageError(
+                f"The table was to have {self.num_rows:,} rows, and {num_rows:,} could be read: it is damaged, or was "
+                "changed meanwhile. Mend it, and repeat the command."
+            )
 
     def _clean(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         reasons, details = _string_columns(batch)

@@ -11,6 +11,7 @@ reaches a stopped process too), and by the end of its socket everywhere.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -25,12 +26,12 @@ import traceback
 from typing import Any
 
 from capfilt.data.memory import require_memory
-from capfilt.engines.children import die_with_parent
 from capfilt.settings import DownloadSettings
 
 BEAT_SECONDS = 1.0
 _REPORT_SECONDS = 0.2
 _REAP_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1
 _MAX_REQUEST_BYTES = 1 << 16
 _MAX_REQUESTS = 64
 
@@ -50,7 +51,7 @@ class Channel:
 
 def main() -> None:
     """Be the nursery until the parent closes standard input, which is a socket."""
-    die_with_parent(int(sys.argv[1]))
+    _die_with_parent(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt at the terminal is the parent's to handle
     importlib.import_module("capfilt.curate.shard_download")
     control = socket.socket(fileno=os.dup(0))
@@ -99,7 +100,7 @@ def _report_ends(channel: Channel) -> int:
 def _be_worker(connection: socket.socket, request: dict[str, Any], nursery: int) -> None:
     """Work on tasks until the parent closes the socket; never returns."""
     try:
-        die_with_parent(nursery)
+        _die_with_parent(nursery)
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -143,6 +144,13 @@ def _work(downloader: Any, task: dict[str, Any], channel: Channel) -> None:
         channel.send(error=f"{type(error).__name__}: {error}", errno=getattr(error, "errno", None))
     else:
         channel.send(result=result)
+
+
+def _die_with_parent(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
 
 
 def _read_tasks(connection: socket.socket, tasks: queue.SimpleQueue[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from capfilt.data.rundir import FORMAT_VERSION, STAGES, RunDir, sync_directory
 from capfilt.data.schemas import QUARANTINE_SCHEMA
 from capfilt.data.sealed import canonical_json, damaged, read_record, read_sealed, sealed_bytes
 from capfilt.data.texts import clean_for_terminal
-from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError
+from capfilt.errors import CapfiltError, CommittedError, CorruptionError, FingerprintMismatchError
 
 __all__ = [
     "CommitRecord", "Quarantined", "canonical_json", "commit_stage", "file_sha256",
@@ -167,12 +167,11 @@ def commit_stage(
 
     `tar` lies in a staging directory of `run` and is moved from there. With `replace` an earlier commit of
     this stage, shard and generation gives way. Raises ValueError when rows, keys, counts, tar and quarantine
-    do not agree (a fault of the caller), CapfiltError when the stage is committed already or the disk
-    refuses; nothing is published then.
+    do not agree (a fault of the caller), CommittedError when the stage is committed already, CapfiltError when the
+    disk refuses; nothing is published then.
     """
     final = run.stage_file(stage, shard)
-    if final.exists() and not replace:
-        raise CapfiltError(f"{final} is committed already; a committed stage is not written again.")
+    _refuse_committed(final, replace=replace)
     with _named(stage, shard):
         check_rows(stage, table, [row.key for row in quarantine])
         kept = count_kept(stage, table)
@@ -204,8 +203,15 @@ def commit_stage(
         )
         staged = staging / "stage.parquet"
         _write_checked(staged, table, asdict(record))
-        _publish(run, stage, shard, staged, staged_quarantine, tar)
+        with run.publishing() if tar is not None else nullcontext():
+            _refuse_committed(final, replace=replace)
+            _publish(run, stage, shard, staged, staged_quarantine, tar)
     return record
+
+
+def _refuse_committed(final: Path, *, replace: bool) -> None:
+    if final.exists() and not replace:
+        raise CommittedError(f"{final} is committed already; a committed stage is not written again.")
 
 
 def _tar_facts(tar: Path, table: pa.Table) -> dict[str, str | int]:

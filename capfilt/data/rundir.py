@@ -3,6 +3,7 @@
     RUN/run.json              format version and date
     RUN/.lock                 held (flock) by the command that writes; contains its process id
     RUN/.workers              held (flock, shared) by processes that work for it on other machines
+    RUN/.publish              held (flock) for the moment in which a tar and its record get their names
     RUN/.staging/ATTEMPT/     files of an attempt that is under way; void as soon as its process is gone
     RUN/shards/00000.tar      images and captions        RUN/shards/00000.parquet   its commit record and rows
     RUN/STAGE/00000.parquet   what a stage made of a shard; RUN/STAGE@NAME/ in the generation NAME
@@ -35,6 +36,7 @@ FORMAT_VERSION = 1
 STAGES = ("shards", "captions", "clip", "itm", "manifest")
 """Stages in the order in which one feeds the next."""
 
+_LOCKS = (".lock", ".workers", ".publish")
 _GENERATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHARD = re.compile(r"[0-9]{5,}")
 _held_locks: dict[Path, int] = {}  # of this process, so that a command may take the lock again in its parts
@@ -161,10 +163,10 @@ class RunDir:
     def _remove_empty(self, *, with_directory: bool) -> None:
         """Remove the run where it holds nothing but what every run has."""
         with self.lock():
-            if not {entry.name for entry in self.path.iterdir()} <= {"run.json", ".lock", ".workers", ".staging"}:
+            if not {entry.name for entry in self.path.iterdir()} <= {"run.json", *_LOCKS, ".staging"}:
                 return
             shutil.rmtree(self.path / ".staging", ignore_errors=True)
-            for name in ("run.json", ".lock", ".workers"):
+            for name in ("run.json", *_LOCKS):
                 (self.path / name).unlink(missing_ok=True)
             if with_directory:
                 self.path.rmdir()
@@ -233,6 +235,16 @@ class RunDir:
         if root not in _joined and not _held_locks.get(root, 0):
             _joined[root] = os.open(root / ".workers", os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(_joined[root], fcntl.LOCK_SH)
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Hold what one process holds at a time, on any machine: one that is taken for dead may still be at work."""
+        descriptor = os.open(self.path / ".publish", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     @contextmanager
     def new_staging(self) -> Iterator[Path]:

@@ -41,7 +41,7 @@ class Work(Protocol[Result_co]):
 
     @property
     def is_light(self) -> bool:
-        """Whether it takes milliseconds and holds no model: several shards at a time in one process."""
+        """Whether it takes milliseconds and holds no model: several shards at a time on one machine."""
         ...
 
     @property

@@ -143,7 +143,8 @@ class _Crew:
         """Shard → what its last worker ended with."""
         self._started = False
         self._recruited = self._seen_working = 0.0
-        cores = min([MOST_CORES, *(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])])
+        of_nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        cores = min([MOST_CORES, *filter(None, of_nodes)])  # a head may have none
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         gpus = float(has_gpus) if settings.gpus_per_worker is None else settings.gpus_per_worker
         self._gpus = gpus if work.has_models else 0.0

@@ -8,14 +8,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import Any
 
 from capfilt.engines.base import SHARDS, Result, Work
-from capfilt.engines.children import die_with_parent
 from capfilt.errors import CapfiltError
 from capfilt.progress import NullProgress, Progress
 
@@ -24,8 +26,6 @@ MOST_THREADS = 8
 MOST_PROCESSES = 32
 MANY_SHARDS = 200
 """From which on processes are worth the second that they take to start."""
-CHUNK = 8
-"""Shards that a process is handed at a time."""
 
 
 class LocalEngine:
@@ -55,7 +55,7 @@ class LocalEngine:
         else:
             num = self._num or min(MOST_THREADS, num_cores())
             pool = ThreadPoolExecutor(num, thread_name_prefix="shards")
-            ended = _in_order(pool, 2 * num, lambda names: [worker(n, NullProgress()) for n in names], shards, 1)
+            ended = _in_order(lambda shard: pool.submit(worker, shard, NullProgress()), pool, 2 * num, shards)
         for shard, result in ended:
             if work.unit == SHARDS:
                 progress.advance(1)
@@ -64,48 +64,75 @@ class LocalEngine:
 
     def _processes(self, work: Work[Result], shards: Sequence[str]) -> Iterator[tuple[str, Result]]:
         num = self._num or min(MOST_PROCESSES, num_cores())
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a fork would have the locks of Arrow's threads, not the threads
-        pool = ProcessPoolExecutor(num, context, initializer=_begin, initargs=(os.getpid(), work))
+        context = multiprocessing.get_context("spawn")  # a fork has the locks of Arrow's threads, not the threads
+        pool = ProcessPoolExecutor(num, context, initializer=_begin, initargs=(work,))
+
+        def submit(shard: str) -> Future[Result]:
+            with _ctrl_c_later():  # what is started here does not see it at all
+                return pool.submit(_work_on, shard)
+
         try:
-            yield from _in_order(pool, 2 * num, _work_off, shards, CHUNK)
+            yield from _in_order(submit, pool, 2 * num, shards)
         except BrokenProcessPool:
-            raise CapfiltError(
-                "A process of this command was ended from outside (was memory short?). Repeat the command: what is "
-                "done is kept."
-            ) from None
+            raise CapfiltError(_BROKEN) from None
+
+
+_BROKEN = (
+    "A process of this command ended from outside, or could not begin (was memory short?). Repeat the command: what is "
+    "done is kept."
+)
 
 
 def _in_order(
-    pool: Executor, most_ahead: int, do: Callable[[Sequence[str]], list[Result]], shards: Sequence[str], chunk: int
+    submit: Callable[[str], Future[Result]], pool: Executor, most_ahead: int, shards: Sequence[str]
 ) -> Iterator[tuple[str, Result]]:
-    chunks = iter([shards[start : start + chunk] for start in range(0, len(shards), chunk)])
-    under_way = deque[tuple[Sequence[str], Future[list[Result]]]]()
+    names, under_way = iter(shards), deque[tuple[str, Future[Result]]]()
     try:
         while True:
-            while len(under_way) < most_ahead and (names := next(chunks, None)) is not None:
-                under_way.append((names, pool.submit(do, names)))
+            while len(under_way) < most_ahead and (name := next(names, None)) is not None:
+                under_way.append((name, submit(name)))
             if not under_way:
                 return
-            names, future = under_way.popleft()
-            yield from zip(names, future.result(), strict=True)
+            shard, future = under_way.popleft()
+            yield shard, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_opened: list[Any] = []  # of a process: the worker
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(parent: int, work: Work[Any]) -> None:
-    """Ctrl-C is for the command, which ends its processes."""
+_opened: list[Any] = []  # of a process: the worker, or the error of opening it
+
+
+def _begin(work: Work[Any]) -> None:
+    """Ctrl-C is for the command, which ends its processes; where it is gone itself, they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(parent)
-    _opened[:] = [work.open()]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _opened[:] = [work.open()]
+    except Exception as error:
+        _opened[:] = [error]
 
 
-def _work_off(shards: Sequence[str]) -> list[Any]:
-    return [_opened[0](shard, NullProgress()) for shard in shards]
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _work_on(shard: str) -> Any:
+    if isinstance(_opened[0], Exception):
+        raise _opened[0]
+    return _opened[0](shard, NullProgress())
 
 
 def num_cores() -> int:

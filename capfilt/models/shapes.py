@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-_DRAWS = ("normal_", "uniform_", "trunc_normal_")
+_DRAWS = ("normal_", "uniform_")
 
 
 class _WithoutDraws(TorchFunctionMode):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from capfilt.data.commit import CommitRecord, read_commit_record, read_quarantin
 from capfilt.data.retries import LastAttempts
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SUCCESS
+from capfilt.data.sealed import read_record
 from capfilt.report.words import WordCounts, count_words, distinct, plain_texts
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -179,7 +181,7 @@ class ShardSums:
 
 
 def sum_shard(run: RunDir, shard: str, stages: Collection[str], last: LastAttempts) -> ShardSums:
-    """Sum up the given stages of a shard, which are committed. Raises CorruptionError for a damaged file."""
+    """Sum up the given stages of a shard, which are committed. Raises CorruptionError for damage in what is read."""
     sums = ShardSums()
     for stage in stages:
         record = _ADD[stage](run, shard, sums, last, stages)
@@ -223,11 +225,17 @@ def _add_pairs(run: RunDir, shard: str, sums: ShardSums, _last: LastAttempts, st
         sums.pairs.setdefault(source, PairSums()).add(rows)
     sums.num_images_kept += pc.count_distinct(table["key"].filter(table["kept"])).as_py()
     if "captions" in stages:
-        path, written = run.read_file("captions", shard), sources.get("synthetic", table.slice(0, 0))
-        if read_commit_record(path).extra["table_rows"] != written.num_rows:  # a later stage set images aside
-            written = read_table(path, ["key", "text"])
+        is_whole = "synthetic" in sources and {"clip", "itm"} <= set(stages) and _holds_captions(run, shard)
+        written = sources["synthetic"] if is_whole else read_table(run.read_file("captions", shard), ["key", "text"])
         sums.captions.add(written)
     return record
+
+
+def _holds_captions(run: RunDir, shard: str) -> bool:
+    """Whether the manifest was made from the captions that are there now, of every image: one file less to read."""
+    records = [read_record(run.read_file(stage, shard))[:2] for stage in ("captions", "clip", "itm", "manifest")]
+    chain = all(record["input_digest"] == seal for (_, seal), (record, _) in pairwise(records))
+    return chain and records[-1][0]["rows_kept"] == records[0][0]["rows_kept"]
 
 
 def _add_nothing(*_: Any) -> None:

@@ -105,7 +105,7 @@ class RunStats:
 def compute_stats(run: RunDir, engine: Engine | None = None, progress: Progress | None = None) -> RunStats:
     """Sum up every committed stage of `run`.
 
-    Raises UsageError when the run has no shards yet, CorruptionError when a file is not what was committed.
+    Raises UsageError when the run has no shards yet, CorruptionError when a file that it reads was damaged.
     """
     shards = run.shard_names()
     if not shards:

@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import capfilt.curate.annotate as shard_loop
 from capfilt.curate.annotate import annotate
 from capfilt.curate.selection import reselect
 from capfilt.curate.stage_models import StageModels
 from capfilt.data.commit import read_commit_record, read_quarantine, read_table
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
+from capfilt.engines.local import LocalEngine
 from capfilt.errors import FingerprintMismatchError, UsageError
 from capfilt.models.vit import VisionTransformer
 from capfilt.progress import StreamProgress
@@ -223,6 +226,30 @@ def test_killed_and_resumed_gives_the_rows_of_an_undisturbed_run(models: Models,
         assert not list((run.path / ".staging").glob("*"))
     assert num_killed >= 3
     assert len(numbers_of_files) > 1, "every kill came before or after the work"
+
+
+class Planned(LocalEngine):
+    """Notes what is planned."""
+
+    def run(self, work: Any, shards: Sequence[str], progress: Any = None) -> Iterator[Any]:
+        self.total, self.shards = work.total, list(shards)
+        return super().run(work, shards, progress)
+
+
+def test_images_of_very_many_shards_are_expected_by_a_part_of_them(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here of more than two: the total is what the counted ones let expect, what is done is exact."""
+    run, engine = make_run(tmp_path / "run", num_shards=5, num_samples=3), Planned()
+    caption = models.caption(num_captions=1, min_length=3, max_length=6)
+    monkeypatch.setattr(shard_loop, "MOST_COUNTED_SHARDS", 2)
+    read, of = [], read_commit_record
+    monkeypatch.setattr(shard_loop, "read_commit_record", lambda path: read.append(path.stem) or of(path))
+    assert shard_loop._count_images(run, run.shard_names()) == 15
+    assert read == ["00000", "00003"]
+    summary = annotate(run, ["captions"], caption, engine=engine)
+    assert (engine.total, engine.shards) == (15, run.shard_names())
+    assert summary.stages["captions"].num_samples == 15
 
 
 def _count_files(run: RunDir) -> int:

@@ -19,9 +19,18 @@ from capfilt.curate.download import download
 from capfilt.curate.import_shards import import_shards
 from capfilt.curate.retry import retry
 from capfilt.curate.selection import reselect
+from capfilt.data import retries
 from capfilt.data.commit import read_commit_record, read_table
 from capfilt.data.manifest import read_manifest
-from capfilt.data.retries import RETRY_OF, LastAttempts, planned_shards, retry_shards
+from capfilt.data.retries import (
+    RETRY_OF,
+    LastAttempts,
+    is_retry,
+    needs_stages,
+    planned_shards,
+    retry_shards,
+    stage_shards,
+)
 from capfilt.data.rundir import RunDir
 from capfilt.data.sealed import read_sealed, sealed_bytes
 from capfilt.data.shards import read_samples
@@ -31,7 +40,7 @@ from capfilt.report.stats import compute_stats
 from capfilt.settings import DownloadSettings
 from tests import factories
 from tests.cli.conftest import capfilt
-from tests.curate.small_runs import save_models
+from tests.curate.small_runs import make_run, save_models
 from tests.curate.test_import_shards import write_foreign
 
 SETTINGS = DownloadSettings(
@@ -147,6 +156,30 @@ def test_a_retried_row_has_the_content_of_its_row(site: Site, tmp_path: Path) ->
         left, others = (numbers_of(table) for table in (last.of(shard, rows), last.others(shard, rows)))
         assert others == [n for n in numbers_of(rows) if shard in planned_shards(run) and n in BUSY]
         assert sorted(left + others) == sorted(numbers_of(rows))
+
+
+def test_planned_shards_are_known_by_few_records(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as by reading all of them: with attempts, in the middle of a download, without the first shard."""
+    run = RunDir.create(tmp_path / "run")
+    download(str(site.write_table(tmp_path / "urls.parquet")), run, SETTINGS)
+    retry(run, ["server_error"], SETTINGS)
+    retry(run, ["server_error"], SETTINGS)
+    assert len(retry_shards(run)) >= 2
+    for removed in ("", "00001", "00000"):
+        if removed:
+            run.stage_file("shards", removed).unlink()
+        records = {name: read_commit_record(run.stage_file("shards", name)) for name in run.shard_names()}
+        of_attempts = [name for name, record in records.items() if is_retry(record)]
+        assert retry_shards(run) == of_attempts
+        assert planned_shards(run) == [name for name in records if name not in of_attempts]
+        assert stage_shards(run) == [name for name, record in records.items() if needs_stages(record)]
+    run = make_run(tmp_path / "long", num_shards=30, num_samples=1)
+    read = Counter[str]()
+    monkeypatch.setattr(
+        retries, "read_commit_record", lambda path: read.update([path.stem]) or read_commit_record(path)
+    )
+    assert len(stage_shards(run)) == 30
+    assert read.total() == 1
 
 
 def numbers_of(rows: pa.Table) -> list[int]:

@@ -200,7 +200,8 @@ def test_a_download_by_several_workers(cluster: str, tmp_path: Path) -> None:
         killer.join()
         assert "Nothing to download" in download(str(table), run, settings, engine=TWO).line()
     assert killed
-    assert (tally.title, tally.done, len(tally.said)) == ("download", 120, 1)
+    assert (tally.title, tally.done) == ("download", 120)
+    assert len(tally.said) <= 1, "it may have handed its shards in just before"
     assert [(row["url"], row["reason"]) for row in rows_of(run)] == [(row.url, row.reason) for row in truth]
     assert verify_run(run, deep=True).exit_code == 0
     assert not any((run.path / ".staging").glob("*/*/*"))

@@ -12,11 +12,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from capfilt.cli.engines import engine_from
+from capfilt.curate.annotate import annotate
+from capfilt.curate.export import export_pairs
+from capfilt.curate.selection import reselect
+from capfilt.data.verify import verify_run
 from capfilt.engines.base import SHARDS
 from capfilt.engines.local import LocalEngine
 from capfilt.errors import CapfiltError, UsageError
 from capfilt.progress import Progress
+from capfilt.report.stats import compute_stats
 from tests.curate.downloads import wait_for
+from tests.curate.small_runs import make_run, save_models
 from tests.engines.works import UNITS, Sleeps, Tally
 
 NAMES = [f"{number:05d}" for number in range(40)]
@@ -79,7 +86,7 @@ def test_many_shards_of_light_work_by_processes() -> None:
     taken = []
     with pytest.raises(UsageError, match="^00150 is refused$"):
         taken.extend(engine.run(Sleeps(300, refused="00150", is_light=True, unit=SHARDS), names))
-    assert [name for name, _ in taken] == names[:144], "whole messages of eight"
+    assert [name for name, _ in taken] == names[:150]
     assert not any(is_worker(one) for one in psutil.Process().children())
 
 
@@ -112,8 +119,32 @@ SCRIPT = """
 from capfilt.engines.base import SHARDS
 from capfilt.engines.local import LocalEngine
 from tests.curate.downloads import wait_for
+from tests.curate.small_runs import make_run, save_models
 from tests.engines.works import Sleeps
 if __name__ == "__main__":
     names = [f"{number:05d}" for number in range(300)]
     list(LocalEngine(2, processes=True).run(Sleeps(300, 5.0, is_light=True, unit=SHARDS), names))
 """
+
+
+def test_commands_by_processes_are_those_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real work of every light command, pickled for other processes; what the command line asks for may start them."""
+    run, models = make_run(tmp_path / "run", num_shards=4, num_samples=3), save_models(tmp_path / "models")
+    caption = models.caption(num_captions=2, min_length=3, max_length=6)
+    annotate(run, ("captions", "clip", "itm", "manifest"), caption, models.rank(), models.filter())
+    started, begin = list[object](), LocalEngine._processes
+    monkeypatch.setattr("capfilt.engines.local.MANY_SHARDS", 2)
+    monkeypatch.setattr(LocalEngine, "_processes", lambda *given: started.append(given) or begin(*given))
+    options = ("address", "num_workers", "cpus_per_worker", "gpus_per_worker")
+    asked = engine_from({"engine": "local"} | dict.fromkeys(options))
+    assert compute_stats(run, asked) == compute_stats(run)
+    assert verify_run(run, deep=True, engine=asked) == verify_run(run, deep=True)
+    export_pairs(run, tmp_path / "there.csv", dropped=True, engine=asked)
+    export_pairs(run, tmp_path / "here.csv", dropped=True)
+    assert (tmp_path / "there.csv").read_bytes() == (tmp_path / "here.csv").read_bytes()
+    chosen = reselect(run, threshold=0.3, engine=asked)
+    by_processes = run.stage_file("manifest", "00000").read_bytes()
+    reselect(run, threshold=0.5)
+    assert reselect(run, threshold=0.3).num_kept == chosen.num_kept
+    assert run.stage_file("manifest", "00000").read_bytes() == by_processes
+    assert len(started) == 4
