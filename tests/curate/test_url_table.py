@@ -241,7 +241,7 @@ def test_bytes_that_are_no_utf8_cost_their_rows_and_no_others(tmp_path: Path, en
 
 @pytest.mark.parametrize("rows", [["http://a/1"], ["http://a/1", "http://a/2", "http://a/3"]], ids=["fewer", "more"])
 def test_a_table_that_has_other_rows_than_it_says_is_refused(tmp_path: Path, rows: list[str]) -> None:
-    """Here it is another one by the time it is read; what a damaged Parquet file says of itself may be wrong as well."""
+    """Here it is another one by the time it is read; what a damaged file says of itself may be wrong as well."""
     path = tmp_path / "t.csv"
     path.write_text("url,text\nhttp://a/1,x\nhttp://a/2,y\n")
     table = open_url_table(str(path), "url", "text", tmp_path)
