@@ -124,7 +124,7 @@ def needs() -> list[Need]:
 def main() -> None:
     """Print the table."""
     ranks = " | ".join(f"{num} ranks" for num in NUM_RANKS)
-    print(f"| training | trained | frozen | GB a rank, copies | {ranks} |")
+    print(f"| training | trained | frozen | copies | {ranks} |")
     print("|---|---|---|---|" + "---|" * len(NUM_RANKS))
     for need in needs():
         print(need.row())

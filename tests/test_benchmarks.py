@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import curation, floor, training
+from benchmarks import curation, floor, ranks, training
 from benchmarks.__main__ import ROWS, table
 from benchmarks.sides import Case
 from benchmarks.timing import time_sides
@@ -106,3 +106,13 @@ def test_both_steps_of_stage_1_run(side: str) -> None:
     step = SIDES["stage1"][side](Case(models=Path("nowhere"), size="tiny", dtype="float32", batch_size=2))
     step()
     step()
+
+
+def test_the_readme_has_the_memory_of_a_rank() -> None:
+    """Of the papers' sizes: 188M for the Q-Former with its text side, as BLIP-2 says, and the 2.7B of OPT."""
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    for need in ranks.needs():
+        assert f"  {need.row()}\n" in readme
+    by_name = {need.name: need for need in ranks.needs()}
+    assert by_name["stage 1, EVA ViT-g/14"].trained == pytest.approx(188e6, rel=0.01)
+    assert by_name["stage 2, ViT-g, OPT-2.7B"].llm == pytest.approx(2.7e9, rel=0.03)

@@ -1,6 +1,6 @@
 """A long run: 100,000 samples through captions, ranks and filter by small models.
 
-Memory and open files stay where they were, and the last tenth goes as fast as the first.
+Memory and open files stay where they were, and the last tenths go as fast as the first.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ class Watch(NullProgress):
 def work(path: Path, models: Models, answers: Any) -> None:
     torch.set_num_threads(1)
     watch = Watch(NUM_SHARDS * NUM_SAMPLES // 10)
-    caption = models.caption(num_captions=2, min_length=3, max_length=6, batch_size=64)
-    annotate(RunDir.open(path), ALL, caption, models.rank(batch_size=64), models.filter(batch_size=64), watch)
+    caption = models.caption(num_captions=2, min_length=3, max_length=6)
+    annotate(RunDir.open(path), ALL, caption, models.rank(), models.filter(), watch)
     answers.put(watch.seen)
 
 
@@ -67,11 +68,15 @@ def test_one_hundred_thousand_samples(tmp_path: Path, figure: Figure) -> None:
     assert len(seen) == 11
     assert verify_run(run).exit_code == 0
     seconds, processor, memory, handles = zip(*seen, strict=True)
-    rate = (processor[1] - processor[0]) / (processor[10] - processor[9])
+    tenths = [after - before for before, after in pairwise(processor)]
+    rate = min(tenths[:3]) / min(tenths[-3:])  # other work on the machine slows single tenths down
     num, mb = NUM_SHARDS * NUM_SAMPLES, [round(one / 1e6) for one in memory]
-    figure("long run", f"{num:,} samples in {seconds[10] - seconds[0]:,.0f} s; resident {mb[1]:,} MB after a tenth, "
-                       f"{mb[10]:,} at the end; {handles[1]} and {handles[10]} open files; the last tenth at "
-                       f"{rate:.2f} times the first one's rate (by processor time)")  # fmt: skip
+    figure(
+        "long run",
+        f"{num:,} samples in {seconds[10] - seconds[0]:,.0f} s; resident {mb[1]:,} MB after a tenth, {mb[10]:,} at the "
+        f"end; {handles[1]} and {handles[10]} open files; the fastest of the last three tenths at {rate:.2f} times the "
+        "rate of the first three's (by processor time)",
+    )
     # kernels for new lengths of texts are made, and kept, for a while; a sample is too short to get past that
     assert memory[10] <= 1.05 * memory[1 if FULL else 9]
     assert handles[10] <= handles[1]

@@ -37,8 +37,6 @@ EDGE_PX, SITE_EDGE_PX = (384, 384) if FULL else (512, 384)
 """Of the pictures of runs and of the site: decoded, the largest shard's take 885 MB; in the sample 157 MB and 88 MB."""
 MOST_GROWTH, SLACK_MB = 1.10, 32
 """The goal, and what a command that takes little memory may take more: allocators grow by such steps."""
-LIGHT, SLACK_OF_LIGHT_MB = ("select", "verify", "stats"), 96
-"""Commands that have the rows of as many shards in memory as there are cores, and what they may take more."""
 POLL_SECONDS = 0.02
 
 
@@ -66,8 +64,7 @@ def check(
     shown = " / ".join(f"{own:,.0f}" + (f"+{other:,.0f}" if other else "") for own, other in peaks)
     figure(18, f"{name}: {shown} MB for {what} of {' / '.join(f'{n:,}' for n in sizes)}")
     for first, last in zip(peaks[0], peaks[-1], strict=True):
-        slack = SLACK_OF_LIGHT_MB if name in LIGHT else SLACK_MB
-        assert last <= max(MOST_GROWTH * first, first + slack), f"{name}: {peaks}"
+        assert last <= max(MOST_GROWTH * first, first + SLACK_MB), f"{name}: {peaks}"
 
 
 @pytest.fixture(scope="module")
