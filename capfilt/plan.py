@@ -119,21 +119,27 @@ def _stages(recipe: Recipe) -> list[_Stage]:
         settings = {name: getattr(said, name) for name in said.fingerprint_fields}
         if said.prompt is None:  # the model's own
             del settings["prompt"]
+        settings |= _precision(said.dtype)
         found.append(_Stage("captions", what, settings, said.captioner, "captioner"))
     if said := recipe.rank:
         name = said.clip_model + (f" / {said.clip_weights}" if said.clip_weights else "")
         local = said.clip_weights or said.clip_model
         what = f"CLIP scores by {_model_text(name, 'clip', local)}, best {said.keep} kept"
-        settings = {name: getattr(said, name) for name in said.fingerprint_fields}
+        settings = {name: getattr(said, name) for name in said.fingerprint_fields} | _precision(said.dtype)
         found.append(_Stage("clip", what, settings, said.clip_weights or said.clip_model, "clip"))
     if said := recipe.filter:
         what = f"ITM scores by {_model_text(said.filter_model, 'filter')}"
-        settings = {name: getattr(said, name) for name in said.fingerprint_fields}
+        settings = {name: getattr(said, name) for name in said.fingerprint_fields} | _precision(said.dtype)
         found.append(_Stage("itm", what, settings, said.filter_model, "filter"))
         ranking = {} if recipe.rank is None else {"keep": recipe.rank.keep, "include_web": recipe.rank.include_web}
         chosen = {"threshold": said.threshold, **ranking, "sources": list(SOURCES)}
         found.append(_Stage("manifest", f"threshold {said.threshold:g}", chosen))
     return found
+
+
+def _precision(dtype: str) -> dict[str, str]:
+    """Where it is the device's to choose, it is known when the models are loaded."""
+    return {} if dtype == "auto" else {"dtype": dtype}
 
 
 def _model_text(name: str, embedded: str, local: str = "") -> str:

@@ -181,7 +181,7 @@ def test_the_command(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert done.code == 0, done.err
     assert "12 images in 2 shards" in done.out
     assert "3 images, float32 on cpu:" in done.out
-    assert "hours of one such device, at 2.5 an hour 0.00" in done.out
+    assert " s of one such device, at 2.5 an hour 0.00" in done.out
     told = capfilt("run", named, run.path, "--dry-run", "--json").json()["estimate"]
     assert (told["images_left"], told["hours"], told["probe"]) == (12, None, None)
     assert files_of(run.path) == before

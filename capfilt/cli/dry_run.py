@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from capfilt.cli.console import clean, command, note, say, say_json
 from capfilt.errors import CapfiltError
-from capfilt.progress import as_bytes, counted, format_rate
+from capfilt.progress import as_bytes, counted, format_rate, format_seconds
 from capfilt.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -87,5 +87,6 @@ def _estimate_lines(found: Estimate, price_per_hour: float | None) -> Iterator[t
         yield "probe", f"{counted(probe.num_images, 'image')}, {probe.computing}: {rate}"
         cost = _cost(found, price_per_hour)
         priced = "" if cost is None else f", at {price_per_hour:g} an hour {cost:,.2f}"
-        yield "time", f"{found.hours:,.2f} hours of one such device{priced}"
+        time = f"{found.hours:,.1f} hours" if found.hours >= 1 else format_seconds(found.hours * 3600)
+        yield "time", f"{time} of one such device{priced}"
     yield "disk", f"{as_bytes(found.bytes_needed or 0)} needed, {free}"

@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -38,6 +40,8 @@ RECRUIT_SECONDS = 5.0
 LONELY_SECONDS = 30.0
 """Without any worker, after which it is said."""
 NAMED_SHARDS = 3
+CONNECT_SECONDS = 10.0
+_HOST_AND_PORT = re.compile(r"(?:ray://)?([^/:]+):([0-9]+)")
 
 
 class RayEngine:
@@ -342,8 +346,10 @@ def _connected(settings: RaySettings) -> Iterator[Any]:
     address = settings.address or os.environ.get("RAY_ADDRESS")
     own = {} if address else {"num_cpus": num_cores(), "include_dashboard": False}
     try:
+        if address and (found := _HOST_AND_PORT.fullmatch(address)):  # Ray itself tries for minutes
+            socket.create_connection((found[1], int(found[2])), CONNECT_SECONDS).close()
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(
             f"There is no Ray cluster at {address} ({error}). Start one (`ray start --head`), or leave --address out."
         ) from None

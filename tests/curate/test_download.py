@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,14 @@ def test_other_table_or_settings_are_refused(done: _Done, tmp_path: Path) -> Non
 def test_other_limits_are_another_download(name: str) -> None:
     other = replace(SETTINGS, **{name: getattr(SETTINGS, name) + 1})
     assert download_fields("0", other) != download_fields("0", SETTINGS)
+
+
+def test_private_addresses_stay_open_to_the_end(done: _Done, tmp_path: Path) -> None:
+    run = RunDir.open(shutil.copytree(done.run.path, tmp_path / "run"))
+    run.stage_file("shards", "00001").unlink()
+    with pytest.raises(UsageError, match="was begun with private addresses .* --allow-private-addresses again"):
+        download(str(done.table), run, replace(SETTINGS, allow_private_addresses=False))
+    assert run.shard_names() == ["00000", "00002"]
 
 
 def test_usage_errors_come_before_any_work(done: _Done, tmp_path: Path) -> None:

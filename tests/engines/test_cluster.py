@@ -213,3 +213,7 @@ def test_what_cannot_be_reached_or_does_not_belong(tmp_path: Path) -> None:
     assert (done.code, "--num-workers belongs to --engine ray" in done.err) == (2, True)
     done = capfilt("verify", tmp_path / "run", "--engine", "spark")
     assert (done.code, "expected one of local, ray" in done.err) == (2, True)
+    began = time.monotonic()
+    done = capfilt("verify", tmp_path / "run", "--engine", "ray", "--address", "127.0.0.1:1")
+    assert (done.code, "There is no Ray cluster at 127.0.0.1:1" in done.err) == (2, True)
+    assert time.monotonic() - began < 15
