@@ -11,6 +11,8 @@
 set -euo pipefail
 recipe=${1:?usage: sbatch slurm.sh RECIPE RUN} run=${2:?usage: sbatch slurm.sh RECIPE RUN}
 export RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') # the job's own: others on these machines have none
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over by itself
 
 mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

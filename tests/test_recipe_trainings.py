@@ -176,7 +176,9 @@ def test_a_plan_says_what_each_training_starts_from(models: Path, run: Path, tmp
     )  # fmt: skip
     done = capfilt("run", recipe.path, run, "--dry-run")
     assert done.code == 0, done.err
-    texts = {line.split()[0]: " ".join(line.split()[3:]) for line in done.out.splitlines()[3:]}
+    *lines, there, left, disk = done.out.splitlines()[3:]
+    assert [line.split()[0] for line in (there, left, disk)] == ["there", "left", "disk"]
+    texts = {line.split()[0]: " ".join(line.split()[3:]) for line in lines}
     assert texts == {
         "blip": f"2 steps of 4 images from no earlier training, tokenizer {models}/bert",
         "captioner": "2 steps of 12 images from @blip",

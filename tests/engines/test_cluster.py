@@ -133,7 +133,7 @@ def test_workers_that_are_killed_lose_nothing(
 
     def kill_now_and_then() -> None:
         rng = random.Random(0)
-        while not over.wait(rng.uniform(1.0, 3.0)) and len(killed) < 3:
+        while not over.wait(rng.uniform(0.1, 0.6)) and len(killed) < 3:
             if victims := [one for one in psutil.Process().children(recursive=True) if is_working(one)]:
                 killed.append(victims[0].pid)
                 os.kill(victims[0].pid, signal.SIGKILL)
@@ -213,7 +213,6 @@ def test_what_cannot_be_reached_or_does_not_belong(tmp_path: Path) -> None:
     assert (done.code, "--num-workers belongs to --engine ray" in done.err) == (2, True)
     done = capfilt("verify", tmp_path / "run", "--engine", "spark")
     assert (done.code, "expected one of local, ray" in done.err) == (2, True)
-    began = time.monotonic()
-    done = capfilt("verify", tmp_path / "run", "--engine", "ray", "--address", "127.0.0.1:1")
-    assert (done.code, "There is no Ray cluster at 127.0.0.1:1" in done.err) == (2, True)
-    assert time.monotonic() - began < 15
+    process = capfilt_process("verify", tmp_path / "run", "--engine", "ray", "--address", "127.0.0.1:1")
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, "There is no Ray cluster at 127.0.0.1:1" in said) == (2, True)
