@@ -41,19 +41,7 @@ signal.signal(signal.SIGTERM, end)
 sys.exit(max(abs(process.wait()) for process in started))
 """
 SCONTROL = "#!/bin/sh\n# scontrol show hostnames LIST\necho $3 | tr , '\\n'\n"
-RECIPE = """
-description = "small"
-[caption]
-captioner = "{0}/captioner"
-num_captions = 2
-dtype = "float32"
-[rank]
-clip_model = "{0}/clip"
-dtype = "float32"
-[filter]
-filter_model = "{0}/filter"
-threshold = 0.0
-dtype = "float32"
+TRAINING = """
 [train.stage1]
 image_encoder = "embedded"
 num_queries = 4
@@ -82,7 +70,7 @@ def test_the_cluster_file_is_what_ray_takes() -> None:
 @pytest.mark.timeout(900)
 def test_the_slurm_script_curates_and_trains(tmp_path: Path) -> None:
     models, run = save_models(tmp_path / "models"), make_run(tmp_path / "run", num_shards=2, num_samples=8)
-    (tmp_path / "small.toml").write_text(RECIPE.format(models.root))
+    (tmp_path / "small.toml").write_text(models.recipe(num_captions=2, threshold=0.0) + TRAINING)
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
-from capfilt.data.commit import read_commit_record, read_table
+from capfilt.data.commit import commit_stage, read_commit_record, read_table
 from capfilt.data.retries import RETRY_OF
 from capfilt.data.rundir import RunDir
 from capfilt.estimate import STAGE_BYTES_PER_IMAGE, Estimate, estimate
@@ -23,19 +24,6 @@ from capfilt.settings import DownloadSettings
 from tests.cli.conftest import capfilt
 from tests.curate.small_runs import Models, make_run, save_models
 
-RECIPE = """
-description = "small"
-[caption]
-captioner = "{0}/captioner"
-num_captions = 4
-dtype = "float32"
-[rank]
-clip_model = "{0}/clip"
-dtype = "float32"
-[filter]
-filter_model = "{0}/filter"
-dtype = "float32"
-"""
 STAGES = ("captions", "clip", "itm", "manifest")
 
 
@@ -46,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture
 def recipe(models: Models, tmp_path: Path) -> Recipe:
-    (tmp_path / "small.toml").write_text(RECIPE.format(models.root))
+    (tmp_path / "small.toml").write_text(models.recipe(num_captions=4))
     return read_recipe(str(tmp_path / "small.toml"))
 
 
@@ -145,33 +133,26 @@ def test_runs_of_other_kinds(recipe: Recipe, tmp_path: Path) -> None:
 
 def add_column(run: RunDir, shard: str) -> None:
     """As the shards of `capfilt retry` have one."""
-    from capfilt.data.commit import commit_stage
-
-    path = run.stage_file("shards", shard)
-    record, table = read_commit_record(path), read_table(path)
-    path.unlink()
-    with run.new_staging() as staging:
-        tar = run.tar_path(shard).rename(staging / "shard.tar")
-        commit_stage(
-            run, "shards", shard, table.append_column(RETRY_OF, table["key"]), fields={}, tar=tar,
-            input_digest=record.input_digest, rows_in=record.rows_in, extra={"num_shards": 2, "source_rows": 8},
-        )  # fmt: skip
+    table = read_table(run.stage_file("shards", shard))
+    commit_anew(run, shard, table.append_column(RETRY_OF, table["key"]), num_rows=8)
 
 
 def make_longer(run: RunDir, num_rows: int) -> None:
     """Have the shards be those of a longer table."""
-    from capfilt.data.commit import commit_stage
-
     for shard in run.shard_names():
-        path = run.stage_file("shards", shard)
-        record, table = read_commit_record(path), read_table(path)
-        path.unlink()
-        with run.new_staging() as staging:
-            tar = run.tar_path(shard).rename(staging / "shard.tar")
-            commit_stage(
-                run, "shards", shard, table, fields={}, input_digest=record.input_digest, rows_in=record.rows_in,
-                tar=tar, extra={"num_shards": 2, "source_rows": num_rows},
-            )  # fmt: skip
+        commit_anew(run, shard, read_table(run.stage_file("shards", shard)), num_rows)
+
+
+def commit_anew(run: RunDir, shard: str, table: pa.Table, num_rows: int) -> None:
+    path = run.stage_file("shards", shard)
+    record = read_commit_record(path)
+    path.unlink()
+    with run.new_staging() as staging:
+        tar = run.tar_path(shard).rename(staging / "shard.tar")
+        commit_stage(
+            run, "shards", shard, table, fields={}, input_digest=record.input_digest, rows_in=record.rows_in, tar=tar,
+            extra={"num_shards": 2, "source_rows": num_rows},
+        )  # fmt: skip
 
 
 def test_the_command(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,8 @@ def download(
         fields = download_fields(urls.sha256, settings)
         missing = _missing_shards(run, sizes, fields, urls.sha256)
         if missing:
-            _refuse_closed_networks(run, settings)
+            for shard in planned_shards(run)[:1]:
+                refuse_closed_networks(run, read_commit_record(run.stage_file("shards", shard)), settings)
             plan = ShardPlan(
                 table_sha256=urls.sha256, columns=tuple(urls.extra), sizes=sizes, fields=fields,
                 extra={"num_shards": len(sizes), "source_rows": urls.num_rows, **exchange_facts(settings)},
@@ -108,15 +109,13 @@ def download_fields(table_sha256: str, settings: DownloadSettings) -> dict[str, 
     return fields | {"stage_version": STAGE_VERSION, "table_sha256": table_sha256}
 
 
-def _refuse_closed_networks(run: RunDir, settings: DownloadSettings) -> None:
-    """Private addresses of the shards that are left would fail where those before were asked for."""
-    for shard in planned_shards(run)[:1]:
-        was_open = read_commit_record(run.stage_file("shards", shard)).extra.get(PRIVATE)
-        if was_open and not settings.allow_private_addresses:
-            raise UsageError(
-                f"{run.path} was begun with private addresses and all ports open; without them the rest would fail. "
-                "Give --allow-private-addresses again (in a recipe, allow_private_addresses = true)."
-            )
+def refuse_closed_networks(run: RunDir, record: CommitRecord, settings: DownloadSettings) -> None:
+    """UsageError where a shard was downloaded with private addresses, and what is asked for now would do without."""
+    if record.extra.get(PRIVATE) and not settings.allow_private_addresses:
+        raise UsageError(
+            f"{run.path} was begun with private addresses and all ports open; without them the rest would fail. "
+            "Give --allow-private-addresses again (in a recipe, allow_private_addresses = true)."
+        )
 
 
 def _missing_shards(run: RunDir, sizes: list[int], fields: dict[str, Any], digest: str) -> list[int]:

@@ -91,7 +91,7 @@ def download_shards(
     else:
         part_rows = settings.num_processes * max(plan.sizes)  # what one worker downloads at a time
         parts = write_parts(urls, plan.sizes, wanted, staging, part_rows)
-        written = {f"{part.numbers[0] + plan.first:05d}": part for part in parts}
+        written = {shard_name(part.numbers[0] + plan.first): part for part in parts}
         num_rows = sum(plan.sizes[number] for part in written.values() for number in part.numbers)
         work = _DownloadParts(run, settings, plan, written, num_rows)
         for _, problems in engine.run(work, list(written), progress):

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from capfilt.curate.download import PORTS, PRIVATE, STAGE_VERSION, exchange_facts
+from capfilt.curate.download import PORTS, STAGE_VERSION, exchange_facts, refuse_closed_networks
 from capfilt.curate.download_loop import ShardPlan, download_shards, shard_name
 from capfilt.curate.parts import plan_shards
 from capfilt.curate.politeness import RETRIED_REASONS
@@ -161,11 +161,7 @@ def _settings_of(run: RunDir, record: CommitRecord, settings: DownloadSettings) 
 
     Raises UsageError where the run had private addresses open and the settings do not.
     """
-    if record.extra.get(PRIVATE) and not settings.allow_private_addresses:
-        raise UsageError(
-            f"{run.path} was downloaded with private addresses and all ports open, and asking again without them would "
-            "fail. Give --allow-private-addresses again."
-        )
+    refuse_closed_networks(run, record, settings)
     made_with: dict[str, Any] = {name: record.fields[name] for name in DownloadSettings.fingerprint_fields}
     made_with |= {
         "robots_txt": record.fields.get("robots_txt", False),

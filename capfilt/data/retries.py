@@ -56,9 +56,8 @@ def _split(run: RunDir) -> tuple[list[str], list[str]]:
     if not names:
         return [], []
     first = _record(run, names[0])
-    if is_retry(first):  # a planned shard was removed
-        return [n for n in names if not is_retry(_record(run, n))], [n for n in names if is_retry(_record(run, n))]
-    num_planned = first.extra.get("num_shards", len(names))
+    # where the table's shards were all removed, nothing is known of their number
+    num_planned = 0 if is_retry(first) else first.extra.get("num_shards", len(names))
     behind = [name for name in names if int(name) >= num_planned]
     retried = [name for name in behind if is_retry(_record(run, name))]
     others = set(retried)

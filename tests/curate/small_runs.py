@@ -44,6 +44,15 @@ class Models:
         """At 0.5."""
         return FilterSettings(**{"filter_model": str(self.root / "filter"), "dtype": "float32", **changes})  # type: ignore[arg-type]
 
+    def recipe(self, *, num_captions: int, threshold: float = 0.5) -> str:
+        """Text of a recipe with the three."""
+        return (
+            'description = "small"\n'
+            f'[caption]\ncaptioner = "{self.root}/captioner"\nnum_captions = {num_captions}\ndtype = "float32"\n'
+            f'[rank]\nclip_model = "{self.root}/clip"\ndtype = "float32"\n'
+            f'[filter]\nfilter_model = "{self.root}/filter"\nthreshold = {threshold}\ndtype = "float32"\n'
+        )
+
 
 def save_models(root: Path) -> Models:
     """The three folders under `root`."""
