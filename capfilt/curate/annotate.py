@@ -121,7 +121,9 @@ def annotate(
     threads of one process are not meant: torch's number of threads is changed for new ones while pictures are decoded.
 
     Raises UsageError for missing settings, models, shards or earlier stages; FingerprintMismatchError where a
-    stage is there with other parameters; CorruptionError for damage. An image that fails is quarantined.
+    stage is there with other parameters; CorruptionError for damage. An image that fails is quarantined. Where the
+    scores behind a manifest were removed, all scores are made before a manifest of another choice is refused:
+    `select`, which replaces it, needs them.
     """
     models = models or StageModels(caption, rank, filter)
     asked = _checked_stages(stages, models)
@@ -134,12 +136,22 @@ def annotate(
                 f"`capfilt import TARS {run.path}` first."
             )
         require_images(run)
-        work = _AnnotateShards(run, asked, models, _count_images(run, shards))
-        summary = AnnotateSummary()
-        for _, done in (engine or LocalEngine()).run(work, shards, progress):
+        work = _AnnotateShards(run, asked, models, _count_images(run, shards), _has_lost_scores(run))
+        summary, refused = AnnotateSummary(), ""
+        for _, (done, why) in (engine or LocalEngine()).run(work, shards, progress):
             summary.merge(done)
+            refused = refused or why
+    if refused:
+        raise FingerprintMismatchError(refused)
     summary.seconds = time.monotonic() - started
     return summary
+
+
+def _has_lost_scores(run: RunDir) -> bool:
+    """Whether some manifests have the scores they were made from, and others have not: damage was removed."""
+    manifests = set(run.committed("manifest"))
+    scored = manifests.intersection(*(run.committed(stage) for stage in MODELS))
+    return bool(scored) and scored != manifests
 
 
 def _count_images(run: RunDir, shards: Sequence[str]) -> int:
@@ -170,6 +182,8 @@ class _AnnotateShards:
     stages: list[str]
     models: StageModels
     total: int
+    scores_first: bool
+    """Not to let a manifest of another choice stand in the way of scores."""
     unit = "images"
     is_light, has_models = False, True
 
@@ -183,30 +197,31 @@ class _Annotator:
     """The models are loaded."""
 
     def __init__(self, work: _AnnotateShards) -> None:
-        self._plan = _Plan(work.run, work.stages, work.models)
+        self._plan = _Plan(work.run, work.stages, work.models, scores_first=work.scores_first)
         loaded = self._plan.load_models()
         commands = {COMMANDS[stage] for stage in work.stages}
         name = commands.pop() if len(commands) == 1 else "annotate"
         computing = ", ".join(dict.fromkeys(model.computing for model in loaded))
         self.title = f"{name} ({computing})" if computing else name
 
-    def __call__(self, shard: str, progress: Progress) -> AnnotateSummary:
+    def __call__(self, shard: str, progress: Progress) -> tuple[AnnotateSummary, str]:
+        """What was made of a shard, and why its manifest was left as it was, where it was."""
         num_images = read_commit_record(self._plan.run.stage_file("shards", shard)).rows_kept
-        new = _annotate_shard(self._plan, shard, num_images, progress)
+        new, refused = _annotate_shard(self._plan, shard, num_images, progress)
         summary = AnnotateSummary()
         for stage in self._plan.stages:
             record = read_commit_record(self._plan.run.read_file(stage, shard))
             summary.stages[stage] = StageSummary.of(record, is_new=stage in new)
             if stage == "manifest":
                 summary.num_pairs, summary.num_kept = (int(record.extra[n]) for n in ("table_rows", "pairs_kept"))
-        return summary
+        return summary, refused
 
 
 class _Plan:
     """The stages asked for, and what makes them."""
 
-    def __init__(self, run: RunDir, stages: list[str], models: StageModels) -> None:
-        self.run, self.stages, self.models = run, stages, models
+    def __init__(self, run: RunDir, stages: list[str], models: StageModels, *, scores_first: bool) -> None:
+        self.run, self.stages, self.models, self.scores_first = run, stages, models, scores_first
         self.num_quarantined = 0
 
     def load_models(self) -> list[Any]:
@@ -251,9 +266,12 @@ class _Plan:
         return lanes
 
 
-def _annotate_shard(plan: _Plan, shard: str, num_images: int, progress: Progress) -> list[str]:
-    """Bring one shard up to date; every stage is committed before the next shard begins. Gives the stages made."""
-    todo = _find_todo(plan, shard)
+def _annotate_shard(plan: _Plan, shard: str, num_images: int, progress: Progress) -> tuple[list[str], str]:
+    """Bring one shard up to date; every stage is committed before the next shard begins.
+
+    Gives the stages made, and why the manifest was left as it was.
+    """
+    todo, refused = _find_todo(plan, shard)
     lanes = plan.lanes(todo, shard)
     if lanes:
         items: list[Item] = []
@@ -269,11 +287,14 @@ def _annotate_shard(plan: _Plan, shard: str, num_images: int, progress: Progress
         progress.advance(num_images, already=True)
     if "manifest" in todo:
         commit_manifest(plan.run, shard, plan.fields("manifest", shard))
-    return todo
+    return todo, refused
 
 
-def _find_todo(plan: _Plan, shard: str) -> list[str]:
-    """The stages of a shard that are not there, or made from what has changed since, and what follows."""
+def _find_todo(plan: _Plan, shard: str) -> tuple[list[str], str]:
+    """The stages of a shard that are not there, or made from what has changed since, and what follows.
+
+    Gives also why the manifest is left as it is, where scores come first.
+    """
     run, first = plan.run, plan.stages[0]
     before = STAGES[1 : STAGES.index(first)]
     lacking = next((stage for stage in before if not run.read_file(stage, shard).exists()), None)
@@ -290,17 +311,24 @@ def _find_todo(plan: _Plan, shard: str) -> list[str]:
         except FingerprintMismatchError as error:
             if stage != "manifest":
                 raise
-            assert plan.models.filter is not None
-            keep, _ = plan.ranking(shard)
-            advice = (
-                f"Or let this choice replace it, from the stored scores: `capfilt select {run.path} "
-                f"--threshold {plan.models.filter.threshold:g} --keep {keep}{_sources_option(run, shard)}"
-                f"{run.generation_option}`."
-            )
-            raise FingerprintMismatchError(f"{error} {advice}") from error
+            refused = _refusal_of_manifest(plan, shard, error)
+            if not plan.scores_first:
+                raise FingerprintMismatchError(refused) from error
+            return todo, refused
         if todo or state != "done":
             todo.append(stage)
-    return todo
+    return todo, ""
+
+
+def _refusal_of_manifest(plan: _Plan, shard: str, error: FingerprintMismatchError) -> str:
+    """The message, with the command that lets this choice replace the one that is there."""
+    assert plan.models.filter is not None
+    keep, _ = plan.ranking(shard)
+    return (
+        f"{error} Or let this choice replace it, from the stored scores: `capfilt select {plan.run.path} "
+        f"--threshold {plan.models.filter.threshold:g} --keep {keep}{_sources_option(plan.run, shard)}"
+        f"{plan.run.generation_option}`."
+    )
 
 
 def _sources_option(run: RunDir, shard: str) -> str:

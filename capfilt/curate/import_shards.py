@@ -1,7 +1,7 @@
 """Takes shards that a user already has into a run: read strictly, checked picture by picture, packed anew.
 
 In: tars as img2dataset or webdataset wrote them (local paths with braces and globs). Out: one committed shard
-of the run for each tar, in the order given. A sample is a group of neighbouring members that share a key:
+of the run for each tar, numbered in the order given; a number that was freed is given first. A sample is a group of neighbouring members that share a key:
     KEY.jpg|jpeg|png|webp|gif|bmp|tif|tiff|avif   one image, told by its content
     KEY.txt, else `caption` or `captions[0]` of KEY.json   the web caption
     KEY.json                                      also `url` and the original size; kept whole in ours
@@ -172,7 +172,7 @@ class _Import:
         return shard
 
     def _import_tar(self, path: Path, threads: ThreadPoolExecutor) -> None:
-        shard = f"{max((int(name) for name in self._run.shard_names()), default=-1) + 1:05d}"
+        shard = self._free_name()
         identity = _file_identity(path)
         rows: list[dict[str, Any]] = []
         quarantine: list[Quarantined] = []
@@ -197,6 +197,11 @@ class _Import:
         self._keys.update(_key_digest(row["key"]) for row in rows)
         self.new_records.append(record)
         self.failures.update(row.reason for row in quarantine)
+
+    def _free_name(self) -> str:
+        """The lowest number that is free: a shard that was damaged and removed comes back under its own."""
+        taken = {int(name) for name in self._run.shard_names()}
+        return f"{min(set(range(len(taken) + 1)) - taken):05d}"
 
     def _checked(
         self, samples: Iterable[FoundSample], shard: str, threads: ThreadPoolExecutor

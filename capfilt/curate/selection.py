@@ -306,7 +306,8 @@ def _stored_ranking(run: RunDir, shards: Sequence[str]) -> dict[str, Any]:
         for stage, command in (("clip", "rank"), ("itm", "filter")):
             if not run.read_file(stage, shard).exists():
                 raise UsageError(
-                    f"Shard {shard} of {run.path} has no {stage} scores. Run `capfilt {command} {run.path}`."
+                    f"Shard {shard} of {run.path} has no {stage} scores. Run `capfilt {command} "
+                    f"{run.path}{run.generation_option}` with the options it had for other shards; choose anew then."
                 )
     if not shards:
         raise UsageError(f"{run.path} has no shards. Run `capfilt download TABLE {run.path}` first.")

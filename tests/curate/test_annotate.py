@@ -22,7 +22,7 @@ from capfilt.data.commit import read_commit_record, read_quarantine, read_table
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from capfilt.engines.local import LocalEngine
-from capfilt.errors import FingerprintMismatchError, UsageError
+from capfilt.errors import CorruptionError, FingerprintMismatchError, UsageError
 from capfilt.models.vit import VisionTransformer
 from capfilt.progress import StreamProgress
 from tests.curate.small_runs import Models, make_run, read_all, save_models
@@ -160,6 +160,38 @@ def test_other_parameters_are_refused_or_go_into_a_generation(models: Models, tm
     assert read_all(other)["captions"] != before["captions"]
     reselect(other, threshold=0.9, keep=1)
     assert read_all(run) == before
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5])
+def test_a_selection_that_met_damage_is_mended_by_what_is_advised(
+    models: Models, tmp_path: Path, threshold: float
+) -> None:
+    """Whichever of the two choices is given again, the one before or the one that was interrupted."""
+    run = make_run(tmp_path, num_shards=3)
+    annotate_all(run, models)
+    lost = run.stage_file("itm", "00002")
+    scores = read_table(lost)
+    lost.write_bytes(lost.read_bytes()[:-9])
+    with pytest.raises(CorruptionError):
+        reselect(run, threshold=0.3)
+    lost.unlink()
+    with pytest.raises(UsageError, match=r"00002 of .* has no itm scores. Run `capfilt filter"):
+        reselect(run, threshold=threshold)
+    with pytest.raises(FingerprintMismatchError, match=f"capfilt select .*--threshold {threshold:g}"):
+        annotate(run, ALL, models.caption(), models.rank(), models.filter(threshold=threshold))
+    assert read_table(lost) == scores
+    reselect(run, threshold=threshold)
+    report = verify_run(run)
+    assert (report.findings, report.unfinished) == ([], [])
+
+
+def test_lost_scores_of_other_parameters_are_not_made(models: Models, tmp_path: Path) -> None:
+    run = make_run(tmp_path, num_shards=2)
+    annotate_all(run, models)
+    run.stage_file("clip", "00001").unlink()
+    with pytest.raises(FingerprintMismatchError, match="seed 0 -> 1"):
+        annotate(run, ALL, models.caption(seed=1), models.rank(), models.filter())
+    assert not run.stage_file("clip", "00001").exists()
 
 
 def test_stage_before_must_be_there(models: Models, tmp_path: Path) -> None:

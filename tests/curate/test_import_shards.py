@@ -111,6 +111,29 @@ def test_the_same_command_twice_and_more_tars_later(tmp_path: Path, run: RunDir)
     assert verify_run(run, deep=True).exit_code == 0
 
 
+@pytest.mark.parametrize("also_the_tar", [True, False])
+def test_a_damaged_shard_that_was_removed_comes_back_as_it_was(tmp_path: Path, run: RunDir, also_the_tar: bool) -> None:
+    tars = [
+        write_foreign(tmp_path / f"{name}.tar", [("1.jpg", picture(seed)), ("1.txt", name.encode())])
+        for seed, name in enumerate("abcd")
+    ]
+    import_shards([str(tar) for tar in tars[:3]], run)
+    rows, images = read_table(run.stage_file("shards", "00001")), run.tar_path("00001").read_bytes()
+    run.stage_file("shards", "00001").unlink()
+    if also_the_tar:
+        run.tar_path("00001").unlink()
+    else:
+        run.tar_path("00001").write_bytes(images[:-700])
+    assert verify_run(run).exit_code != 0
+    summary = import_shards([str(tar) for tar in tars], run)
+    assert summary.num_new_tars == 2
+    assert read_table(run.stage_file("shards", "00001")) == rows
+    assert run.tar_path("00001").read_bytes() == images
+    assert run.shard_names() == ["00000", "00001", "00002", "00003"]
+    report = verify_run(run, deep=True)
+    assert (report.findings, report.unfinished) == ([], [])
+
+
 def test_keys_are_kept_where_unique_and_stable_where_not(tmp_path: Path) -> None:
     write_foreign(tmp_path / "0.tar", [("a.jpg", picture(1)), ("b.jpg", picture(2)), ("ä ö.jpg", picture(3))])
     write_foreign(tmp_path / "1.tar", [("b.jpg", picture(4)), ("c.jpg", picture(5)), ("ä ö.jpg", picture(6))])
