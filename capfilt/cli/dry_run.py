@@ -53,6 +53,8 @@ def show_plan(
     if found is not None and not found.fits:
         needed, free = as_bytes(found.bytes_needed or 0), as_bytes(found.bytes_free)
         raise CapfiltError(f"{path} needs {needed}; its disk has {free} left. Make room, or name a run elsewhere.")
+    if is_refused and num_probed:
+        note("Not probed: what is there was made with other settings.")
     if not as_json:
         note(f"Nothing was changed. {_advice(plans, named, path, generation)}")
 

@@ -152,9 +152,11 @@ def _end(summary: DownloadSummary | ImportSummary, run: RunDir, as_json: bool) -
     require_images(run)
     if as_json:
         return
+    from capfilt.curate.download import has_open_networks
     from capfilt.curate.retry import RETRIED_BY_DEFAULT
 
     num_passing = sum(getattr(summary, "failures", {}).get(reason, 0) for reason in RETRIED_BY_DEFAULT)
     if num_passing:
-        note(f"{counted(num_passing, 'failure')} may pass: {command('retry', run.path)} asks again.")
+        networks = ["--allow-private-addresses"] if has_open_networks(run) else []
+        note(f"{counted(num_passing, 'failure')} may pass: {command('retry', run.path, *networks)} asks again.")
     note(f"Next: {command('run', 'capfilt', run.path)}")

@@ -45,6 +45,8 @@ def stats(
     if found.pairs:
         next_command = command("select", run, "--threshold", "T", "--keep", "K", generation=generation)
         note(f"Next: {next_command}   (another choice, from the stored scores)")
+    elif found.shards_by_stage["shards"] < found.expected_by_stage["shards"]:
+        note(f"The download has not ended; it goes on when it is given again: {command('download', 'TABLE', run)}")
     else:
         note(f"Next: {command('run', 'capfilt', run, generation=generation)}")
 

@@ -23,7 +23,7 @@ from capfilt.data.retries import planned_shards, superseded_reasons
 from capfilt.data.rundir import RunDir
 from capfilt.engines.base import Engine
 from capfilt.errors import UsageError
-from capfilt.progress import NullProgress, Progress
+from capfilt.progress import NullProgress, Progress, counted
 from capfilt.settings import DownloadSettings
 
 STAGE_VERSION = 1
@@ -53,12 +53,12 @@ class DownloadSummary:
 
     def line(self) -> str:
         """One line for people."""
-        total = f"{self.num_succeeded:,} of {self.num_rows:,} URLs in {self.num_shards:,} shards"
+        total = f"{self.num_succeeded:,} of {self.num_rows:,} URLs in {counted(self.num_shards, 'shard')}"
         if not self.num_new_shards:
             return f"Nothing to download: {total} are there already."
         worst = shorten_counts(self.failures)
         failed = f"; failed: {worst}" if worst else ""
-        return f"Downloaded {total} in {self.seconds:.1f} s ({self.num_new_shards:,} new shards{failed})."
+        return f"Downloaded {total} in {self.seconds:.1f} s ({counted(self.num_new_shards, 'new shard')}{failed})."
 
 
 def download(
@@ -111,11 +111,20 @@ def download_fields(table_sha256: str, settings: DownloadSettings) -> dict[str, 
 
 def refuse_closed_networks(run: RunDir, record: CommitRecord, settings: DownloadSettings) -> None:
     """UsageError where a shard was downloaded with private addresses, and what is asked for now would do without."""
-    if record.extra.get(PRIVATE) and not settings.allow_private_addresses:
+    if _was_open(record) and not settings.allow_private_addresses:
         raise UsageError(
             f"{run.path} was begun with private addresses and all ports open; without them the rest would fail. "
             "Give --allow-private-addresses again (in a recipe, allow_private_addresses = true)."
         )
+
+
+def has_open_networks(run: RunDir) -> bool:
+    """Whether the shards of a run were downloaded with private addresses."""
+    return any(_was_open(read_commit_record(run.stage_file("shards", shard))) for shard in planned_shards(run)[:1])
+
+
+def _was_open(record: CommitRecord) -> bool:
+    return bool(record.extra.get(PRIVATE))
 
 
 def _missing_shards(run: RunDir, sizes: list[int], fields: dict[str, Any], digest: str) -> list[int]:

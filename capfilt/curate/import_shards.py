@@ -1,7 +1,8 @@
 """Takes shards that a user already has into a run: read strictly, checked picture by picture, packed anew.
 
 In: tars as img2dataset or webdataset wrote them (local paths with braces and globs). Out: one committed shard
-of the run for each tar, numbered in the order given; a number that was freed is given first. A sample is a group of neighbouring members that share a key:
+of the run for each tar, numbered in the order given; a number that was freed is given first. A sample is a
+group of neighbouring members that share a key:
     KEY.jpg|jpeg|png|webp|gif|bmp|tif|tiff|avif   one image, told by its content
     KEY.txt, else `caption` or `captions[0]` of KEY.json   the web caption
     KEY.json                                      also `url` and the original size; kept whole in ours

@@ -302,13 +302,16 @@ def _ranking_of(run: RunDir, shard: str) -> dict[str, Any]:
 
 def _stored_ranking(run: RunDir, shards: Sequence[str]) -> dict[str, Any]:
     """What the scores were made with: `include_web`, and the lowest `keep` of the shards."""
-    for shard in shards:
-        for stage, command in (("clip", "rank"), ("itm", "filter")):
-            if not run.read_file(stage, shard).exists():
-                raise UsageError(
-                    f"Shard {shard} of {run.path} has no {stage} scores. Run `capfilt {command} "
-                    f"{run.path}{run.generation_option}` with the options it had for other shards; choose anew then."
-                )
+    for stage, command in (("clip", "rank"), ("itm", "filter")):
+        made = set(run.committed(stage))
+        lacking = next((shard for shard in shards if shard not in made), None)
+        if lacking is not None:
+            options = " with the options it had for other shards" if made else ""
+            first = command if run.committed("captions") else "caption"
+            raise UsageError(
+                f"Shard {lacking} of {run.path} has no {stage} scores. Run `capfilt {first} "
+                f"{run.path}{run.generation_option}`{options} first."
+            )
     if not shards:
         raise UsageError(f"{run.path} has no shards. Run `capfilt download TABLE {run.path}` first.")
     stored = [_ranking_of(run, shard) for shard in shards]

@@ -46,6 +46,14 @@ def stage_shards(run: RunDir) -> list[str]:
     return [*planned, *(shard for shard in retried if needs_stages(_record(run, shard)))]
 
 
+def expected_shards(run: RunDir) -> tuple[int, int]:
+    """How many shards the run will have, as far as its records say, and how many the other stages are made of."""
+    planned, retried = _split(run)
+    told = int(_record(run, planned[0]).extra.get("num_shards", 0)) if planned else 0
+    num_planned = max(len(planned), told)
+    return num_planned + len(retried), num_planned + sum(needs_stages(_record(run, shard)) for shard in retried)
+
+
 def _split(run: RunDir) -> tuple[list[str], list[str]]:
     """(planned shards, shards of further attempts). Few records are read, however many planned shards there are.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from capfilt.data.retries import LastAttempts
+from capfilt.data.retries import LastAttempts, expected_shards
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import SUCCESS
 from capfilt.engines.base import SHARDS, Engine
@@ -93,6 +93,8 @@ class RunStats:
     run: str
     generation: str | None
     shards_by_stage: dict[str, int]
+    expected_by_stage: dict[str, int]
+    """Shards there will be: of a download, of those that brought an image at a further attempt too."""
     download: DownloadStats
     diversity: DiversityStats | None
     pairs: dict[str, SourceStats]
@@ -116,10 +118,12 @@ def compute_stats(run: RunDir, engine: Engine | None = None, progress: Progress 
     for _, found in (engine or LocalEngine()).run(work, shards, progress):
         sums.merge(found)
     order = {"web": 0, "synthetic": 1}
+    num_shards, num_annotated = expected_shards(run)
     return RunStats(
         run=str(run.path),
         generation=run.generation,
         shards_by_stage={stage: len(names) for stage, names in committed.items()},
+        expected_by_stage={stage: num_shards if stage == "shards" else num_annotated for stage in STAGES},
         download=_download_stats(sums.download),
         diversity=_diversity_stats(sums.captions) if committed["captions"] else None,
         pairs={

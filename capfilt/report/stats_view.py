@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from capfilt.data.reasons import DROP_REASON_SENTENCES, REASON_SENTENCES
 from capfilt.data.rundir import STAGES
 from capfilt.data.texts import clean_for_terminal
-from capfilt.progress import bar
+from capfilt.progress import bar, counted
 from capfilt.report.stats import Histogram, RunStats, SourceStats, Spread
 
 RULE_WIDTH = 78
@@ -55,11 +55,10 @@ def _drawn(share: float, width: int, plain: bool) -> str:
 def _run_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     generation = f", generation {stats.generation}" if stats.generation else ""
     yield rule(f"Run {clean_for_terminal(stats.run)}{generation}", plain=plain)
-    total = stats.shards_by_stage["shards"]
     for stage in STAGES:
-        done = stats.shards_by_stage[stage]
-        state = "" if done == total else "  (not complete)" if done else "  (not begun)"
-        yield f"  {stage:<9} {done:>6,} of {total:,} shards{state}"
+        done, expected = stats.shards_by_stage[stage], stats.expected_by_stage[stage]
+        state = "" if done == expected else "  (not complete)" if done else "  (not begun)"
+        yield f"  {stage:<9} {done:>6,} of {counted(expected, 'shard')}{state}"
 
 
 def _download_lines(stats: RunStats, plain: bool) -> Iterator[str]:

@@ -175,7 +175,7 @@ def test_a_selection_that_met_damage_is_mended_by_what_is_advised(
     with pytest.raises(CorruptionError):
         reselect(run, threshold=0.3)
     lost.unlink()
-    with pytest.raises(UsageError, match=r"00002 of .* has no itm scores. Run `capfilt filter"):
+    with pytest.raises(UsageError, match=r"00002 of .* has no itm scores. Run `capfilt filter .* with the options"):
         reselect(run, threshold=threshold)
     with pytest.raises(FingerprintMismatchError, match=f"capfilt select .*--threshold {threshold:g}"):
         annotate(run, ALL, models.caption(), models.rank(), models.filter(threshold=threshold))

@@ -287,6 +287,8 @@ def test_a_run_stays_whole_where_nothing_succeeds(site: Site, tmp_path: Path) ->
     annotate(run, ["captions", "clip", "itm", "manifest"], **stages)
     num_pairs = read_manifest([run]).num_rows
     assert retry(run, ["server_error"], SETTINGS).num_succeeded == 0
+    stats = compute_stats(run)
+    assert stats.expected_by_stage == stats.shards_by_stage  # as `verify` says: complete
     assert read_manifest([run]).num_rows == num_pairs > 0
     reselect(run, threshold=0.3)
     assert verify_run(run, deep=True).exit_code == 0
@@ -319,6 +321,9 @@ def test_what_cannot_be_tried(site: Site, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Give --allow-private-addresses again"):
         retry(run, [], replace(SETTINGS, allow_private_addresses=False))
     run.stage_file("shards", "00001").unlink()
+    half = capfilt("stats", run.path)
+    assert "3 of 4 shards  (not complete)" in half.out
+    assert "The download has not ended" in half.err
     with pytest.raises(CapfiltError, match="3 of 4 shards are there"):
         retry(run, [], SETTINGS)
 
@@ -328,7 +333,7 @@ def test_from_the_command_line(site: Site, tmp_path: Path) -> None:
     options = ("--allow-private-addresses", "--num-processes", 1, "--timeout", 3)
     done = capfilt("download", table, run, "--samples-per-shard", 10, *options)
     assert done.code == 0, done.err
-    assert f"{len(BUSY)} failures may pass: capfilt retry {run} asks again." in done.err
+    assert f"{len(BUSY)} failures may pass: capfilt retry {run} --allow-private-addresses asks again." in done.err
     site.mended = NUM_ROWS
     done = capfilt("retry", run, "--reason", "server_error", "--reason", "timeout", *options)
     assert done.code == 0, done.err
