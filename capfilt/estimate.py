@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 
 from capfilt.curate.annotate import annotate
 from capfilt.data.commit import CommitRecord, commit_stage, input_digest, read_commit_record, read_stage
+from capfilt.data.paths import AnyPath, size_of
 from capfilt.data.retries import planned_shards, stage_shards
-from capfilt.data.rundir import STAGES, RunDir
+from capfilt.data.rundir import STAGES, RunDir, is_run
 from capfilt.data.schemas import SCHEMAS
 from capfilt.data.shards import read_located, sample_rows
 from capfilt.data.tars import write_tar
@@ -63,7 +64,8 @@ class Estimate:
     probe: Probe | None
     bytes_needed: int | None
     """For the shards and stages that are left; None where it is not known: no shard is there."""
-    bytes_free: int
+    bytes_free: int | None
+    """None where the run lies on an object store."""
 
     @property
     def hours(self) -> float | None:
@@ -73,12 +75,12 @@ class Estimate:
     @property
     def fits(self) -> bool:
         """Whether the disk has room, as far as is known."""
-        return self.bytes_needed is None or self.bytes_needed <= self.bytes_free
+        return self.bytes_needed is None or self.bytes_free is None or self.bytes_needed <= self.bytes_free
 
 
 def estimate(
     recipe: Recipe,
-    run_path: Path,
+    run_path: AnyPath,
     plans: Sequence[StepPlan],
     generation: str | None = None,
     *,
@@ -92,8 +94,8 @@ def estimate(
 
     Raises UsageError for a probe of a run without images.
     """
-    free = shutil.disk_usage(next(path for path in (run_path, *run_path.resolve().parents) if path.is_dir())).free
-    run = RunDir.open(run_path, generation) if (run_path / "run.json").exists() else None
+    free = _bytes_free(run_path)
+    run = RunDir.open(run_path, generation) if is_run(run_path) else None
     shards = stage_shards(run) if run else []
     if run is None or not shards:
         if num_probed:
@@ -113,6 +115,13 @@ def estimate(
     bytes_per_image = probe.bytes_per_image if probe else STAGE_BYTES_PER_IMAGE
     needed = round(rows_left * num_bytes / num_rows + images_left * bytes_per_image)
     return Estimate(len(shards), num_images, num_bytes, rows_left, images_left, tuple(stages), probe, needed, free)
+
+
+def _bytes_free(path: AnyPath) -> int | None:
+    """Of the disk that a path is or will be on."""
+    if not isinstance(path, Path):
+        return None
+    return shutil.disk_usage(next(found for found in (path, *path.resolve().parents) if found.is_dir())).free
 
 
 def _sum_of(name: str, records: Iterable[CommitRecord]) -> int:
@@ -155,7 +164,7 @@ def _probe(recipe: Recipe, run: RunDir, stages: Sequence[str], shards: Sequence[
         annotate(small, stages, recipe.caption, recipe.rank, recipe.filter, watch)
         warm, timed = len(halves[0]), len(halves[1])
         seconds = watch.seconds[-1] - watch.seconds[warm - 1]
-        num_bytes = sum(small.stage_file(stage, "00001").stat().st_size for stage in stages)
+        num_bytes = sum((size_of(small.stage_file(stage, "00001")) or 0) for stage in stages)
     computing = watch.title.partition("(")[2].rstrip(")") or "no model"
     return Probe(timed, computing, timed / max(seconds, 1e-9), num_bytes / timed)
 

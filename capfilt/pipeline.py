@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capfilt.data.paths import AnyPath, local_path, path_of
 from capfilt.errors import UsageError
 from capfilt.progress import NullProgress, Progress
 from capfilt.recipes import Recipe, SourceSettings, TrainingSection
@@ -39,14 +40,14 @@ class StepResult:
     """Where a training saved its model."""
 
 
-def run_dir_of(recipe: Recipe, given: Path | None) -> Path:
+def run_dir_of(recipe: Recipe, given: AnyPath | None) -> AnyPath:
     """The run directory: the one given, the recipe's own, or runs/NAME."""
-    return given or Path(recipe.run_dir or f"runs/{recipe.name}")
+    return given or path_of(recipe.run_dir or f"runs/{recipe.name}")
 
 
 def run_recipe(
     recipe: Recipe,
-    run_path: Path,
+    run_path: AnyPath,
     *,
     generation: str | None = None,
     curate_only: bool = False,
@@ -95,7 +96,7 @@ def _require_shards(recipe: Recipe, run: RunDir) -> None:
         raise no_shards(recipe, run.path)
 
 
-def no_shards(recipe: Recipe, run_path: Path) -> UsageError:
+def no_shards(recipe: Recipe, run_path: AnyPath) -> UsageError:
     """The error for a run without shards and a recipe that makes none."""
     return UsageError(
         f"No shards in {run_path}/shards, and {recipe.path} has no [source]. Run `capfilt download URLS {run_path}` or "
@@ -127,9 +128,13 @@ def stages_of(recipe: Recipe) -> list[str]:
     return [stage for stage, settings in stages.items() if settings is not None]
 
 
-def training_dir(run_path: Path, name: str, generation: str | None) -> Path:
-    """Where a training with that `output` saves its model: RUN/stage1, or RUN/stage1@NAME in a generation."""
-    return run_path / (name if generation is None else f"{name}@{generation}")
+def training_dir(run_path: AnyPath, name: str, generation: str | None) -> Path:
+    """Where a training with that `output` saves its model: RUN/stage1, or RUN/stage1@NAME in a generation.
+
+    Of a run on an object store: below runs/ and the run's last name, on this machine.
+    """
+    folder = run_path if isinstance(run_path, Path) else Path("runs", run_path.name)
+    return folder / (name if generation is None else f"{name}@{generation}")
 
 
 def resolved_settings(recipe: Recipe, section: TrainingSection, run: RunDir) -> TrainSettings:
@@ -141,7 +146,7 @@ def resolved_settings(recipe: Recipe, section: TrainingSection, run: RunDir) -> 
     return replace(section.settings, **folders)
 
 
-def open_further_runs(section: TrainingSection, run_path: Path) -> list[RunDir]:
+def open_further_runs(section: TrainingSection, run_path: AnyPath) -> list[RunDir]:
     """The runs that a training names beside the recipe's own, each in its default generation.
 
     Raises UsageError, naming it, for one that is no run, has no manifest, or is the recipe's own.
@@ -150,8 +155,9 @@ def open_further_runs(section: TrainingSection, run_path: Path) -> list[RunDir]:
 
     found = []
     for name in section.data.runs:
-        path = Path(name).expanduser()
-        if path.resolve() == run_path.resolve():
+        path = path_of(name)
+        path = path.expanduser() if isinstance(path, Path) else path
+        if str(path.absolute()) == str(run_path.absolute()):
             raise UsageError(f"[train.{section.name}] names {name} in runs, which is the recipe's own. Leave it out.")
         try:
             run = RunDir.open(path)
@@ -190,7 +196,8 @@ def _take_source(
         return StepResult("download", download(source.table, run, settings, progress, engine=engine))
     num_urls = source.world_urls or 0
     done = len(plan_shards(num_urls, settings.samples_per_shard, settings.num_shards)) == len(planned_shards(run))
-    with open_world(run.path, num_urls, source.world_seed, serve=not done) as table:
+    world_dir = local_path(run.path, "The miniature world keeps its site beside the run, not on")
+    with open_world(world_dir, num_urls, source.world_seed, serve=not done) as table:
         return StepResult("download", download(str(table), run, settings, progress))
 
 

@@ -14,8 +14,9 @@ from capfilt.curate.download import download_fields
 from capfilt.curate.selection import SOURCES
 from capfilt.data.commit import file_sha256, input_digest, read_commit_record
 from capfilt.data.field_changes import field_changes
+from capfilt.data.paths import AnyPath, local_path
 from capfilt.data.retries import stage_shards
-from capfilt.data.rundir import RunDir
+from capfilt.data.rundir import RunDir, is_run
 from capfilt.pipeline import (
     download_settings,
     no_shards,
@@ -57,7 +58,7 @@ class _Stage:
     embedded: str | None = None
 
 
-def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -> list[StepPlan]:
+def plan_recipe(recipe: Recipe, run_path: AnyPath, generation: str | None = None) -> list[StepPlan]:
     """What `run_recipe` would do, and what of it is there.
 
     Raises UsageError when the recipe has no [source] and the run no shards, or a training names a run that is none,
@@ -65,7 +66,7 @@ def plan_recipe(recipe: Recipe, run_path: Path, generation: str | None = None) -
     """
     for section in recipe.trainings:
         open_further_runs(section, run_path)
-    run = RunDir.open(run_path, generation) if (run_path / "run.json").exists() else None
+    run = RunDir.open(run_path, generation) if is_run(run_path) else None
     shards = stage_shards(run) if run else []
     if not shards and recipe.source is None:
         raise no_shards(recipe, run_path)
@@ -100,7 +101,7 @@ def _plan_shards(recipe: Recipe, run: RunDir | None, shards: list[str]) -> StepP
     wanted = {name: wanted.get(name) for name in dict.fromkeys([*wanted, *made_with])}
     old = {name: made_with.get(name) for name in wanted}
     if source.world_urls:
-        known = read_site(run.path) or {}
+        known = read_site(local_path(run.path, "The miniature world keeps its site beside the run, not on")) or {}
         wanted |= {"world_urls": source.world_urls, "world_seed": source.world_seed}
         old |= {"world_urls": known.get("num_urls"), "world_seed": known.get("seed")}
     differences = ", ".join(field_changes(old, wanted))

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Curates on all machines of a SLURM job by Ray, then trains on them by torchrun:
 #   sbatch --nodes 16 examples/slurm.sh RECIPE RUN
-# RUN lies on a file system that all machines see. A job that ends early is submitted again: what is done stays.
+# RUN lies on a file system that all machines see, or is s3://BUCKET/RUN; the models of the trainings then come into
+# runs/, which all machines must see. A job that ends early is submitted again: what is done stays.
 #SBATCH --job-name=capfilt
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +21,7 @@ from capfilt.cli.options import (
     Threshold,
     settings_from,
 )
+from capfilt.data.paths import AnyPath
 from capfilt.settings import EMBEDDED, CaptionSettings, FilterSettings, RankSettings
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def select(
 
 
 def _annotate(
-    run: Path,
+    run: AnyPath,
     generation: str | None,
     as_json: bool,
     following: Sequence[object],

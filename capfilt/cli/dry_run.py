@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capfilt.cli.console import clean, command, note, say, say_json
+from capfilt.data.paths import AnyPath
 from capfilt.errors import CapfiltError
 from capfilt.progress import as_bytes, counted, format_rate, format_seconds
 from capfilt.recipes import Recipe
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def show_plan(
     recipe: Recipe,
     named: str,
-    path: Path,
+    path: AnyPath,
     generation: str | None,
     *,
     as_json: bool,
@@ -51,7 +51,7 @@ def show_plan(
         for name, text in _estimate_lines(found, price_per_hour) if found else ():
             say(f"  {name:<{width}} {text}")
     if found is not None and not found.fits:
-        needed, free = as_bytes(found.bytes_needed or 0), as_bytes(found.bytes_free)
+        needed, free = as_bytes(found.bytes_needed or 0), as_bytes(found.bytes_free or 0)
         raise CapfiltError(f"{path} needs {needed}; its disk has {free} left. Make room, or name a run elsewhere.")
     if is_refused and num_probed:
         note("Not probed: what is there was made with other settings.")
@@ -59,7 +59,7 @@ def show_plan(
         note(f"Nothing was changed. {_advice(plans, named, path, generation)}")
 
 
-def _advice(plans: Sequence[StepPlan], named: str, path: Path, generation: str | None) -> str:
+def _advice(plans: Sequence[StepPlan], named: str, path: AnyPath, generation: str | None) -> str:
     if plans[0].differences:
         return f"Shards are never rewritten; in another run: {command('run', named, 'RUN')}"
     if any(plan.differences for plan in plans):
@@ -74,7 +74,7 @@ def _cost(found: Estimate, price_per_hour: float | None) -> float | None:
 
 def _estimate_lines(found: Estimate, price_per_hour: float | None) -> Iterator[tuple[str, str]]:
     """(name, text) of what is there, what is left, how long it takes and what room it needs."""
-    free = f"{as_bytes(found.bytes_free)} free"
+    free = "an object store" if found.bytes_free is None else f"{as_bytes(found.bytes_free)} free"
     if not found.num_shards:
         yield "disk", f"{free}; what is needed can be told when the first shard is there"
         return

@@ -9,10 +9,15 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from capfilt.data.paths import AnyPath, path_of
 from capfilt.errors import UsageError
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", show_default=False)]
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run directories.", show_default=False)]
+_PLACE = "a folder, s3://BUCKET/RUN or gs://BUCKET/RUN"
+Run = Annotated[AnyPath, typer.Argument(metavar="RUN", help=f"The run: {_PLACE}.", show_default=False, parser=path_of)]
+Runs = Annotated[
+    list[AnyPath],
+    typer.Argument(metavar="RUN...", help=f"One or more runs: each {_PLACE}.", show_default=False, parser=path_of),
+]
 Generation = Annotated[
     str | None,
     typer.Option("--generation", metavar="NAME", help="Work in a named generation of results beside the default one."),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +12,7 @@ from capfilt.cli.dry_run import show_plan
 from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Generation
 from capfilt.cli.train import training_line
+from capfilt.data.paths import AnyPath, path_of
 from capfilt.errors import UsageError
 from capfilt.pipeline import StepResult, run_dir_of, run_recipe
 from capfilt.recipes import read_recipe
@@ -26,7 +26,8 @@ def run(
         ),
     ],
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="The run directory; unset: the recipe's run_dir.")
+        AnyPath | None,
+        typer.Argument(metavar="RUN", help="The run; unset: the recipe's run_dir.", parser=path_of),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and what is already done; change nothing.")

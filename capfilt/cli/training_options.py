@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar, get_type_h
 import typer
 
 from capfilt.cli.options import AsJson, Device, is_given, option_of
+from capfilt.data.paths import AnyPath
 from capfilt.errors import UsageError
 from capfilt.progress import format_seconds
 from capfilt.settings import TrainSettings
@@ -117,7 +118,7 @@ def _read_assignment(assignment: str, names: Sequence[str], hints: Mapping[str, 
         raise UsageError(f"--set {assignment}: {name} is {text!r}; expected {error}.") from None
 
 
-def open_runs(runs: Sequence[Path], generation: str | None) -> list[RunDir]:
+def open_runs(runs: Sequence[AnyPath], generation: str | None) -> list[RunDir]:
     """The runs, each seen in the generation. Raises UsageError where one is no run."""
     from capfilt.data.rundir import RunDir
 

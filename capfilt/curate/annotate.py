@@ -21,6 +21,7 @@ from capfilt.curate.selection import SOURCES, RankedCaption, commit_manifest, ma
 from capfilt.curate.shard_pass import CaptionLane, ClipLane, Item, ItmLane, Lane, run_lanes
 from capfilt.curate.stage_models import MODELS, StageModels
 from capfilt.data.commit import CommitRecord, commit_stage, input_digest, read_commit_record, read_table, stage_state
+from capfilt.data.paths import exists
 from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
@@ -297,7 +298,7 @@ def _find_todo(plan: _Plan, shard: str) -> tuple[list[str], str]:
     """
     run, first = plan.run, plan.stages[0]
     before = STAGES[1 : STAGES.index(first)]
-    lacking = next((stage for stage in before if not run.read_file(stage, shard).exists()), None)
+    lacking = next((stage for stage in before if not exists(run.read_file(stage, shard))), None)
     if lacking is not None:
         raise UsageError(
             f"Shard {shard} of {run.path} has no {lacking} yet. Run `capfilt {COMMANDS[lacking]} {run.path}` first."

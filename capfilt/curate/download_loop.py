@@ -28,6 +28,7 @@ from capfilt.curate.parts import Part, write_parts
 from capfilt.curate.supervision import Attempts, Nursery, Worker
 from capfilt.curate.url_table import UrlTable
 from capfilt.data.commit import commit_stage, read_commit_record
+from capfilt.data.paths import exists
 from capfilt.data.reasons import Quarantined
 from capfilt.data.retries import retried_keys
 from capfilt.data.rundir import RunDir
@@ -126,7 +127,7 @@ class _DownloadParts:
         """Download a part's shards but those that are there; gives what failed for good."""
         part, plan = self.parts[name], self.plan
         numbers = [number + plan.first for number in part.numbers]
-        missing = [n for n in numbers if not self.run.stage_file("shards", shard_name(n)).exists()]
+        missing = [n for n in numbers if not exists(self.run.stage_file("shards", shard_name(n)))]
         progress.advance(sum(plan.size_of(number) for number in {*numbers} - {*missing}), already=True)
         if not missing:
             return []

@@ -16,9 +16,10 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.data.commit import commit_stage, input_digest, read_commit_record, read_table, stage_state
+from capfilt.data.paths import exists
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import HUMAN, SCHEMAS, SUCCESS
-from capfilt.data.tars import index_tar, read_member
+from capfilt.data.tars import index_members, read_member
 from capfilt.errors import UsageError
 from capfilt.progress import NullProgress, Progress
 
@@ -80,7 +81,7 @@ def write_human_manifest(run: RunDir, progress: Progress | None = None) -> Human
 def _refuse_others(run: RunDir, shard: str) -> None:
     if read_commit_record(run.stage_file("shards", shard)).fields.get("maker") != "import":
         raise UsageError(f"{run.path} was downloaded; human captions come with imported tars. Name another run.")
-    if run.stage_file("captions", shard).exists():
+    if exists(run.stage_file("captions", shard)):
         raise UsageError(
             f"{run.path} has synthetic captions; a run of human captions has none. Import into another run, and "
             f"train on both: `capfilt train blip RUN HUMAN_RUN`."
@@ -107,8 +108,9 @@ def _captions_in_tar(run: RunDir, shard: str) -> dict[str, list[str]]:
     """Key → the captions of the sample's own metadata; none where there are none."""
     tar = run.tar_path(shard)
     found: dict[str, list[str]] = {}
-    with open(tar, "rb") as file:
-        for member in index_tar(tar):
+    sha256 = read_commit_record(run.stage_file("shards", shard)).extra["tar_sha256"]
+    with run.open_tar(shard, str(sha256)) as file:
+        for member in list(index_members(file, tar)):
             if member.name.endswith(".json"):
                 content = json.loads(read_member(file, tar, member.name, member.offset, member.length))
                 found[member.name.removesuffix(".json")] = list(_texts_of(content.get("original") or {}))

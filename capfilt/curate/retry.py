@@ -26,6 +26,7 @@ from capfilt.curate.parts import plan_shards
 from capfilt.curate.politeness import RETRIED_REASONS
 from capfilt.curate.url_table import CAPTION, URL, UrlTable, open_url_table
 from capfilt.data.commit import CommitRecord, read_commit_record, read_table
+from capfilt.data.paths import remove
 from capfilt.data.reasons import REASON_SENTENCES, SETTLED_REASONS, shorten_counts
 from capfilt.data.retries import RETRY, RETRY_OF, LastAttempts, planned_shards
 from capfilt.data.rundir import RunDir
@@ -151,9 +152,9 @@ def _open(table: Path, staging: Path) -> UrlTable:
 def _remove_strays(run: RunDir, planned: int) -> None:
     """Remove the tars that an interrupted attempt left without a commit record: no command comes back to them."""
     committed = set(run.shard_names())
-    for tar in run.tar_path("0").parent.glob("*.tar"):
-        if tar.stem.isdecimal() and int(tar.stem) >= planned and tar.stem not in committed:
-            tar.unlink()
+    for name in run.tar_names():
+        if name.isdecimal() and int(name) >= planned and name not in committed:
+            remove(run.tar_path(name))
 
 
 def _settings_of(run: RunDir, record: CommitRecord, settings: DownloadSettings) -> DownloadSettings:

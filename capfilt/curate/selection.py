@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.data.commit import commit_stage, input_digest, read_commit_record, read_table, stage_state
+from capfilt.data.paths import exists
 from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
@@ -290,7 +291,7 @@ def _present_choice(run: RunDir, shards: Sequence[str]) -> dict[str, Any]:
     """Threshold and `keep` of the manifest that is there, the default generation's where this one has none yet;
     where there is none at all, what `filter` would have taken."""
     for path in (RunDir(run.path, name).read_file("manifest", shards[0]) for name in (run.generation, None)):
-        if path.exists():
+        if exists(path):
             return read_commit_record(path).fields
     return {"threshold": FilterSettings.threshold, **_ranking_of(run, shards[0])}
 

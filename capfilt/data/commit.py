@@ -1,9 +1,9 @@
-"""The commit protocol: how one stage of one shard gets onto the disk, whole or not at all.
+"""The commit protocol: how one stage of one shard gets into a run, whole or not at all.
 
 In: a table of rows, what went wrong, and (for the shards) a tar. Out: files in the run directory, the Parquet
 file last; it is the commit record. An attempt writes in a staging directory of its own; each file is written,
-closed, synced, read back and checked, then renamed. A crash at any point leaves the stage committed or not,
-and what is not committed is written anew by the next attempt.
+closed, synced, read back and checked, then published (`disk`, `object_store`). A crash at any point leaves the stage
+committed or not, and what is not committed is written anew by the next attempt.
 
 Counts are in rows of the URL table (or samples of the imported tars) for the shards, and in samples from
 there on: rows in = kept + rejected + quarantined, and one stage's kept is the next one's rows in.
@@ -15,7 +15,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ import pyarrow as pa
 
 from capfilt import __version__
 from capfilt.data.field_changes import field_changes
+from capfilt.data.paths import AnyPath, exists, size_of
 from capfilt.data.reasons import Quarantined
 from capfilt.data.reconcile import check_counts, check_rows, check_tar, count_kept
-from capfilt.data.rundir import FORMAT_VERSION, STAGES, RunDir, sync_directory
+from capfilt.data.rundir import FORMAT_VERSION, STAGES, RunDir
 from capfilt.data.schemas import QUARANTINE_SCHEMA
 from capfilt.data.sealed import canonical_json, damaged, read_record, read_sealed, sealed_bytes
+from capfilt.data.stores import Attempt
 from capfilt.data.texts import clean_for_terminal
 from capfilt.errors import CapfiltError, CommittedError, CorruptionError, FingerprintMismatchError
 
@@ -73,18 +75,18 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_commit_record(path: Path) -> CommitRecord:
+def read_commit_record(path: AnyPath) -> CommitRecord:
     """Read the record from the footer of a stage's file. Raises CorruptionError for a damaged one."""
     record, _, num_rows = read_record(path)
     return _checked_record(path, record, num_rows)
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(path: AnyPath, columns: Sequence[str] | None = None) -> pa.Table:
     """Read the rows of a stage's file after checking every byte. Raises CorruptionError naming the shard."""
     return read_stage(path, columns)[0]
 
 
-def read_stage(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, CommitRecord]:
+def read_stage(path: AnyPath, columns: Sequence[str] | None = None) -> tuple[pa.Table, CommitRecord]:
     """Read rows and record of a stage's file as `read_table` and `read_commit_record` do, in one go."""
     table, record, _ = read_sealed(path, columns)
     return table, _checked_record(path, record, table.num_rows)
@@ -101,8 +103,8 @@ def read_quarantine(run: RunDir, stage: str, shard: str, record: CommitRecord | 
     expected = record.extra.get("quarantine_seal")
     if expected is None:
         return QUARANTINE_SCHEMA.empty_table()
-    quarantine_path = run.read_quarantine_file(stage, shard)
-    if not quarantine_path.exists():
+    quarantine_path = run.read_quarantine_file(stage, shard, expected)
+    if not exists(quarantine_path):
         raise damaged(path, f"its quarantine {quarantine_path} is gone")
     table, _, seal = read_sealed(quarantine_path)
     if seal != expected:
@@ -115,7 +117,7 @@ def input_digest(run: RunDir, stage: str, shard: str) -> str:
     captions, which has no stage between; else the seal (sha256) of the previous stage's file, both as committed. The
     shards have no stage before them."""
     previous = STAGES[STAGES.index(stage) - 1]
-    if stage == "manifest" and not any(run.read_file(between, shard).exists() for between in STAGES[1:-1]):
+    if stage == "manifest" and not any(exists(run.read_file(between, shard)) for between in STAGES[1:-1]):
         previous = "shards"
     if stage == "shards":
         raise ValueError("the shards are made from a table or a tar, whose digest their maker knows")
@@ -133,7 +135,7 @@ def stage_state(run: RunDir, stage: str, shard: str, fields: Mapping[str, Any], 
     it is damaged.
     """
     path = run.read_file(stage, shard)
-    if not path.exists():
+    if not exists(path):
         return "missing"
     is_own = path == run.stage_file(stage, shard)
     record = read_commit_record(path)
@@ -171,7 +173,8 @@ def commit_stage(
     disk refuses; nothing is published then.
     """
     final = run.stage_file(stage, shard)
-    _refuse_committed(final, replace=replace)
+    if exists(final) and not replace:
+        raise CommittedError(f"{final} is committed already; a committed stage is not written again.")
     with _named(stage, shard):
         check_rows(stage, table, [row.key for row in quarantine])
         kept = count_kept(stage, table)
@@ -203,22 +206,21 @@ def commit_stage(
         )
         staged = staging / "stage.parquet"
         _write_checked(staged, table, asdict(record))
-        with run.publishing() if tar is not None else nullcontext():
-            _refuse_committed(final, replace=replace)
-            _publish(run, stage, shard, staged, staged_quarantine, tar)
+        run.publish(
+            Attempt(
+                folder=final.parent.name, shard=shard, staged=staged, quarantine=staged_quarantine,
+                quarantine_seal=facts.get("quarantine_seal", ""), tar=tar, tar_sha256=facts.get("tar_sha256", ""),
+                replace=replace,
+            )
+        )  # fmt: skip
     return record
-
-
-def _refuse_committed(final: Path, *, replace: bool) -> None:
-    if final.exists() and not replace:
-        raise CommittedError(f"{final} is committed already; a committed stage is not written again.")
 
 
 def _tar_facts(tar: Path, table: pa.Table) -> dict[str, str | int]:
     """Sync a staged tar, read it back in full against its rows, and give what the record says of it."""
     with open(tar, "rb") as file:
         os.fsync(file.fileno())
-    num_members = check_tar(tar, table)
+        num_members = check_tar(file, tar, table)
     return {"tar_sha256": file_sha256(tar), "tar_bytes": tar.stat().st_size, "tar_members": num_members}
 
 
@@ -250,39 +252,6 @@ def _write_checked(path: Path, table: pa.Table, record: Mapping[str, Any]) -> st
     return seal
 
 
-def _publish(
-    run: RunDir, stage: str, shard: str, staged: Path, staged_quarantine: Path | None, tar: Path | None
-) -> None:
-    """Move the files in: tar and quarantine first, the commit record last, each directory synced.
-
-    An earlier commit that the new tar or quarantine would contradict is taken back first, so that no moment
-    shows one attempt's record with another's files.
-    """
-    final, final_quarantine = run.stage_file(stage, shard), run.quarantine_file(stage, shard)
-    _make_directory(final.parent)
-    if final.exists() and (tar or staged_quarantine or final_quarantine.exists()):
-        os.unlink(final)
-        sync_directory(final.parent)
-    if tar is not None:
-        os.rename(tar, run.tar_path(shard))
-        sync_directory(run.tar_path(shard).parent)
-    if staged_quarantine is not None:
-        _make_directory(final_quarantine.parent)
-        os.rename(staged_quarantine, final_quarantine)
-        sync_directory(final_quarantine.parent)
-    elif final_quarantine.exists():  # left by an attempt that did not get as far as its record
-        os.unlink(final_quarantine)
-        sync_directory(final_quarantine.parent)
-    os.rename(staged, final)
-    sync_directory(final.parent)
-
-
-def _make_directory(path: Path) -> None:
-    if not path.is_dir():
-        path.mkdir(exist_ok=True)
-        sync_directory(path.parent)
-
-
 @contextmanager
 def _named(stage: str, shard: str) -> Iterator[None]:
     try:
@@ -292,7 +261,7 @@ def _named(stage: str, shard: str) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_errors(final: Path) -> Iterator[None]:
+def _disk_errors(final: AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -302,7 +271,7 @@ def _disk_errors(final: Path) -> Iterator[None]:
         ) from error
 
 
-def _checked_record(path: Path, record: Mapping[str, Any], num_rows: int) -> CommitRecord:
+def _checked_record(path: AnyPath, record: Mapping[str, Any], num_rows: int) -> CommitRecord:
     if {field.name for field in fields(CommitRecord)} != set(record):
         raise damaged(path, "its commit record lacks entries or has unknown ones")
     parsed = CommitRecord(**record)
@@ -321,7 +290,7 @@ def _checked_record(path: Path, record: Mapping[str, Any], num_rows: int) -> Com
 
 def _check_tar_size(run: RunDir, record: CommitRecord) -> None:
     tar = run.tar_path(record.shard)
-    found = tar.stat().st_size if tar.exists() else None
+    found = size_of(tar)
     if found != record.extra.get("tar_bytes"):
         raise CorruptionError(
             f"{tar} has {found} bytes; {record.extra.get('tar_bytes')} were committed. Restore it from a "

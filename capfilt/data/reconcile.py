@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from capfilt.data.paths import AnyPath
 from capfilt.data.schemas import SCHEMAS, SUCCESS
-from capfilt.data.tars import TarMember, index_tar
+from capfilt.data.tars import TarMember, index_members
 
 
 def count_kept(stage: str, table: pa.Table) -> int:
@@ -64,32 +65,31 @@ def check_rows(stage: str, table: pa.Table, quarantined: Collection[str]) -> Non
         raise ValueError(f"{len(both)} keys are both kept and in quarantine (first: {min(both)})")
 
 
-def check_tar(tar: Path, table: pa.Table, *, contents: bool = True) -> int:
+def check_tar(file: BinaryIO, tar: AnyPath, table: pa.Table, *, contents: bool = True) -> int:
     """Every member plain and of a row, every image where its row says; with `contents`, with its digest too.
 
-    Gives the number of members. Raises ValueError where tar and rows differ, CorruptionError where the file
-    is no tar of ours.
+    `file` is the open tar, which is `tar` to people. Gives the number of members. Raises ValueError where tar and rows
+    differ, CorruptionError where the file is no tar of ours.
     """
-    members = {member.name: member for member in index_tar(tar)}
+    members = {member.name: member for member in index_members(file, tar)}
     num_members = len(members)
     columns = ["key", "image_offset", "image_length", "image_ext", "sha256"]
     previous_end = 0
-    with open(tar, "rb") as file:
-        for row in table.filter(pc.field("status") == SUCCESS).select(columns).to_pylist():
-            name = f"{row['key']}.{row['image_ext']}"
-            place = TarMember(name, row["image_offset"], row["image_length"])
-            if (found := members.pop(name, None)) != place:
-                raise ValueError(f"the row of {row['key']} says {place}, the tar has {found}")
-            if place.offset < previous_end:
-                raise ValueError(f"{name} stands before its predecessor; rows and members have one order")
-            previous_end = place.offset + place.length
-            if contents:
-                file.seek(place.offset, os.SEEK_SET)
-                if hashlib.sha256(file.read(place.length)).hexdigest() != row["sha256"]:
-                    raise ValueError(f"the sha256 of {row['key']}'s row is not that of {name} in the tar")
-            for ending in ("txt", "json"):
-                if members.pop(f"{row['key']}.{ending}", None) is None:
-                    raise ValueError(f"the tar has no {row['key']}.{ending}")
+    for row in table.filter(pc.field("status") == SUCCESS).select(columns).to_pylist():
+        name = f"{row['key']}.{row['image_ext']}"
+        place = TarMember(name, row["image_offset"], row["image_length"])
+        if (found := members.pop(name, None)) != place:
+            raise ValueError(f"the row of {row['key']} says {place}, the tar has {found}")
+        if place.offset < previous_end:
+            raise ValueError(f"{name} stands before its predecessor; rows and members have one order")
+        previous_end = place.offset + place.length
+        if contents:
+            file.seek(place.offset, os.SEEK_SET)
+            if hashlib.sha256(file.read(place.length)).hexdigest() != row["sha256"]:
+                raise ValueError(f"the sha256 of {row['key']}'s row is not that of {name} in the tar")
+        for ending in ("txt", "json"):
+            if members.pop(f"{row['key']}.{ending}", None) is None:
+                raise ValueError(f"the tar has no {row['key']}.{ending}")
     if members:
         raise ValueError(f"the tar has members without a row: {', '.join(list(members)[:5])}")
     return num_members

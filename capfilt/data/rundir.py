@@ -1,4 +1,4 @@
-"""The run directory: where every file of a run lies, its lock, and the private staging of an attempt.
+"""The run directory: where every file of a run lies, and how one gets there.
 
     RUN/run.json              format version and date
     RUN/.lock                 held (flock) by the command that writes; contains its process id
@@ -9,26 +9,25 @@
     RUN/STAGE/00000.parquet   what a stage made of a shard; RUN/STAGE@NAME/ in the generation NAME
     RUN/quarantine/STAGE-00000.parquet
 
-In: a path. Out: paths, the names of committed shards, the lock. What is inside the files is not known here.
+In: a path, or an address of an object store (`object_store` tells what is different there). Out: paths, the names of
+committed shards, the lock. What is inside the files is not known here.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from uuid import uuid4
+from typing import BinaryIO
 
 from capfilt import __version__
-from capfilt.data.whole_files import whole_file
-from capfilt.errors import RunLockedError, UsageError
+from capfilt.data.disk import Disk
+from capfilt.data.paths import AnyPath, exists, folders_in, names_in, path_of, read_bytes
+from capfilt.data.stores import Attempt, Store
+from capfilt.errors import CapfiltError, UsageError
 
 FORMAT_VERSION = 1
 """Version of the layout and of the commit records; a run of a later version is refused."""
@@ -36,20 +35,15 @@ FORMAT_VERSION = 1
 STAGES = ("shards", "captions", "clip", "itm", "manifest")
 """Stages in the order in which one feeds the next."""
 
-_LOCKS = (".lock", ".workers", ".publish")
 _GENERATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHARD = re.compile(r"[0-9]{5,}")
-_held_locks: dict[Path, int] = {}  # of this process, so that a command may take the lock again in its parts
-_joined: dict[Path, int] = {}  # descriptors of this process by which it is known as a worker
-
-_WORKERS_END_SECONDS = 60.0
-"""How long the workers of a dead command are waited for."""
+_MAX_RUN_JSON_BYTES = 1 << 16
 
 
 class RunDir:
     """One run directory, seen in one generation. Make it with `create` or `open`."""
 
-    def __init__(self, path: Path, generation: str | None = None) -> None:
+    def __init__(self, path: AnyPath, generation: str | None = None) -> None:
         if generation is not None and not _GENERATION.fullmatch(generation):
             raise UsageError(
                 f"The generation is named {generation!r}; expected a letter or digit, then letters, digits, "
@@ -57,45 +51,44 @@ class RunDir:
             )
         self.path = path
         self.generation = generation
+        self._store = _store_of(path)
 
     @classmethod
-    def create(cls, path: str | Path, generation: str | None = None) -> RunDir:
-        """Open the run at `path`, making the directory and its run.json where they are missing."""
-        root = Path(path)
-        if root.exists() and not root.is_dir():
-            raise UsageError(f"{root} is a file; a run is a directory. Name another path.")
-        if not (root / "run.json").exists():
-            root.mkdir(parents=True, exist_ok=True)
+    def create(cls, path: str | AnyPath, generation: str | None = None) -> RunDir:
+        """Open the run at `path`, making it and its run.json where they are missing."""
+        root = path_of(path)
+        if not is_run(root):
+            store = _store_of(root)
+            store.prepare()
             content = {
                 "format_version": FORMAT_VERSION,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "capfilt": __version__,
             }
-            with whole_file(root / "run.json") as file:
-                json.dump(content, file, indent=2)
-            sync_directory(root)
+            store.write_new("run.json", json.dumps(content, indent=2))
         return cls.open(root, generation)
 
     @classmethod
     @contextmanager
-    def new(cls, path: str | Path, generation: str | None = None) -> Iterator[RunDir]:
+    def new(cls, path: str | AnyPath, generation: str | None = None) -> Iterator[RunDir]:
         """`create`, for a command that fills the run; what it made is removed where a UsageError leaves it empty."""
-        was_there, was_run = Path(path).exists(), (Path(path) / "run.json").exists()
-        run = cls.create(path, generation)
+        root = path_of(path)
+        was_there, was_run = isinstance(root, Path) and root.exists(), is_run(root)
+        run = cls.create(root, generation)
         try:
             yield run
         except UsageError:
             if not was_run:
-                with suppress(OSError):  # the error is what the user must read
-                    run._remove_empty(with_directory=not was_there)
+                with suppress(OSError, CapfiltError):  # the error is what the user must read
+                    run._store.remove_empty(with_directory=not was_there)
             raise
 
     @classmethod
-    def open(cls, path: str | Path, generation: str | None = None) -> RunDir:
+    def open(cls, path: str | AnyPath, generation: str | None = None) -> RunDir:
         """Open an existing run. Raises UsageError when `path` is not a run of a version that is read."""
-        root = Path(path)
+        root = path_of(path)
         try:
-            version = json.loads((root / "run.json").read_text(encoding="utf-8"))["format_version"]
+            version = json.loads(read_bytes(root / "run.json", _MAX_RUN_JSON_BYTES))["format_version"]
         except FileNotFoundError:
             raise UsageError(
                 f"{root} is not a run: it has no run.json. Make one: `capfilt download TABLE {root}` "
@@ -122,54 +115,51 @@ class RunDir:
         names = self._own_names(stage)
         if self._falls_back(stage):
             made_anew = set[str]().union(*map(self._own_names, self._stages_before(stage)))
-            names |= {path.stem for path in (self.path / stage).glob("*.parquet")} - made_anew
+            names |= self._names_in(stage) - made_anew
         return sorted((name for name in names if _SHARD.fullmatch(name)), key=lambda name: (len(name), name))
 
-    def stage_file(self, stage: str, shard: str) -> Path:
+    def own_names(self, stage: str) -> list[str]:
+        """Names of the files of `stage` that are this generation's own, in order, those of no shard too."""
+        return sorted(self._own_names(stage))
+
+    def tar_names(self) -> list[str]:
+        """Names of the tars that are there, committed or not, in order."""
+        return sorted(self._names_in("shards", ".tar"))
+
+    def stage_file(self, stage: str, shard: str) -> AnyPath:
         """Where `stage` of `shard` is written in this generation. Shards have no generations."""
         return self.path / self._folder(stage) / f"{shard}.parquet"
 
-    def read_file(self, stage: str, shard: str) -> Path:
+    def read_file(self, stage: str, shard: str) -> AnyPath:
         """Where `stage` of `shard` is read: this generation's file, or the default's where it has none.
 
         Nothing falls back behind a stage that the generation made anew: scores belong to the captions they are of. Nor
         does the manifest: a generation is what its own manifest says.
         """
         own = self.stage_file(stage, shard)
-        if not self._falls_back(stage) or own.exists():
+        if not self._falls_back(stage) or exists(own):
             return own
-        if any(self.stage_file(before, shard).exists() for before in self._stages_before(stage)):
+        if any(exists(self.stage_file(before, shard)) for before in self._stages_before(stage)):
             return own
         return self.path / stage / f"{shard}.parquet"
 
-    def tar_path(self, shard: str) -> Path:
+    def tar_path(self, shard: str) -> AnyPath:
         """Where the images of `shard` are."""
         return self.path / "shards" / f"{shard}.tar"
 
-    def quarantine_file(self, stage: str, shard: str) -> Path:
-        """Where the quarantine of `stage` and `shard` is written in this generation."""
-        return self.path / "quarantine" / f"{self._folder(stage)}-{shard}.parquet"
+    def quarantine_file(self, stage: str, shard: str, seal: str = "") -> AnyPath:
+        """Where the quarantine of `stage` and `shard`, of that seal, is written in this generation."""
+        return self.path / "quarantine" / self._store.quarantine_name(self._folder(stage), shard, seal)
 
-    def read_quarantine_file(self, stage: str, shard: str) -> Path:
-        """Where the quarantine that belongs to `read_file(stage, shard)` is."""
+    def read_quarantine_file(self, stage: str, shard: str, seal: str = "") -> AnyPath:
+        """Where the quarantine that belongs to `read_file(stage, shard)`, of that seal, is."""
         folder = self.read_file(stage, shard).parent.name
-        return self.path / "quarantine" / f"{folder}-{shard}.parquet"
+        return self.path / "quarantine" / self._store.quarantine_name(folder, shard, seal)
 
     def generations(self) -> list[str]:
         """Names of the generations beside the default one that have any stage."""
-        names = {folder.name.partition("@")[2] for stage in STAGES for folder in self.path.glob(f"{stage}@*")}
-        return sorted(names)
-
-    def _remove_empty(self, *, with_directory: bool) -> None:
-        """Remove the run where it holds nothing but what every run has."""
-        with self.lock():
-            if not {entry.name for entry in self.path.iterdir()} <= {"run.json", *_LOCKS, ".staging"}:
-                return
-            shutil.rmtree(self.path / ".staging", ignore_errors=True)
-            for name in ("run.json", *_LOCKS):
-                (self.path / name).unlink(missing_ok=True)
-            if with_directory:
-                self.path.rmdir()
+        parts = (folder.partition("@") for folder in folders_in(self.path))
+        return sorted({name for stage, at, name in parts if at and stage in STAGES})
 
     @property
     def generation_option(self) -> str:
@@ -183,7 +173,11 @@ class RunDir:
 
     def _own_names(self, stage: str) -> set[str]:
         """Of the shards that have a file of this generation's own."""
-        return {path.stem for path in self.stage_file(stage, "0").parent.glob("*.parquet")}
+        return self._names_in(self._folder(stage))
+
+    def _names_in(self, folder: str, ending: str = ".parquet") -> set[str]:
+        """Names of the files with that ending, without it."""
+        return {name.removesuffix(ending) for name in names_in(self.path / folder) if name.endswith(ending)}
 
     def _stages_before(self, stage: str) -> tuple[str, ...]:
         """Those of which a generation has its own, before `stage`."""
@@ -192,134 +186,45 @@ class RunDir:
     def _falls_back(self, stage: str) -> bool:
         return self.generation is not None and stage not in ("shards", "manifest")
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Hold the run for this process; within it the lock may be taken again.
 
-        Raises RunLockedError with the process id of the holder. Staging left by dead attempts is removed.
+        Raises RunLockedError with the holder. What dead attempts left is removed.
         """
-        root = self.path.resolve()
-        if _held_locks.get(root, 0):
-            _held_locks[root] += 1
-            try:
-                yield
-            finally:
-                _held_locks[root] -= 1
-            return
-        try:
-            descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UsageError(
-                f"{self.path} cannot be written to ({error.strerror}); expected a run of your own. Mend its "
-                f"permissions: `chmod -R u+rwX {self.path}`."
-            ) from None
-        try:
-            _take_lock(descriptor, self.path)
-            _held_locks[root] = 1
-            try:
-                _wait_for_workers(root, self.path)
-                _remove_dead_staging(root / ".staging")
-                yield
-            finally:
-                del _held_locks[root]
-                os.ftruncate(descriptor, 0)
-        finally:
-            os.close(descriptor)
+        return self._store.lock()
 
     def join(self) -> None:
         """Be a worker of the command that holds the run, until this process ends; where it is this one, nothing.
 
         Should that command die first, the next one waits until its workers are gone.
         """
-        root = self.path.resolve()
-        if root not in _joined and not _held_locks.get(root, 0):
-            _joined[root] = os.open(root / ".workers", os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(_joined[root], fcntl.LOCK_SH)
+        self._store.join()
 
-    @contextmanager
-    def publishing(self) -> Iterator[None]:
-        """Hold what one process holds at a time, on any machine: one that is taken for dead may still be at work."""
-        descriptor = os.open(self.path / ".publish", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+    def new_staging(self) -> AbstractContextManager[Path]:
+        """Give a private, empty directory of this machine; it is removed at the end, or after a crash by the next
+        command."""
+        return self._store.new_staging()
 
-    @contextmanager
-    def new_staging(self) -> Iterator[Path]:
-        """Give a private, empty directory on the run's file system; it is removed at the end.
+    def publish(self, attempt: Attempt) -> None:
+        """Give the files of an attempt their names. CommittedError where another was first."""
+        self._store.publish(attempt)
 
-        It carries a lock that ends with this process, so that the next command knows it as dead.
+    def open_tar(self, shard: str, sha256: str, *, anew: bool = False) -> AbstractContextManager[BinaryIO]:
+        """The tar of a shard, to read wherever one likes in it; `anew`: not what was kept of an earlier reading.
+
+        FileNotFoundError where there is none.
         """
-        attempt = self.path / ".staging" / f"{os.getpid()}-{uuid4().hex[:12]}"
-        attempt.mkdir(parents=True)
-        descriptor = os.open(attempt / ".alive", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield attempt
-        finally:
-            shutil.rmtree(attempt, ignore_errors=True)
-            os.close(descriptor)
+        return self._store.open_tar(shard, sha256, anew=anew)
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable: a rename is on disk only after this."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def is_run(path: AnyPath) -> bool:
+    """Whether a run was begun there."""
+    return exists(path / "run.json")
 
 
-def _take_lock(descriptor: int, run: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        raise RunLockedError(
-            f"{run} is in use by process {holder}; one command at a time may write to a run. "
-            f"Wait for it to end, or end it: kill {holder}"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+def _store_of(path: AnyPath) -> Store:
+    if isinstance(path, Path):
+        return Disk(path)
+    from capfilt.data.object_store import ObjectStore
 
-
-def _wait_for_workers(root: Path, run: Path) -> None:
-    """Return when no process is left that a dead command had set to work. Raises RunLockedError where they stay."""
-    try:
-        descriptor = os.open(root / ".workers", os.O_RDWR)
-    except FileNotFoundError:
-        return
-    end = time.monotonic() + _WORKERS_END_SECONDS
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise RunLockedError(
-                        f"Workers of a command that has ended are still at {run}. End them (`ray stop`, or their "
-                        "machines), and repeat the command."
-                    ) from None
-                time.sleep(0.05)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_dead_staging(staging: Path) -> None:
-    """Remove the attempts whose process is gone: their lock can be taken."""
-    for attempt in staging.glob("*"):
-        try:
-            descriptor = os.open(attempt / ".alive", os.O_RDWR)
-        except OSError:  # died before it could lock, or no attempt at all
-            shutil.rmtree(attempt, ignore_errors=True)
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(attempt, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(descriptor)
+    return ObjectStore(path)

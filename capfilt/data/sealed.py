@@ -14,18 +14,22 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.data.bounded_parquet import BoundedParquet
+from capfilt.data.paths import MAX_FILE_BYTES, AnyPath, read_bytes, read_end
 from capfilt.errors import CorruptionError, UsageError
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 _RECORD, _RECORD_DIGEST, _SEAL = "capfilt", "capfilt.sha256", "capfilt.seal"
 _ZEROS = b"0" * 64
-MAX_FILE_BYTES = 2**31
-"""Largest file that is read; one shard's rows are far below it."""
+_FOOTER_BYTES = 1 << 16
+"""Read of an object at first; a footer is a few kilobytes."""
 MAX_TABLE_BYTES = 2**31
 """Largest table that its rows may become in memory."""
 
@@ -50,13 +54,14 @@ def sealed_bytes(table: pa.Table, record: Mapping[str, Any]) -> bytes:
     return bytes(data)
 
 
-def read_record(path: Path) -> tuple[dict[str, Any], str, int]:
+def read_record(path: AnyPath) -> tuple[dict[str, Any], str, int]:
     """Give the record, the seal and the number of rows from the footer of `path` alone.
 
     Raises CorruptionError when the footer or the record is damaged, UsageError when there is no such file.
     """
     try:
-        with pq.ParquetFile(path, memory_map=False) as file:
+        source = path if isinstance(path, Path) else pa.BufferReader(_end_with_footer(path))
+        with pq.ParquetFile(source, memory_map=False) as file:
             metadata = file.metadata
     except FileNotFoundError:
         raise UsageError(f"There is no file {path}.") from None
@@ -65,17 +70,17 @@ def read_record(path: Path) -> tuple[dict[str, Any], str, int]:
     return *_record_and_seal(path, metadata), metadata.num_rows
 
 
-def read_sealed(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, dict[str, Any], str]:
+def read_sealed(path: AnyPath, columns: Sequence[str] | None = None) -> tuple[pa.Table, dict[str, Any], str]:
     """Give (rows, record, seal) after checking every byte of `path`.
 
     Raises CorruptionError for any damage, UsageError when there is no such file or column.
     """
     try:
-        if (size := path.stat().st_size) > MAX_FILE_BYTES:
-            raise damaged(path, f"it has {size:,} bytes, at most {MAX_FILE_BYTES:,} are expected")
-        data = path.read_bytes()
+        data = read_bytes(path, MAX_FILE_BYTES)
     except FileNotFoundError:
         raise UsageError(f"There is no file {path}.") from None
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
     except OSError as error:
         raise damaged(path, f"it cannot be read ({error})") from None
     if not _seal_holds(data):
@@ -93,7 +98,7 @@ def read_sealed(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Ta
     return table, record, seal
 
 
-def damaged(path: Path, what: str) -> CorruptionError:
+def damaged(path: AnyPath, what: str) -> CorruptionError:
     """The error for a stage's file that is not what was committed, with its stage and shard by name."""
     mend = (
         f"restore {path.stem}.tar and {path.name} from a copy, or remove both and repeat the command that made them"
@@ -102,6 +107,13 @@ def damaged(path: Path, what: str) -> CorruptionError:
     )
     name = f"{path} ({path.parent.name} of shard {path.stem})"
     return CorruptionError(f"{name} is damaged: {what}. To mend it, {mend}.")
+
+
+def _end_with_footer(path: UPath) -> bytes:
+    """The end of a Parquet object from which its footer can be read."""
+    end = read_end(path, _FOOTER_BYTES)
+    length = int.from_bytes(end[-8:-4], "little") + 8
+    return end if length <= len(end) or length > MAX_FILE_BYTES else read_end(path, length)
 
 
 def _digest(data: bytes | bytearray) -> str:
@@ -121,7 +133,7 @@ def _seal_holds(data: bytes) -> bool:
     return False
 
 
-def _record_and_seal(path: Path, metadata: pq.FileMetaData) -> tuple[dict[str, Any], str]:
+def _record_and_seal(path: AnyPath, metadata: pq.FileMetaData) -> tuple[dict[str, Any], str]:
     entries = metadata.metadata or {}
     try:
         text = entries[_RECORD.encode()]

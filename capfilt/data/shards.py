@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterator
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capfilt.data.commit import read_commit_record, read_table
+from capfilt.data.commit import CommitRecord, read_commit_record, read_table
+from capfilt.data.paths import is_local
 from capfilt.data.rundir import RunDir
 from capfilt.data.samples import Sample
 from capfilt.data.schemas import SUCCESS
@@ -33,13 +35,10 @@ def read_samples(run: RunDir, shard: str, keys: Collection[str] | None = None) -
     Every image is checked against its row before it is yielded, and the whole tar against its digest at the
     end: damage anywhere in it raises CorruptionError by then, so commit nothing before the iteration ends.
     """
-    record_path = run.stage_file("shards", shard)
-    record = read_commit_record(record_path)
+    record = read_commit_record(run.stage_file("shards", shard))
     path = run.tar_path(shard)
-    if not path.exists():
-        raise damaged_tar(path, 0, "the file is gone")
     whole = hashlib.sha256()
-    with open(path, "rb") as file:
+    with _open_tar(run, shard, record) as file:
         size, expected_size = os.fstat(file.fileno()).st_size, record.extra["tar_bytes"]
         if size != expected_size:
             raise damaged_tar(path, size, f"the file has {size:,} bytes, {expected_size:,} were committed")
@@ -77,8 +76,20 @@ def sample_rows(run: RunDir, shard: str) -> list[dict[str, Any]]:
 
 def read_located(run: RunDir, shard: str, row: dict[str, Any]) -> Sample:
     """Give the sample of a row of `sample_rows`, read and checked now. Raises CorruptionError for damage."""
-    with open(run.tar_path(shard), "rb") as file:
+    record = None if is_local(run.path) else read_commit_record(run.stage_file("shards", shard))
+    with _open_tar(run, shard, record) as file:
         return _checked_sample(file, run, shard, row)
+
+
+@contextmanager
+def _open_tar(run: RunDir, shard: str, record: CommitRecord | None) -> Iterator[BinaryIO]:
+    """CorruptionError where it is gone. The record may be left out on a disk."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(run.open_tar(shard, str(record.extra["tar_sha256"]) if record else ""))
+        except FileNotFoundError:
+            raise damaged_tar(run.tar_path(shard), 0, "the file is gone") from None
+        yield file
 
 
 def _successful_rows(run: RunDir, shard: str) -> pa.Table:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from capfilt.data.paths import AnyPath
 from capfilt.errors import CorruptionError
 
 BLOCK = 512
@@ -71,30 +72,35 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> list[TarMembe
 
 
 def index_tar(path: Path) -> Iterator[TarMember]:
-    """Yield the members of a tar of ours from its headers alone, skipping contents.
+    """Yield the members of a tar of ours; see `index_members`."""
+    with open(path, "rb") as file:
+        yield from index_members(file, path)
+
+
+def index_members(file: BinaryIO, path: AnyPath) -> Iterator[TarMember]:
+    """Yield the members of an open tar of ours, which is `path` to people, from its headers alone, skipping contents.
 
     Raises CorruptionError for anything but plain members, two zero blocks and the end of the file.
     """
     seen: set[str] = set()
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        while (block := file.read(BLOCK)) != _END:
-            name, length = parse_header(path, block, file.tell() - len(block))
-            offset = file.tell()
-            if name in seen:
-                raise damaged_tar(path, offset - BLOCK, f"a second member named {name}")
-            if offset + length + 2 * BLOCK > size:
-                raise damaged_tar(path, offset, f"{name} reaches beyond the end of the file")
-            seen.add(name)
-            yield TarMember(name, offset, length)
-            file.seek(length, os.SEEK_CUR)
-            if file.read(-length % BLOCK).strip(b"\0"):
-                raise damaged_tar(path, offset + length, "padding that is not zero")
-        if file.read() != _END:
-            raise damaged_tar(path, size, "not exactly two zero blocks at the end")
+    size = os.fstat(file.fileno()).st_size
+    while (block := file.read(BLOCK)) != _END:
+        name, length = parse_header(path, block, file.tell() - len(block))
+        offset = file.tell()
+        if name in seen:
+            raise damaged_tar(path, offset - BLOCK, f"a second member named {name}")
+        if offset + length + 2 * BLOCK > size:
+            raise damaged_tar(path, offset, f"{name} reaches beyond the end of the file")
+        seen.add(name)
+        yield TarMember(name, offset, length)
+        file.seek(length, os.SEEK_CUR)
+        if file.read(-length % BLOCK).strip(b"\0"):
+            raise damaged_tar(path, offset + length, "padding that is not zero")
+    if file.read() != _END:
+        raise damaged_tar(path, size, "not exactly two zero blocks at the end")
 
 
-def parse_header(path: Path, block: bytes, position: int) -> tuple[str, int]:
+def parse_header(path: AnyPath, block: bytes, position: int) -> tuple[str, int]:
     """Give (name, length) of a plain member's header; `path` and `position` are for the message."""
     try:
         info = tarfile.TarInfo.frombuf(block, "ascii", "strict")
@@ -107,7 +113,7 @@ def parse_header(path: Path, block: bytes, position: int) -> tuple[str, int]:
     return info.name, info.size
 
 
-def read_member(file: BinaryIO, path: Path, name: str, offset: int, length: int) -> bytes:
+def read_member(file: BinaryIO, path: AnyPath, name: str, offset: int, length: int) -> bytes:
     """Read one member whose place is known, after checking that its header says the same."""
     file.seek(offset - BLOCK)
     found = parse_header(path, file.read(BLOCK), offset - BLOCK)
@@ -119,7 +125,7 @@ def read_member(file: BinaryIO, path: Path, name: str, offset: int, length: int)
     return content
 
 
-def damaged_tar(path: Path, position: int, what: str) -> CorruptionError:
+def damaged_tar(path: AnyPath, position: int, what: str) -> CorruptionError:
     """The error for a shard's tar that is not what was committed."""
     return CorruptionError(
         f"{path} is damaged at byte {position:,}: {what}. Restore {path.name} and {path.stem}.parquet from a "

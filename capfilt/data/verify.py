@@ -12,9 +12,11 @@ every key, to find keys that two shards share. What is looked at:
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +24,12 @@ import pyarrow as pa
 from capfilt.data.checks import CHECKS, check_human_manifest, check_manifest, check_shards
 from capfilt.data.commit import (
     CommitRecord,
-    file_sha256,
     input_digest,
     read_commit_record,
     read_quarantine,
     read_table,
 )
+from capfilt.data.paths import exists, is_local, size_of
 from capfilt.data.reconcile import check_counts, check_rows, check_tar, count_kept
 from capfilt.data.retries import attempts_of, is_retry, needs_stages, planned_shards, retry_shards
 from capfilt.data.rundir import STAGES, RunDir
@@ -190,18 +192,35 @@ def _verify_shard(run: RunDir, shard: str, deep: bool, report: Report) -> pa.Tab
     rows, record, quarantine = loaded
     tar, problems = run.tar_path(shard), list(check_shards(rows, quarantine))
     try:
-        if not tar.exists() or tar.stat().st_size != record.extra.get("tar_bytes"):
-            size = f"{tar.stat().st_size:,} bytes" if tar.exists() else "gone"
+        num_bytes = size_of(tar)
+        if num_bytes is None or num_bytes != record.extra.get("tar_bytes"):
+            size = "gone" if num_bytes is None else f"{num_bytes:,} bytes"
             raise ValueError(f"{tar.name} is {size}; {record.extra.get('tar_bytes'):,} bytes were committed")
-        num_members = check_tar(tar, rows, contents=deep)
-        if num_members != record.extra.get("tar_members"):
-            raise ValueError(f"{tar.name} has {num_members} members; {record.extra.get('tar_members')} committed")
-        if deep and file_sha256(tar) != record.extra.get("tar_sha256"):
-            raise ValueError(f"the bytes of {tar.name} are not those committed")
+        if deep or is_local(tar):  # to look into an object is to fetch it
+            _verify_members(run, shard, rows, record, deep=deep)
     except (ValueError, OSError, CorruptionError) as error:
         problems.append(str(error))
     _add(report.findings, "shards", shard, problems)
     return rows
+
+
+def _verify_members(run: RunDir, shard: str, rows: pa.Table, record: CommitRecord, *, deep: bool) -> None:
+    """Look into a tar. Raises ValueError or CorruptionError where it is not what was committed."""
+    tar, sha256 = run.tar_path(shard), str(record.extra.get("tar_sha256"))
+    with run.open_tar(shard, sha256, anew=True) as file:
+        num_members = check_tar(file, tar, rows, contents=deep)
+        if num_members != record.extra.get("tar_members"):
+            raise ValueError(f"{tar.name} has {num_members} members; {record.extra.get('tar_members')} committed")
+        if deep and _sha256_of(file) != sha256:
+            raise ValueError(f"the bytes of {tar.name} are not those committed")
+
+
+def _sha256_of(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while piece := file.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _verify_stages(
@@ -214,7 +233,7 @@ def _verify_stages(
         path = view.read_file(stage, shard)
         is_own = path == view.stage_file(stage, shard)
         folder = view.stage_file(stage, shard).parent.name
-        if not path.exists():
+        if not exists(path):
             if (view.generation, stage) in begun and needs_stages(read_commit_record(view.stage_file("shards", shard))):
                 _add(report.unfinished, folder, shard, [f"{path.name} is not there"])
             kept_before = None
@@ -252,7 +271,7 @@ def _verify_file(
             raise ValueError(f"{record.rows_in} rows came in; {table.num_rows} are there")
     except (ValueError, KeyError) as error:
         problems.append(str(error))
-    if "quarantine_seal" not in record.extra and view.quarantine_file(stage, shard).exists():
+    if "quarantine_seal" not in record.extra and exists(view.quarantine_file(stage, shard)):
         problems.append("there is a quarantine file that its commit record does not know")
     _add(report.findings, folder, shard, problems)
     counts = report.counts.setdefault(folder, StageCounts())
@@ -307,15 +326,15 @@ def _has_begun(view: RunDir, stage: str) -> bool:
 
 def _check_strays(run: RunDir, views: list[RunDir], shards: set[str], report: Report) -> None:
     """Tars without a commit record are what a crash leaves; stages of shards that are not there are not."""
-    for tar in sorted((run.path / "shards").glob("*.tar")):
-        if tar.stem not in shards:
-            _add(report.unfinished, "shards", tar.stem, [f"{tar.name} has no commit record"])
+    for name in run.tar_names():
+        if name not in shards:
+            _add(report.unfinished, "shards", name, [f"{name}.tar has no commit record"])
     for view in views:
         for stage in STAGES[1:]:
-            folder = view.stage_file(stage, "0").parent
-            for path in sorted(folder.glob("*.parquet")):
-                if path.stem not in shards:
-                    _add(report.findings, folder.name, path.stem, ["its shard is not committed"])
+            folder = view.stage_file(stage, "0").parent.name
+            for name in view.own_names(stage):
+                if name not in shards:
+                    _add(report.findings, folder, name, ["its shard is not committed"])
 
 
 def _check_plan(run: RunDir, shards: list[str], report: Report) -> None:
@@ -373,19 +392,19 @@ def _check_parameters(view: RunDir, report: Report) -> None:
         if stage == "shards" and view.generation is not None:
             continue
         first: tuple[str, str] | None = None
-        folder = view.stage_file(stage, "0").parent
-        for path in sorted(folder.glob("*.parquet")):
+        folder = view.stage_file(stage, "0").parent.name
+        for name in view.own_names(stage):
             try:
-                record = read_commit_record(path)
+                record = read_commit_record(view.stage_file(stage, name))
             except CapfiltError:
                 continue  # reported already
             if is_retry(record):
                 continue  # of limits of its own
             made_with = record.fingerprint
-            first = first or (made_with, path.stem)
+            first = first or (made_with, name)
             if made_with != first[0]:
                 problem = f"it was made with other parameters than shard {first[1]}"
-                _add(report.unfinished, folder.name, path.stem, [problem])
+                _add(report.unfinished, folder, name, [problem])
 
 
 def _add(findings: list[Finding], folder: str, shard: str, problems: list[str]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from capfilt.data.labels import PairLabel
 from capfilt.data.manifest import iterate_manifest, read_manifest
+from capfilt.data.paths import local_path
 from capfilt.data.rundir import RunDir
 from capfilt.data.texts import clean_for_terminal
 from capfilt.errors import UsageError
@@ -77,7 +78,7 @@ def join_labels(run: RunDir, labels: Sequence[PairLabel], score: str, *, allow_u
 
 def label_by_world(run: RunDir, score: str) -> LabelledPairs:
     """The scored pairs of a run of the miniature world, judged by its truth. UsageError for other runs."""
-    truth = run.path / "world" / "truth.parquet"
+    truth = local_path(run.path, "The truth of a miniature world lies beside its run, not on") / "world/truth.parquet"
     if not truth.is_file():
         raise UsageError(
             f"{run.path} has no world/truth.parquet: only runs of the miniature world have it. Make one: `capfilt run "

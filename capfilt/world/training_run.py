@@ -61,7 +61,7 @@ def write_world_run(
     starts = range(0, settings.num_scenes, settings.scenes_per_shard)
     progress.start("scenes", settings.num_scenes, "scene")
     with run.lock(), ProcessPoolExecutor(num_processes) as pool:
-        for shard_size in pool.map(_write_shard, [(run.path, settings, start) for start in starts]):
+        for shard_size in pool.map(_write_shard, [(path, settings, start) for start in starts]):
             progress.advance(shard_size)
     progress.finish()
     return run
@@ -84,7 +84,7 @@ def _write_shard(task: tuple[Path, WorldRunSettings, int]) -> int:
             commit_stage(run, "shards", shard, table, fields=fields, input_digest=origin, rows_in=size, tar=tar)
     names = ("captions_per_scene", "false_captions_per_scene")
     manifest_fields = {"world": 2} | {name: getattr(settings, name) for name in names}
-    digest = file_sha256(run.stage_file("shards", shard))
+    digest = file_sha256(path / "shards" / f"{shard}.parquet")
     if stage_state(run, "manifest", shard, manifest_fields, digest) != "done":
         facts = read_table(run.stage_file("shards", shard), columns=["key", "width", "height", "sha256"])
         rows = _manifest_rows(settings, shard, start, facts.to_pylist())

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,9 @@ def test_a_download_onto_a_disk_that_fills(tmp_path: Path, figure: Figure) -> No
                         filler.write(bytes(PAGE_BYTES))
                 except OSError:
                     pass
-                return process.poll() is not None or any(disk.glob("run/.staging/*/*-[1-9]"))
+                with suppress(FileNotFoundError):  # what is looked through may be removed meanwhile
+                    return process.poll() is not None or any(disk.glob("run/.staging/*/*-[1-9]"))
+                return False
 
             wait_for(is_met, 120)
             was_begun_again = process.poll() is None

@@ -1,0 +1,165 @@
+"""The commands at a run on an object store: all that they do at one on a disk; by several workers, in a training."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from capfilt.data.commit import read_table
+from capfilt.data.manifest import read_manifest
+from capfilt.data.rundir import RunDir
+from capfilt.data.verify import verify_run
+from capfilt.models.ranks import Ranks
+from capfilt.settings import TrainSettings
+from capfilt.train.batches import iterate_batches
+from capfilt.train.pairs import read_pairs
+from capfilt.world.site import SiteSettings, WorldSite
+from tests.cli.conftest import QUIET, capfilt, capfilt_process
+from tests.curate.downloads import rows_of
+from tests.curate.small_runs import Models, save_models
+from tests.curate.test_import_shards import picture, write_foreign
+from tests.train.small_models import save_blip
+
+NUM_TARS, NUM_SAMPLES = 4, 9
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tars(tmp_path_factory.mktemp("tars"))
+
+
+@pytest.fixture
+def recipe(models: Models, tmp_path: Path) -> Path:
+    (tmp_path / "small.toml").write_text(models.recipe(num_captions=3))
+    return tmp_path / "small.toml"
+
+
+def write_tars(folder: Path) -> Path:
+    """Tars to import; one picture of each cannot be decoded."""
+    for number in range(NUM_TARS):
+        members = [(f"{number}bad.jpg", b"no picture"), (f"{number}bad.txt", b"bad")]
+        for sample in range(NUM_SAMPLES):
+            key = f"{number}{sample}"
+            members += [(f"{key}.jpg", picture(int(key))), (f"{key}.txt", b"a red dog")]
+        write_foreign(folder / f"{number}.tar", members)
+    return folder
+
+
+def rows_of_stages(place: str | Path) -> dict[str, Any]:
+    """The rows of all stages."""
+    run = RunDir.open(place)
+    return {
+        f"{stage}/{shard}": read_table(run.stage_file(stage, shard))
+        for stage in ("shards", "captions", "clip", "itm", "manifest")
+        for shard in run.committed(stage)
+    }
+
+
+def test_every_command(address: str, tars: Path, recipe: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "run"
+    for place in (disk, address):
+        for command in (
+            ("import", tars / "*.tar", place), ("run", recipe, place),
+            ("select", place, "--threshold", "0.3"), ("select", place, "--threshold", "0.5"),
+            ("verify", place, "--deep"), ("export", place, "--output", tmp_path / "pairs.csv", "--overwrite"),
+            ("report", place, "--output", tmp_path / "page.html", "--overwrite"),
+        ):  # fmt: skip
+            done = capfilt(*command)
+            assert done.code == 0, (command, done)
+    assert rows_of_stages(address) == rows_of_stages(disk)
+    mine, theirs = (capfilt("stats", place, "--json").json() for place in (address, disk))
+    assert mine.pop("run") == address
+    assert theirs.pop("run") == str(disk)
+    assert mine == theirs
+    again = capfilt("run", recipe, address, "--dry-run", "--probe", 4)
+    assert "36 images in 4 shards" in again.out
+    assert "an object store" in again.out
+    assert f"capfilt run {recipe} {address}" in again.err
+    assert "Nothing to import" in capfilt("import", tars / "*.tar", address).out
+
+
+def test_a_download_and_its_failures_tried_again(address: str, tmp_path: Path) -> None:
+    with WorldSite(SiteSettings(num_urls=60, behaviour_shares=QUIET)) as site:
+        table = site.write_table(tmp_path / "urls.parquet")
+        options = ("--allow-private-addresses", "--timeout", 5, "--num-processes", 1)
+        for place in (tmp_path / "run", address):
+            done = capfilt("download", table, place, "--num-shards", 3, *options)
+            assert done.code == 0, done.err
+            done = capfilt("retry", place, "--reason", "not_found", *options)
+            assert done.code == 0, done.err
+            assert capfilt("verify", place, "--deep").code == 0
+    disk, store = (
+        [{name: value for name, value in row.items() if name != "error_message"} for row in rows_of(RunDir.open(place))]
+        for place in (tmp_path / "run", address)
+    )
+    assert store == disk
+
+
+def test_a_training_reads_from_the_store_within_the_bound(
+    address: str, tars: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPFILT_CACHE_BYTES", "90000")  # two tars of four
+    save_blip(tmp_path / "blip", captioner=True)
+    losses = {}
+    for place in (str(tmp_path / "run"), address):
+        assert capfilt("import", tars / "*.tar", place).code == 0
+        assert capfilt("run", recipe, place).code == 0
+        assert capfilt("select", place, "--threshold", 0).code == 0
+    for place in (str(tmp_path / "run"), address):
+        output = tmp_path / f"model-{len(losses)}"
+        done = capfilt(
+            "train", "captioner", place, "--init", tmp_path / "blip", "--output", output, "--max-steps", 6,
+            "--batch-size", 8, "--json",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        losses[place] = done.json()["last_losses"]
+    assert losses[address] == losses[str(tmp_path / "run")]
+    kept = sum(path.stat().st_size for path in (tmp_path / "cache" / "tars").glob("*"))
+    assert 0 < kept <= 90000
+    whole = {  # streamed: shard by shard, by two ranks, each its own
+        place: [
+            batch
+            for rank in range(2)
+            for batch in itertools.islice(
+                iterate_batches(
+                    read_pairs([RunDir.open(place)], image_size_px=16, memory_limit_bytes=0),
+                    TrainSettings(batch_size=4), ranks=Ranks(rank, 2),
+                ), 6
+            )
+        ]
+        for place in losses
+    }  # fmt: skip
+    for mine, theirs in zip(whole[address], whole[str(tmp_path / "run")], strict=True):
+        assert mine.keys == theirs.keys
+        np.testing.assert_array_equal(mine.pixels, theirs.pixels)
+
+
+def test_by_workers_of_a_cluster(address: str, tars: Path, recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    for place in (tmp_path / "run", address):
+        assert capfilt("import", tars / "*.tar", place).code == 0
+    assert capfilt("run", recipe, tmp_path / "run").code == 0
+    process = capfilt_process("run", recipe, address, "--engine", "ray", "--num-workers", 2, "--cpus-per-worker", 1)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert rows_of_stages(address) == rows_of_stages(tmp_path / "run")
+    assert read_manifest([RunDir.open(address)]).num_rows > 0
+    assert verify_run(RunDir.open(address), deep=True).exit_code == 0
+
+
+def test_what_needs_a_disk_says_so(address: str) -> None:
+    done = capfilt("run", "quickstart", address)
+    assert done.code == 2
+    assert "a folder of this machine is needed there" in done.err
+    assert capfilt("stats", address).code == 2
+    assert capfilt("download", "urls.csv", "gs://bucket/run").code == 2
+    assert "pip install 'capfilt[gs]'" in capfilt("stats", "gs://bucket/run").err
