@@ -2,10 +2,10 @@
 
     python -m benchmarks.planning [--shards 1000000] [--folder build/bench-planning]
 
-In: nothing. The run is made once and stays for the next time: every shard has a commit record of 10,000 images, four
-rows and no tar, as planning looks at records alone. Out: a line for each number of shards, a tenth of them first. An
-engine that ends where the first shard would be handed out stands for the workers; peaks are of the process's resident
-memory.
+In: nothing. The run is made once and stays for the next time: every tenth shard has a commit record of 10,000 images,
+four rows and no tar; the others are further names of such a file, as planning reads the records of a part alone. Out: a
+line for each number of shards, a tenth of them first. An engine that ends where the first shard would be handed out
+stands for the workers; peaks are of the process's resident memory.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tests.curate.small_runs import make_run
 ROWS = 10_000
 GOAL_SECONDS, GOAL_MB = 60.0, 1000.0
 PIECE = 10_000
+OWN_RECORD_EVERY = 10
 
 
 class PlannedError(Exception):
@@ -51,11 +52,11 @@ def make(path: Path, num_shards: int) -> None:
         return
     shutil.rmtree(path, ignore_errors=True)
     run = make_run(path, num_shards=1, num_samples=4)
-    run.tar_path("00000").unlink()
+    (path / "shards" / "00000.tar").unlink()
     table, record = read_stage(run.stage_file("shards", "00000"))
     extra = record.extra | {"num_shards": num_shards, "source_rows": num_shards * ROWS}
     record = replace(record, rows_in=ROWS, rows_kept=ROWS, extra=extra)
-    run.stage_file("shards", "00000").write_bytes(sealed_bytes(table, asdict(record)))
+    (path / "shards" / "00000.parquet").write_bytes(sealed_bytes(table, asdict(record)))
     pieces = [(path, range(start, min(start + PIECE, num_shards))) for start in range(1, num_shards, PIECE)]
     with multiprocessing.get_context("spawn").Pool() as pool:
         pool.starmap(_make_piece, pieces, chunksize=1)
@@ -65,8 +66,12 @@ def make(path: Path, num_shards: int) -> None:
 def _make_piece(path: Path, numbers: range) -> None:
     run = RunDir.open(path)
     table, record = read_stage(run.stage_file("shards", "00000"))
-    for shard in map("{:05d}".format, numbers):
-        run.stage_file("shards", shard).write_bytes(sealed_bytes(table, asdict(replace(record, shard=shard))))
+    for number in numbers:
+        file = path / "shards" / f"{number:05d}.parquet"
+        if number % OWN_RECORD_EVERY and number != numbers[0]:
+            os.link(path / "shards" / f"{numbers[0]:05d}.parquet", file)
+        else:
+            file.write_bytes(sealed_bytes(table, asdict(replace(record, shard=file.stem))))
 
 
 def plan(path: Path) -> None:

@@ -19,6 +19,7 @@ from capfilt.cli.options import (
     MaxNewTokens,
     MinNewTokens,
     NumBeams,
+    References,
     WriterBatchSize,
     WriterImageEncoder,
     WriterLlm,
@@ -52,14 +53,7 @@ SaveResults = Annotated[
 
 @app.command("captions")
 def captions(
-    references: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE|RUN",
-            help="COCO captions JSON, Karpathy JSON, Flickr8k token file, or a run.",
-            show_default=False,
-        ),
-    ],
+    references: References,
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="Stage-2 model or BLIP captioner: folder, hub id or .pth.")
     ] = None,

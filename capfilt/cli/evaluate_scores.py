@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from capfilt.cli.console import command, note, open_progress, say, say_json
-from capfilt.cli.options import AsJson, BatchSize, Device, Dtype, Generation, Resizer, refuse_idle
+from capfilt.cli.options import AsJson, BatchSize, Device, Dtype, Generation, References, Resizer, refuse_idle
+from capfilt.data.paths import AnyPath, path_of
 from capfilt.errors import UsageError
 from capfilt.settings import DTYPES, FilterSettings, RankSettings
 
@@ -29,14 +30,7 @@ def retrieval(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="BLIP filter, ALBEF or stage-1 model: folder, hub id, original .pth.")
     ],
-    references: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE|RUN",
-            help="COCO captions JSON, Karpathy JSON, Flickr8k token file, or a run.",
-            show_default=False,
-        ),
-    ],
+    references: References,
     images: ImagesDir = None,
     split: Annotated[
         list[str] | None,
@@ -157,7 +151,8 @@ def filter_(
         ),
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="The run whose keys --pairs names.", show_default=False)
+        AnyPath | None,
+        typer.Option(metavar="RUN", help="The run whose keys --pairs names.", show_default=False, parser=path_of),
     ] = None,
     judgments: Annotated[
         Path | None,
@@ -228,7 +223,7 @@ def filter_(
         judged = read_judgments(judgments, captions, images)
         found, found_judgments = score_judged(load_scorer(), judged, open_progress())
     else:
-        found = _join(Path(source), labels, generation, score, allow_unjoined=allow_unjoined)
+        found = _join(source, labels, generation, score, allow_unjoined=allow_unjoined)
     report = report_filter(found, options, found_judgments)
     if as_json:
         say_json(report)
@@ -251,7 +246,7 @@ _USED_WITH = {
 _OF_ONE_WAY = {name for names in _USED_WITH.values() for name in names}
 
 
-def _read_pairs(pairs: Path, images: Path | None, run: Path | None) -> list[LabelledImageText]:
+def _read_pairs(pairs: Path, images: Path | None, run: AnyPath | None) -> list[LabelledImageText]:
     """Labelled pairs of a file; its images lie below --images, or beside it."""
     from capfilt.data.labels import read_labelled_texts
     from capfilt.data.rundir import RunDir
@@ -261,7 +256,7 @@ def _read_pairs(pairs: Path, images: Path | None, run: Path | None) -> list[Labe
     return locate_images(read_labelled_texts(pairs), images or pairs.parent, opened)
 
 
-def _join(run: Path, labels: Path | None, generation: str | None, score: str, *, allow_unjoined: bool) -> LabelledPairs:
+def _join(run: str, labels: Path | None, generation: str | None, score: str, *, allow_unjoined: bool) -> LabelledPairs:
     """A run's scores beside the labels of a file, or beside the world's truth."""
     from capfilt.data.labels import read_pair_labels
     from capfilt.data.rundir import RunDir

@@ -18,6 +18,15 @@ Runs = Annotated[
     list[AnyPath],
     typer.Argument(metavar="RUN...", help=f"One or more runs: each {_PLACE}.", show_default=False, parser=path_of),
 ]
+References = Annotated[
+    AnyPath,
+    typer.Option(
+        metavar="FILE|RUN",
+        help="COCO captions JSON, Karpathy JSON, Flickr8k token file, or a run.",
+        show_default=False,
+        parser=path_of,
+    ),
+]
 Generation = Annotated[
     str | None,
     typer.Option("--generation", metavar="NAME", help="Work in a named generation of results beside the default one."),

@@ -15,6 +15,7 @@ from pathlib import Path
 from capfilt.data.image_sources import ImageSource, check_images_dir, find_image, iterate_shard_images
 from capfilt.data.json_lists import Entry, Id, as_id, read_entries
 from capfilt.data.manifest import iterate_manifest
+from capfilt.data.paths import AnyPath
 from capfilt.data.rundir import RunDir
 from capfilt.data.text_lines import read_lines
 from capfilt.errors import UsageError
@@ -50,17 +51,17 @@ class JudgedPair:
 
 
 def read_captioned_images(
-    path: Path,
+    path: AnyPath,
     images_dir: Path | None = None,
     *,
     splits: Sequence[str] | None = None,
     generation: str | None = None,
 ) -> list[CaptionedImage]:
-    """Any of the forms of this module, told by the content.
+    """Any of the forms of this module, told by the content; on an object store a run alone.
 
     `splits` belongs to Karpathy files (None: test) and `generation` to runs; for others they are refused.
     """
-    if path.is_dir():
+    if not isinstance(path, Path) or path.is_dir():
         _refuse(splits, "--split", path, "a run")
         return list(read_run(RunDir.open(path, generation)))
     _refuse(generation, "--generation", path, "no run")
@@ -204,7 +205,7 @@ def _stripped(captions: Iterable[str]) -> tuple[str, ...]:
     return tuple(text for caption in captions if (text := caption.strip()))
 
 
-def _refuse(given: object, option: str, path: Path, what: str) -> None:
+def _refuse(given: object, option: str, path: AnyPath, what: str) -> None:
     if given:
         raise UsageError(f"{option} is given, but {path} is {what}. Leave {option} out.")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from capfilt.data.annotations import CaptionedImage, read_captioned_images
 from capfilt.data.json_lists import Id
+from capfilt.data.paths import AnyPath
 from capfilt.data.result_files import write_caption_results
 from capfilt.errors import UsageError
 from capfilt.evaluate.caption_metrics import check_tokenizer, score_captions
@@ -68,7 +69,7 @@ class CaptionEvaluation:
 
 
 def read_references(
-    path: Path,
+    path: AnyPath,
     images_dir: Path | None = None,
     *,
     splits: Sequence[str] | None = None,
@@ -76,7 +77,7 @@ def read_references(
 ) -> list[CaptionedImage]:
     """`read_captioned_images`; of a run those images that have a kept caption. UsageError where there are none."""
     images = read_captioned_images(path, images_dir, splits=splits, generation=generation)
-    if path.is_dir():
+    if not isinstance(path, Path) or path.is_dir():
         images = [image for image in images if image.captions]
     if not images:
         raise UsageError(f"{path} keeps no caption of any image. Lower the threshold: `capfilt select {path}`.")

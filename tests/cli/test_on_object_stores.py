@@ -64,7 +64,7 @@ def rows_of_stages(place: str | Path) -> dict[str, Any]:
     }
 
 
-def test_every_command(address: str, tars: Path, recipe: Path, tmp_path: Path) -> None:
+def test_every_command(address: str, tars: Path, models: Models, recipe: Path, tmp_path: Path) -> None:
     disk = tmp_path / "run"
     for place in (disk, address):
         for command in (
@@ -80,6 +80,14 @@ def test_every_command(address: str, tars: Path, recipe: Path, tmp_path: Path) -
     assert mine.pop("run") == address
     assert theirs.pop("run") == str(disk)
     assert mine == theirs
+    (tmp_path / "labels.csv").write_text("key,caption_index,label\n00,-1,1\n01,-1,0\n02,-1,1\n")
+    for words in (
+        ("retrieval", models.root / "filter", "--references"), ("filter", "--labels", tmp_path / "labels.csv"),
+    ):  # fmt: skip
+        found = [capfilt("evaluate", *words, place, "--json") for place in (address, disk)]
+        assert [done.code for done in found] == [0, 0], found
+        mine, theirs = (done.json() for done in found)
+        assert mine | {"seconds": 0} == theirs | {"seconds": 0}
     again = capfilt("run", recipe, address, "--dry-run", "--probe", 4)
     assert "36 images in 4 shards" in again.out
     assert "an object store" in again.out
