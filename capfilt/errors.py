@@ -2,6 +2,7 @@
 
     CapfiltError                    1   the run is incomplete, or another failure that a message explains
     ├── CommittedError              1   what was to be committed is there already
+    ├── StoreError                  1   an object store, or the cache of its tars, does not do what is asked
     ├── UsageError                  2   a wrong option, path, column, recipe or file given by the user
     │   └── MissingPackageError     2   an optional package is not installed
     ├── FingerprintMismatchError    3   the run holds results made with other parameters
@@ -23,6 +24,10 @@ class CapfiltError(Exception):
 
 class CommittedError(CapfiltError):
     """A stage of a shard is committed already."""
+
+
+class StoreError(CapfiltError):
+    """An object store, or this machine's cache of its tars, does not do what is asked: nothing is known of a file."""
 
 
 class UsageError(CapfiltError):

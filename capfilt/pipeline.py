@@ -131,9 +131,9 @@ def stages_of(recipe: Recipe) -> list[str]:
 def training_dir(run_path: AnyPath, name: str, generation: str | None) -> Path:
     """Where a training with that `output` saves its model: RUN/stage1, or RUN/stage1@NAME in a generation.
 
-    Of a run on an object store: below runs/ and the run's last name, on this machine.
+    Of a run on an object store: runs/BUCKET/RUN of this machine.
     """
-    folder = run_path if isinstance(run_path, Path) else Path("runs", run_path.name)
+    folder = run_path if isinstance(run_path, Path) else Path("runs", *str(run_path).split("/")[2:])
     return folder / (name if generation is None else f"{name}@{generation}")
 
 
@@ -156,8 +156,8 @@ def open_further_runs(section: TrainingSection, run_path: AnyPath) -> list[RunDi
     found = []
     for name in section.data.runs:
         path = path_of(name)
-        path = path.expanduser() if isinstance(path, Path) else path
-        if str(path.absolute()) == str(run_path.absolute()):
+        path = path.expanduser().resolve() if isinstance(path, Path) else path
+        if path == (run_path.resolve() if isinstance(run_path, Path) else run_path):
             raise UsageError(f"[train.{section.name}] names {name} in runs, which is the recipe's own. Leave it out.")
         try:
             run = RunDir.open(path)

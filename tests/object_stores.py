@@ -79,7 +79,7 @@ def objects_of(address: str) -> dict[str, str]:
 
 
 class Way:
-    """A port that leads to another one; see `cut_after` and `seconds_per_piece`."""
+    """A port that leads to another one, and does to what passes what a test asks for."""
 
     def __init__(self, to_port: int) -> None:
         self.port, self._to_port = _free_port(), to_port
@@ -88,6 +88,10 @@ class Way:
         self.cut_after: int | None = None
         """Bytes to the server after which every connection ends in the middle; None: none does."""
         self.num_cut = 0
+        self.lost_answer: int | None = None
+        """Of the answers from now on, the one that never arrives, and its connection ends."""
+        self.replaced: dict[bytes, bytes] = {}
+        """What stands for what, of one length."""
         self._listener = socket.create_server(("127.0.0.1", self.port))
         self._ended = False
         threading.Thread(target=self._accept, daemon=True).start()
@@ -115,6 +119,13 @@ class Way:
             while piece := source.recv(1 << 16):
                 carried += len(piece)
                 time.sleep(self.seconds_per_piece)
+                for old, new in self.replaced.items():
+                    piece = piece.replace(old, new)
+                if not is_upload and self.lost_answer is not None:
+                    self.lost_answer -= 1
+                    if self.lost_answer < 0:
+                        self.lost_answer = None
+                        break
                 if is_upload and self.cut_after is not None and carried > self.cut_after:
                     self.num_cut += 1
                     break

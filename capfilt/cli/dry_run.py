@@ -39,7 +39,7 @@ def show_plan(
         told = found and asdict(found) | {
             "hours": found.hours, "cost": _cost(found, price_per_hour), "fits": found.fits,
         }  # fmt: skip
-        say_json({"recipe": recipe.path, "run": path, "steps": steps, "estimate": told})
+        say_json({"recipe": recipe.path, "run": str(path), "steps": steps, "estimate": told})
     else:
         say(f"{recipe.path}: {clean(recipe.description)}")
         say(f"run directory: {clean(path)}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -38,6 +39,9 @@ __all__ = [
     "CommitRecord", "Quarantined", "canonical_json", "commit_stage", "file_sha256",
     "fingerprint", "input_digest", "read_commit_record", "read_quarantine", "read_stage", "read_table", "stage_state",
 ]  # fmt: skip
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +282,9 @@ def _checked_record(path: AnyPath, record: Mapping[str, Any], num_rows: int) -> 
     counts = (parsed.rows_in, parsed.rows_kept, parsed.rows_rejected, parsed.rows_quarantined)
     if not all(type(count) is int for count in counts) or not isinstance(parsed.extra, dict):
         raise damaged(path, "its commit record has entries of the wrong type")
+    digests = [parsed.extra[name] for name in ("tar_sha256", "quarantine_seal") if name in parsed.extra]
+    if not all(isinstance(digest, str) and _SHA256.fullmatch(digest) for digest in digests):
+        raise damaged(path, "its commit record has a digest that is none")
     folder = path.parent.name.partition("@")[0]
     if (parsed.stage, parsed.shard) != (folder, path.stem):
         raise damaged(path, f"it is the file of {parsed.stage} of shard {parsed.shard}")

@@ -3,18 +3,20 @@
 In: a prefix of an object store. Out: a `Lease` that is held until it is released, is lost, or its process ends.
 
     RUN/.lock/00000007   the command that holds the run, or held it last; the highest number counts
-    RUN/.workers/ID      a process that works for it elsewhere
+    RUN/.workers/ID      a process that works for the command of that number elsewhere
 
 Number N + 1 is made by a put that replaces nothing, so of several who see N free, or dead, one gets it. Only who made
 an object writes it again. A holder whose object has not changed for LEASE_SECONDS, by the clock of who watches it, is
-dead; a holder that could not write for as long knows that it may be taken for dead, and publishes nothing more. A
-process of the same machine (boot, process namespace) is asked for directly.
+dead. Who could not write for as long, or sees a higher number, knows that others may be at work by now, and publishes
+nothing more. A process of the same machine (boot, process namespace) is asked for directly.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -22,8 +24,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from capfilt.data.paths import answered, names_in, remove
-from capfilt.errors import CapfiltError, RunLockedError
+from capfilt.data.paths import http_status, names_in, put, read_bytes, remove
+from capfilt.data.texts import clean_for_terminal
+from capfilt.errors import RunLockedError, StoreError
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -32,128 +35,200 @@ LEASE_SECONDS = 30.0
 BEAT_SECONDS = 5.0
 
 FREE = "free"
+_NUMBER = re.compile(r"[0-9]{8}")
+_MAX_BYTES = 1 << 16
+_LOG = logging.getLogger("capfilt")
 
 
 class Lease:
-    """One object that says that this process is alive."""
+    """One object that says that this process is alive, while no higher number of the lock is there than its own."""
 
-    def __init__(self, path: UPath) -> None:
-        """Raises FileExistsError where the object is there."""
-        self._path = path
+    def __init__(self, path: UPath, lock: UPath, number: int) -> None:
+        """Raises FileExistsError where the object is there, or a higher number."""
+        self.path, self._lock, self._number = path, lock, number
         self._facts = {"id": uuid4().hex, **_this_process()}
         self._beats, self._lost_to = 0, ""
-        self._ended = threading.Event()
-        self._valid_until = time.monotonic() + LEASE_SECONDS
-        self._write("create")
+        self._valid_until = _now() + LEASE_SECONDS
+        if not put_new(path, self._content()):
+            raise FileExistsError(str(path))
+        if _highest(lock) > number:
+            remove(path)
+            raise FileExistsError(str(path))
+        self._beating, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
 
-    def require(self) -> None:
-        """Raise RunLockedError where others may take this process for dead by now."""
-        if self._lost_to or time.monotonic() > self._valid_until:
+    def seconds_left(self) -> float:
+        """For how long nobody takes this process for dead. RunLockedError where they may by now."""
+        if not self._lost_to and _now() >= self._valid_until:
+            self._beat()  # nobody may have noticed
+        if self._lost_to or _now() >= self._valid_until:
             by = self._lost_to or f"nobody yet, but the store was not reached for {LEASE_SECONDS:.0f} s"
             raise RunLockedError(
-                f"This process no longer holds {self._path.parent.parent}: held by {by}. What it has not published "
+                f"This process no longer holds {self._lock.parent}: held by {by}. What it has not published "
                 "by now does not count. Repeat the command; it goes on from what is committed."
             )
+        return self._valid_until - _now()
 
-    def release(self, *, is_free: bool) -> None:
-        """Stop; the object stays, as free, or goes."""
+    def release(self) -> None:
+        """Stop, and say so."""
         self._ended.set()
         self._thread.join()
-        with suppress(CapfiltError):  # then it expires
-            if is_free and not self._lost_to:
-                self._facts[FREE] = True
-                self._write("overwrite")
+        with suppress(StoreError):  # then it expires
+            if self._lost_to:
+                remove(self.path)
             else:
-                remove(self._path)
+                self._facts[FREE] = True
+                put(self.path, self._content(), mode="overwrite", seconds=BEAT_SECONDS)
 
     def _keep(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
-            began = time.monotonic()
-            with suppress(CapfiltError):  # tried again until it is too late
-                if later := _later_than(self._path):
-                    self._lost_to = f"a later command ({later})"
-                    return
-                self._write("overwrite")
+        while not self._lost_to and not self._ended.wait(BEAT_SECONDS):
+            self._beat()
+
+    def _beat(self) -> None:
+        """Say it once; the lease is longer by that where no higher number is there afterwards."""
+        with self._beating, suppress(Exception):  # the next one may get through; if none does, it expires
+            began = _now()
+            put(self.path, self._content(), mode="overwrite", seconds=LEASE_SECONDS / 3)
+            if (highest := _highest(self._lock)) > self._number:
+                self._lost_to = f"a later command ({highest:08d})"
+            else:
                 self._valid_until = began + LEASE_SECONDS
 
-    def _write(self, mode: str) -> None:
+    def _content(self) -> bytes:
         self._beats += 1
-        content = json.dumps(self._facts | {"beats": self._beats}).encode()
-        with answered(self._path):
-            self._path.fs.pipe_file(self._path.path, content, mode=mode)
+        return json.dumps(self._facts | {"beats": self._beats}).encode()
 
 
-def take_lease(folder: UPath) -> Lease:
+def take_lock(folder: UPath) -> Lease:
     """The next lease of a folder. RunLockedError where it is held; waits where the holder may be dead."""
     while True:
-        name = max(names_in(folder), default="")
-        if name:
-            _wait_until_dead(folder / name, folder.parent)
+        number = _highest(folder)
+        holder = folder / f"{number:08d}"
+        beats = _wait_until_dead(holder)
         try:
-            lease = Lease(folder / f"{int(name or 0) + 1:08d}")
+            lease = Lease(folder / f"{number + 1:08d}", folder, number + 1)
         except FileExistsError:
             continue  # another was faster
-        for former in names_in(folder):
-            if name and former <= name:
-                remove(folder / former)
+        found = _read(holder)
+        if found is not None and _beats_of(found) != beats and not found.get(FREE):  # it came back at the last moment
+            lease.release()
+            raise _locked(folder.parent, found)
+        for name in names_in(folder):
+            if _NUMBER.fullmatch(name) and int(name) <= number:
+                remove(folder / name)
         return lease
 
 
+def join_lock(folder: UPath, workers: UPath) -> Lease:
+    """A lease of a process that works for the command that holds the lock now."""
+    return Lease(workers / f"worker-{uuid4().hex}", folder, _highest(folder))
+
+
 def wait_for_end_of_all(folder: UPath) -> None:
-    """Return when no lease of a folder is alive. Those that are gone are removed."""
-    for name in sorted(names_in(folder)):
-        _wait_until_dead(folder / name, folder.parent, patient=True)
+    """Return when no lease of a folder is alive, and remove them. RunLockedError where one lives on."""
+    began = _now()
+    last: dict[str, tuple[object, float]] = {}
+    names = names_in(folder)
+    waiting = set(names)
+    while waiting:
+        for name in sorted(waiting):
+            holder = _read(folder / name)
+            beats = _beats_of(holder)
+            if name not in last or last[name][0] != beats:
+                last[name] = beats, _now()
+            if _has_ended(holder) or _now() - last[name][1] > LEASE_SECONDS:
+                waiting.discard(name)
+            elif _now() - began > 2 * LEASE_SECONDS:
+                raise _locked(folder.parent, holder or {})
+        if waiting:
+            _say_that_one_waits(folder.parent, began)
+            time.sleep(_pause())
+    for name in names:
         remove(folder / name)
 
 
-def _wait_until_dead(path: UPath, run: UPath, *, patient: bool = False) -> None:
-    """Return when the holder of an object has ended. RunLockedError where it lives, or for the patient, lives on."""
-    end = time.monotonic() + 2 * LEASE_SECONDS
+def put_new(path: UPath, content: bytes, seconds: float | None = None) -> bool:
+    """Put an object that is not there yet; False where another one is. A put whose answer was lost counts."""
+    while True:
+        try:
+            put(path, content, mode="create", seconds=seconds)
+        except FileExistsError:
+            with suppress(FileNotFoundError, ValueError):
+                return read_bytes(path, len(content)) == content
+            return False
+        except StoreError as error:
+            if http_status(error) != 409:  # S3's answer to two at a time: ask again
+                raise
+            time.sleep(_pause())
+        else:
+            return True
+
+
+def _wait_until_dead(path: UPath) -> object:
+    """Give the last beat of a holder that has ended. RunLockedError where it lives."""
+    began = since = _now()
     holder = _read(path)
-    beats = holder and holder.get("beats")
-    expires = time.monotonic() + LEASE_SECONDS
-    while holder is not None and not holder.get(FREE) and not _is_dead_here(holder):
-        if time.monotonic() > expires:
-            return
-        if holder.get("beats") != beats:
-            if not patient or time.monotonic() > end:
-                raise _locked(run, holder)
-            beats, expires = holder.get("beats"), time.monotonic() + LEASE_SECONDS
-        if _lives_here(holder) and not patient:
-            raise _locked(run, holder)
-        time.sleep(min(1.0, BEAT_SECONDS / 4))
+    beats = _beats_of(holder)
+    while not _has_ended(holder):
+        assert holder is not None
+        if _beats_of(holder) != beats or _is_alive_here(holder):
+            raise _locked(path.parent.parent, holder)
+        if _now() - since > LEASE_SECONDS:
+            break
+        _say_that_one_waits(path.parent.parent, began)
+        time.sleep(_pause())
         holder = _read(path)
+    return beats
+
+
+def _say_that_one_waits(run: UPath, began: float) -> None:
+    seconds = _now() - began
+    if seconds <= _pause():
+        _LOG.warning("%s: waiting for up to %.0f s until who worked there is known to have ended.", run, LEASE_SECONDS)
+
+
+def _pause() -> float:
+    return min(1.0, BEAT_SECONDS / 4)
 
 
 def _locked(run: UPath, holder: dict[str, Any]) -> RunLockedError:
+    pid, host = holder.get("pid"), clean_for_terminal(str(holder.get("host")), 100)
+    end = f", or end it there: kill {pid}" if isinstance(pid, int) else ""
+    who = f"process {pid} of {host}" if isinstance(pid, int) else "a process that does not say who it is"
     return RunLockedError(
-        f"{run} is in use by process {holder.get('pid')} of {holder.get('host')}; one command at a time may write to a "
-        f"run. Wait for it to end, or end it there: kill {holder.get('pid')}"
+        f"{run} is in use by {who}; one command at a time may write to a run. Wait for it to end{end}"
     )
 
 
 def _read(path: UPath) -> dict[str, Any] | None:
+    """What a holder says; nothing where it is not understood, None where there is none."""
     try:
-        with answered(path):
-            found = json.loads(path.fs.cat_file(path.path))
+        found = json.loads(read_bytes(path, _MAX_BYTES))
     except FileNotFoundError:
         return None
+    except ValueError:
+        return {}
     return found if isinstance(found, dict) else {}
 
 
-def _later_than(path: UPath) -> str:
-    """The highest name in the folder of a numbered lease where it is another, higher one."""
-    if not path.name.isdecimal():
-        return ""
-    highest = max(names_in(path.parent), default="")
-    return highest if highest > path.name else ""
+def _beats_of(holder: dict[str, Any] | None) -> object:
+    return None if holder is None else holder.get("beats")
+
+
+def _highest(folder: UPath) -> int:
+    return max((int(name) for name in names_in(folder) if _NUMBER.fullmatch(name)), default=0)
+
+
+def _now() -> float:
+    """Seconds that go on while the machine sleeps."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 def _this_process() -> dict[str, Any]:
-    facts: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
-    return facts | {"machine": _machine(), "started": _start_of(os.getpid())}
+    facts: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
+    return facts | {"started": _start_of(os.getpid()) if facts["machine"] else ""}
 
 
 def _machine() -> str | None:
@@ -165,23 +240,35 @@ def _machine() -> str | None:
         return None
 
 
-def _start_of(pid: object) -> str | None:
-    """When a process of this machine began, in its kernel's ticks; None where none runs."""
+def _start_of(pid: int) -> str:
+    """When a process of this machine began, in its kernel's ticks; empty where none runs.
+
+    OSError where that cannot be said.
+    """
     try:
-        with open(f"/proc/{int(str(pid))}/stat", encoding="utf-8", errors="replace") as file:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             facts = file.read().rpartition(")")[2].split()
-        return None if facts[0] in "ZX" else facts[19]
-    except (OSError, ValueError, IndexError):
+    except (FileNotFoundError, ProcessLookupError):
+        os.stat("/proc/1")  # where it shows other users' processes at all
+        return ""
+    return "" if facts[0] in "ZX" else facts[19]
+
+
+def _has_ended(holder: dict[str, Any] | None) -> bool:
+    """Whether that is known at once."""
+    return holder is None or bool(holder.get(FREE)) or _lives_here(holder) is False
+
+
+def _is_alive_here(holder: dict[str, Any]) -> bool:
+    return _lives_here(holder) is True
+
+
+def _lives_here(holder: dict[str, Any]) -> bool | None:
+    """Whether a process of this machine lives; None where it is not one, or cannot be asked for."""
+    pid, machine = holder.get("pid"), _machine()
+    if machine is None or holder.get("machine") != machine or not isinstance(pid, int):
         return None
-
-
-def _is_here(holder: dict[str, Any]) -> bool:
-    return holder.get("machine") is not None and holder.get("machine") == _machine()
-
-
-def _is_dead_here(holder: dict[str, Any]) -> bool:
-    return _is_here(holder) and _start_of(holder.get("pid")) != holder.get("started")
-
-
-def _lives_here(holder: dict[str, Any]) -> bool:
-    return _is_here(holder) and not _is_dead_here(holder)
+    try:
+        return _start_of(pid) == holder.get("started")
+    except (OSError, IndexError):
+        return None

@@ -7,13 +7,15 @@ cannot be asked is an error, never "it is not there".
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capfilt.errors import CapfiltError, MissingPackageError, UsageError
+from capfilt.errors import CapfiltError, MissingPackageError, StoreError, UsageError
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 else:
     AnyPath = object  # for the command line; the other class is loaded where an address asks for it
 
+_PIECE_BYTES = 16 << 20
+_CANCEL_SECONDS = 0.05
+"""In which a request that was cancelled lets go of its connection."""
 MAX_FILE_BYTES = 2**31
 """Largest file with rows that is read; one shard's are far below it."""
 
@@ -59,12 +64,12 @@ def local_path(path: AnyPath, what: str) -> Path:
 
 
 def exists(path: AnyPath) -> bool:
-    """Whether a file is there. CapfiltError where the store does not answer."""
+    """Whether a file is there. StoreError where the store does not answer."""
     return path.exists() if isinstance(path, Path) else size_of(path) is not None
 
 
 def size_of(path: AnyPath) -> int | None:
-    """Bytes of a file; None where there is none. CapfiltError where the store does not answer."""
+    """Bytes of a file; None where there is none. StoreError where the store does not answer."""
     try:
         if isinstance(path, Path):
             return path.stat().st_size
@@ -77,21 +82,71 @@ def size_of(path: AnyPath) -> int | None:
 
 def read_bytes(path: AnyPath, max_bytes: int) -> bytes:
     """All of a file. ValueError for one with more bytes, FileNotFoundError, OSError where a disk fails."""
-    size = size_of(path)
-    if size is None:
-        raise FileNotFoundError(f"there is no file {path}")
-    if size > max_bytes:
-        raise ValueError(f"it has {size:,} bytes, at most {max_bytes:,} are expected")
     if isinstance(path, Path):
+        if (size := path.stat().st_size) > max_bytes:
+            raise ValueError(f"it has {size:,} bytes, at most {max_bytes:,} are expected")
         return path.read_bytes()
-    with answered(path):
-        return _bytes(path.fs.cat_file(path.path))
+    content = _read_part(path, start=0, end=max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes:,} bytes, which are the most expected")
+    return content
 
 
 def read_end(path: UPath, num_bytes: int) -> bytes:
     """The last bytes of an object, all where it has fewer. FileNotFoundError where there is none."""
+    return _read_part(path, start=-num_bytes)
+
+
+def read_pieces(path: UPath) -> Iterator[bytes]:
+    """An object from its beginning to its end. FileNotFoundError where there is none."""
+    start = 0
+    while piece := _read_part(path, start=start, end=start + _PIECE_BYTES):
+        yield piece
+        if len(piece) < _PIECE_BYTES:
+            return
+        start += len(piece)
+
+
+def _read_part(path: UPath, **part: int) -> bytes:
+    try:
+        with answered(path):
+            content = path.fs.cat_file(path.path, **part)
+    except StoreError as error:
+        if http_status(error) == 416:  # there is nothing in that part: the object is empty, or ends before
+            return b""
+        raise
+    return content if isinstance(content, bytes) else content.encode()  # fsspec says that it is either
+
+
+def tag_of(path: UPath) -> str | None:
+    """What tells this state of an object from others (S3's ETag; empty for other stores); None where there is none."""
+    try:
+        with answered(path):
+            return str(path.fs.info(path.path).get("ETag", ""))
+    except FileNotFoundError:
+        return None
+
+
+def put(path: UPath, content: Path | bytes, *, mode: str, seconds: float | None = None, in_place_of: str = "") -> None:
+    """Put an object whole. With `mode` "create" FileExistsError where it is there; "overwrite" replaces it.
+
+    FileExistsError too where what is there is not `in_place_of`, a tag. What takes longer than `seconds`, or is
+    interrupted, is cancelled before this ends: nothing arrives later.
+    """
+    store: Any = path.fs
+    condition = {"IfMatch": in_place_of} if in_place_of else {}
+    if isinstance(content, bytes):
+        call = store._pipe_file(path.path, content, mode=mode, **condition)
+    else:
+        call = store._put_file(str(content), path.path, mode=mode)
     with answered(path):
-        return _bytes(path.fs.cat_file(path.path, start=-num_bytes))
+        future = asyncio.run_coroutine_threadsafe(call, store.loop)
+        try:
+            future.result(seconds)
+        except BaseException:
+            future.cancel()
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(_CANCEL_SECONDS), store.loop).result()
+            raise
 
 
 def remove(path: AnyPath) -> None:
@@ -120,33 +175,54 @@ def _entries(folder: AnyPath) -> Iterator[tuple[str, bool]]:
     """(name, whether it is a file)."""
     if isinstance(folder, Path):
         if folder.is_dir():
-            yield from ((entry.name, not entry.is_dir()) for entry in folder.iterdir())
+            with os.scandir(folder) as found:
+                yield from ((entry.name, not entry.is_dir()) for entry in found)
         return
     try:
         with answered(folder):
-            found: list[dict[str, Any]] = folder.fs.ls(folder.path, detail=True, refresh=True)
+            listed: list[dict[str, Any]] = folder.fs.ls(folder.path, detail=True, refresh=True)
     except FileNotFoundError:
         return
-    for entry in found:
+    for entry in listed:
         name = entry["name"].rstrip("/").rpartition("/")[2]
         if name and entry["name"].rstrip("/") != folder.path.rstrip("/"):
             yield name, entry["type"] == "file"
 
 
-def _bytes(content: str | bytes) -> bytes:
-    """What fsspec says is either."""
-    return content if isinstance(content, bytes) else content.encode()
-
-
 @contextmanager
 def answered(path: AnyPath) -> Iterator[None]:
-    """CapfiltError where an object store does not do what is asked; what is there or not is said as of a file."""
+    """StoreError where an object store does not do what is asked; what is there or not is said as of a file."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError, CapfiltError):
+    except FileNotFoundError as error:
+        if _code(error) == "NoSuchBucket":
+            raise StoreError(f"{path} lies in a bucket that is not there. Make it, or mend the name.") from error
+        raise
+    except (FileExistsError, CapfiltError):
         raise
     except Exception as error:  # of botocore, aiohttp, google: each has a tree of its own
-        raise CapfiltError(
+        if http_status(error) == 412:  # not every server says which condition did not hold
+            raise FileExistsError(str(path)) from error
+        raise StoreError(
             f"{path} cannot be reached ({type(error).__name__}: {error}). What is committed there stays; mend the "
             "connection or the credentials and repeat the command, it goes on from there."
         ) from error
+
+
+def http_status(error: BaseException) -> int | None:
+    """What a server answered, where that was the cause of an error."""
+    found = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return found if isinstance(found, int) else None
+
+
+def _code(error: BaseException) -> str:
+    return str(_response(error).get("Error", {}).get("Code", ""))
+
+
+def _response(error: BaseException | None) -> dict[str, Any]:
+    """botocore's record of it."""
+    while error is not None:
+        if isinstance(found := getattr(error, "response", None), dict):
+            return found
+        error = error.__cause__
+    return {}

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.data.bounded_parquet import BoundedParquet
-from capfilt.data.paths import MAX_FILE_BYTES, AnyPath, read_bytes, read_end
+from capfilt.data.paths import MAX_FILE_BYTES, AnyPath, is_local, read_bytes, read_end
 from capfilt.errors import CorruptionError, UsageError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def damaged(path: AnyPath, what: str) -> CorruptionError:
     mend = (
         f"restore {path.stem}.tar and {path.name} from a copy, or remove both and repeat the command that made them"
         if path.parent.name == "shards"
-        else f"remove it and repeat the command that made it: `rm {path}`"
+        else "remove it and repeat the command that made it" + (f": `rm {path}`" if is_local(path) else "")
     )
     name = f"{path} ({path.parent.name} of shard {path.stem})"
     return CorruptionError(f"{name} is damaged: {what}. To mend it, {mend}.")

@@ -10,13 +10,14 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capfilt.data.commit import CommitRecord, read_commit_record, read_table
-from capfilt.data.paths import is_local
+from capfilt.data.commit import read_commit_record, read_table
+from capfilt.data.paths import AnyPath, is_local
 from capfilt.data.rundir import RunDir
 from capfilt.data.samples import Sample
 from capfilt.data.schemas import SUCCESS
@@ -38,7 +39,7 @@ def read_samples(run: RunDir, shard: str, keys: Collection[str] | None = None) -
     record = read_commit_record(run.stage_file("shards", shard))
     path = run.tar_path(shard)
     whole = hashlib.sha256()
-    with _open_tar(run, shard, record) as file:
+    with _open_tar(run, shard, record.extra["tar_sha256"]) as file:
         size, expected_size = os.fstat(file.fileno()).st_size, record.extra["tar_bytes"]
         if size != expected_size:
             raise damaged_tar(path, size, f"the file has {size:,} bytes, {expected_size:,} were committed")
@@ -76,17 +77,23 @@ def sample_rows(run: RunDir, shard: str) -> list[dict[str, Any]]:
 
 def read_located(run: RunDir, shard: str, row: dict[str, Any]) -> Sample:
     """Give the sample of a row of `sample_rows`, read and checked now. Raises CorruptionError for damage."""
-    record = None if is_local(run.path) else read_commit_record(run.stage_file("shards", shard))
-    with _open_tar(run, shard, record) as file:
+    sha256 = "" if is_local(run.path) else _tar_sha256(run.stage_file("shards", shard))
+    with _open_tar(run, shard, sha256) as file:
         return _checked_sample(file, run, shard, row)
 
 
+@lru_cache(maxsize=1024)
+def _tar_sha256(record: AnyPath) -> str:
+    """As the record says; kept, as samples are read one by one and shards never change."""
+    return str(read_commit_record(record).extra["tar_sha256"])
+
+
 @contextmanager
-def _open_tar(run: RunDir, shard: str, record: CommitRecord | None) -> Iterator[BinaryIO]:
-    """CorruptionError where it is gone. The record may be left out on a disk."""
+def _open_tar(run: RunDir, shard: str, sha256: str) -> Iterator[BinaryIO]:
+    """CorruptionError where it is gone. On a disk the digest may be left out."""
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(run.open_tar(shard, str(record.extra["tar_sha256"]) if record else ""))
+            file = stack.enter_context(run.open_tar(shard, sha256))
         except FileNotFoundError:
             raise damaged_tar(run.tar_path(shard), 0, "the file is gone") from None
         yield file

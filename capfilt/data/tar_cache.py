@@ -1,21 +1,23 @@
 """Tars of object stores on this machine's disk, as many as a bound allows; what was not used longest goes first.
 
-In: the digest of a tar and how it is fetched. Out: an open file. Processes of a machine share the folder; a file that
-is open stays readable after it was removed, so none has to be told.
+In: the sha256 of a tar, and its bytes where it is not there. Out: an open file. Processes of a machine share the
+folder; on a local disk a file that is open stays readable after it was removed, so none has to be told.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-from capfilt.errors import UsageError
+from capfilt.errors import StoreError, UsageError
 
 DIR_VARIABLE, BYTES_VARIABLE = "CAPFILT_CACHE_DIR", "CAPFILT_CACHE_BYTES"
 DEFAULT_BYTES = 20 << 30
@@ -23,6 +25,7 @@ DEFAULT_BYTES = 20 << 30
 
 _BEGUN_SECONDS = 60.0
 """So old is a file that is being fetched before it is asked whether its process lives."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def cache_dir() -> Path:
@@ -41,47 +44,77 @@ def cache_bytes() -> int:
 
 
 @contextmanager
-def open_cached(name: str, fetch: Callable[[Path], bool], *, anew: bool = False) -> Iterator[BinaryIO]:
-    """The file of that name, which `fetch` writes where it is not there, or `anew`; it says whether it is to be kept.
+def open_cached(sha256: str, read: Callable[[], Iterable[bytes]], *, anew: bool = False) -> Iterator[BinaryIO]:
+    """The tar of that digest; what `read` gives is kept as it where it has the digest, where it is not there or `anew`.
 
-    Errors of `fetch` pass.
+    Errors of `read` pass. StoreError where the folder refuses.
     """
-    folder = cache_dir() / "tars"
-    path = folder / name
-    file = None if anew else _open(path)
+    if not _SHA256.fullmatch(sha256):
+        raise ValueError(f"{sha256!r} is no sha256")
+    folder, max_bytes = cache_dir() / "tars", cache_bytes()
+    file = None if anew else _open(folder / f"{sha256}.tar")
     if file is None:
-        max_bytes = cache_bytes()
-        folder.mkdir(parents=True, exist_ok=True)
-        fetched = folder / f".{name}-{uuid4().hex}"
-        try:
-            with open(fetched, "xb") as held:
-                fcntl.flock(held, fcntl.LOCK_EX)  # tells the living from what a crash left
-                is_good = fetch(fetched)
-                file = open(fetched, "rb")  # noqa: SIM115 - closed below
-                if is_good:
-                    os.replace(fetched, path)
-        finally:
-            fetched.unlink(missing_ok=True)
+        with _refusals(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        file = _fetch(folder, sha256, read())
         _make_room(folder, max_bytes)
     with file:
         yield file
 
 
-def _open(path: Path) -> BinaryIO | None:
+def _fetch(folder: Path, sha256: str, pieces: Iterable[bytes]) -> BinaryIO:
+    """Write a file under a name of its own, and give it the good one where it is what it should be."""
+    fetched = folder / f".{sha256}-{uuid4().hex}"
+    digest = hashlib.sha256()
     try:
-        file = open(path, "rb")  # noqa: SIM115 - the caller's
-    except FileNotFoundError:
-        return None
-    with suppress(OSError):  # it may just have been removed
-        os.utime(path)
+        with _refusals(folder):
+            file = open(fetched, "x+b")  # noqa: SIM115 - the caller closes it
+            fcntl.flock(file, fcntl.LOCK_EX)  # tells the living from what a crash left
+        try:
+            for piece in pieces:
+                digest.update(piece)
+                with _refusals(folder):
+                    file.write(piece)
+            with _refusals(folder):
+                file.flush()
+                os.fsync(file.fileno())
+                if digest.hexdigest() == sha256:
+                    os.replace(fetched, folder / f"{sha256}.tar")
+                fcntl.flock(file, fcntl.LOCK_UN)
+                file.seek(0)
+        except BaseException:
+            file.close()
+            raise
+    finally:
+        fetched.unlink(missing_ok=True)
     return file
+
+
+@contextmanager
+def _refusals(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{folder}, where tars of object stores are kept, refuses: {error.strerror or error}. Make room there, "
+            f"name another folder by {DIR_VARIABLE}, or lower {BYTES_VARIABLE}, and repeat the command."
+        ) from error
+
+
+def _open(path: Path) -> BinaryIO | None:
+    with suppress(OSError):
+        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+        with suppress(OSError):  # it may just have been removed
+            os.utime(path)
+        return file
+    return None
 
 
 def _make_room(folder: Path, max_bytes: int) -> None:
     """Remove what was not used longest until the rest is within the bound, and what a crash has left."""
     found: list[tuple[float, int, Path]] = []
     for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # another process removes too
+        with suppress(OSError):  # another process removes too, or another user's it is
             if path.name.startswith("."):
                 _remove_if_dead(path)
             else:
@@ -91,8 +124,9 @@ def _make_room(folder: Path, max_bytes: int) -> None:
     for _, size, path in sorted(found):
         if num_bytes <= max_bytes:
             return
-        path.unlink(missing_ok=True)
-        num_bytes -= size
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+            num_bytes -= size
 
 
 def _remove_if_dead(path: Path) -> None:

@@ -27,6 +27,7 @@ from capfilt.data.commit import (
     input_digest,
     read_commit_record,
     read_quarantine,
+    read_stage,
     read_table,
 )
 from capfilt.data.paths import exists, is_local, size_of
@@ -36,11 +37,13 @@ from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import HUMAN
 from capfilt.engines.base import SHARDS, Engine
 from capfilt.engines.local import LocalEngine
-from capfilt.errors import CapfiltError, CorruptionError
+from capfilt.errors import CapfiltError, CorruptionError, UsageError
 from capfilt.progress import Progress, counted
 
 _MAX_PROBLEMS_PER_FILE = 5
 _MAX_SHARDS = 10_000_000
+_DAMAGE = (CorruptionError, UsageError)
+"""What a file that is not what was committed, or is gone, raises. That a store does not answer says nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +259,9 @@ def _verify_file(
     path = view.stage_file(stage, shard)
     folder = path.parent.name
     try:
-        table, record = read_table(path), read_commit_record(path)
-        quarantine = read_quarantine(view, stage, shard)
-    except CapfiltError as error:
+        table, record = read_stage(path)
+        quarantine = read_quarantine(view, stage, shard, record)
+    except _DAMAGE as error:
         _add(report.findings, folder, shard, [str(error)])
         return None
     problems = []
@@ -287,8 +290,8 @@ def _quiet_load(view: RunDir, stage: str, shard: str) -> tuple[pa.Table, CommitR
     """Read the default generation's file for another generation; its damage is reported where it belongs."""
     path = view.read_file(stage, shard)
     try:
-        return read_table(path), read_commit_record(path), None
-    except CapfiltError:
+        return *read_stage(path), None
+    except _DAMAGE:
         return None
 
 
@@ -302,7 +305,7 @@ def _check_chain(view: RunDir, record: CommitRecord, kept_before: int | None, fo
         )
     try:
         is_current = record.input_digest == input_digest(view, record.stage, record.shard)
-    except CapfiltError:
+    except _DAMAGE:
         return  # the stage before is missing or damaged, and reported
     if not is_current:
         _add(report.unfinished, folder, record.shard, ["it was made from another input than the one there now"])
@@ -369,7 +372,7 @@ def _check_plan(run: RunDir, shards: list[str], report: Report) -> None:
 
 def _check_retries(run: RunDir, report: Report) -> None:
     """A row that was tried again had failed in the attempt before, and has the same address."""
-    with suppress(CapfiltError):  # a shard is damaged, and reported
+    with suppress(*_DAMAGE):  # a shard is damaged, and reported
         last: dict[str, tuple[str | None, str | None]] = {}
         attempts = [(shard, dict(attempts_of(run, shard))) for shard in retry_shards(run)]
         roots = {root for _, rows in attempts for root in rows.values()}
@@ -396,7 +399,7 @@ def _check_parameters(view: RunDir, report: Report) -> None:
         for name in view.own_names(stage):
             try:
                 record = read_commit_record(view.stage_file(stage, name))
-            except CapfiltError:
+            except _DAMAGE:
                 continue  # reported already
             if is_retry(record):
                 continue  # of limits of its own

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -93,6 +94,11 @@ def test_every_command(address: str, tars: Path, models: Models, recipe: Path, t
     assert "an object store" in again.out
     assert f"capfilt run {recipe} {address}" in again.err
     assert "Nothing to import" in capfilt("import", tars / "*.tar", address).out
+    fsspec.filesystem("s3").rm_file(RunDir.open(address).stage_file("shards", "00002").path)  # as `verify` advises
+    done = capfilt("import", tars / "*.tar", address)
+    assert done.code == 0, done.err
+    assert rows_of_stages(address) == rows_of_stages(disk)
+    assert capfilt("run", recipe, address, "--dry-run", "--json").json()["run"] == address
 
 
 def test_a_download_and_its_failures_tried_again(address: str, tmp_path: Path) -> None:

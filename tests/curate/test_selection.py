@@ -118,7 +118,7 @@ def test_manifest_is_that_of_a_plain_loop(
 def test_select_replaces_the_manifest_and_refuses_what_was_not_scored(tmp_path: Path) -> None:
     models = save_models(tmp_path / "models")
     run = make_run(tmp_path / "run")
-    with pytest.raises(UsageError, match="Run `capfilt rank"):
+    with pytest.raises(UsageError, match="Run `capfilt caption"):
         reselect(run)
     annotate(run, ["captions", "clip", "itm", "manifest"], models.caption(), models.rank(), models.filter())
     before = read_stage(run, "manifest")

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import fsspec
@@ -14,13 +16,14 @@ import pytest
 
 from capfilt.data import leases
 from capfilt.data.commit import commit_stage, read_commit_record, read_table
-from capfilt.data.paths import exists, path_of
+from capfilt.data.paths import exists, path_of, put, tag_of
 from capfilt.data.rundir import RunDir
+from capfilt.data.sealed import sealed_bytes
 from capfilt.data.shards import read_samples
 from capfilt.data.verify import verify_run
-from capfilt.errors import CapfiltError, CommittedError, CorruptionError, RunLockedError, UsageError
+from capfilt.errors import CommittedError, CorruptionError, RunLockedError, StoreError, UsageError
 from tests.data import conftest as small
-from tests.object_stores import environment_for, forget_clients, objects_of
+from tests.object_stores import Way, environment_for, forget_clients, objects_of, use_server
 
 FULL = bool(os.environ.get("CAPFILT_STRESS"))
 
@@ -56,7 +59,7 @@ def test_what_is_no_run_or_cannot_be_asked(address: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     forget_clients()
     for asked in (run.shard_names, lambda: exists(run.stage_file("captions", "00000")), lambda: RunDir.open(address)):
-        with pytest.raises(CapfiltError, match="cannot be reached"):
+        with pytest.raises(StoreError, match="cannot be reached"):
             asked()
 
 
@@ -157,32 +160,168 @@ def test_a_holder_elsewhere_that_beats_is_not_disturbed(address: str, monkeypatc
         holder.communicate()
 
 
-def test_who_cannot_say_that_it_lives_publishes_nothing(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.5)
-    monkeypatch.setattr(leases, "BEAT_SECONDS", 60.0)
-    run = RunDir.create(address)
-    with run.lock():
-        time.sleep(0.6)
-        with pytest.raises(RunLockedError, match="no longer holds"):
-            small.commit_shard(run)
-    assert run.shard_names() == []
-    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
-    with run.lock():
-        store = fsspec.filesystem("s3")
-        store.pipe_file((run.path / ".lock" / "00000009").path, b'{"beats": 1}')
-        time.sleep(0.4)
-        with pytest.raises(RunLockedError, match="held by a later command"):
-            small.commit_shard(run)
+@pytest.fixture
+def way(s3_port: int, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Way]:
+    """This process is a client by that way."""
+    found = Way(s3_port)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    use_server(found.port, tmp_path / "cache", monkeypatch)
+    yield found
+    found.close()
 
 
-def test_the_next_command_waits_for_workers_of_a_dead_one(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_cannot_say_that_it_lives_publishes_nothing(
+    address: str, way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(leases, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.2)
     run = RunDir.create(address)
-    store, worker = fsspec.filesystem("s3"), run.path / ".workers" / "worker-1"
-    store.pipe_file(worker.path, json.dumps({"host": "there", "pid": 4, "beats": 1}).encode())
+    lease = leases.take_lock(run.path / ".lock")
+    way.cut_after = 0
+    time.sleep(1.2)
+    with pytest.raises(RunLockedError, match="held by nobody yet, but the store was not reached"):
+        lease.seconds_left()
+    way.cut_after = None
+    assert lease.seconds_left() > 0  # nobody had noticed
+    lease.release()
+    with run.lock():
+        small.commit_shard(run)
+        fsspec.filesystem("s3").pipe_file((run.path / ".lock" / "00000009").path, b'{"beats": 1}')
+        time.sleep(0.5)
+        with pytest.raises(RunLockedError, match=r"held by a later command \(00000009\)"):
+            small.commit_captions(run)
+    assert run.committed("captions") == []
+
+
+def test_a_store_that_does_not_answer_is_no_damage(address: str, way: Way) -> None:
+    run = RunDir.create(address)
+    small.commit_all(run)
+    way.cut_after = 0
+    with pytest.raises(StoreError, match="cannot be reached"):
+        verify_run(run)
+    for view in (run, RunDir(run.path, "other")):
+        with pytest.raises(StoreError, match="cannot be reached"):
+            view.shard_names()
+
+
+def test_answers_that_are_lost_make_no_difference(address: str, way: Way) -> None:
+    """The put was done; asked again, the store says that it is there already."""
+    disk_like = RunDir.create(f"{address}-whole")
+    small.commit_all(disk_like, num_shards=1)
+    expected = objects_of(f"{address}-whole")
+    for number in range(0, 60, 4):
+        place = f"{address}-{number}"
+        way.lost_answer = number
+        run = RunDir.create(place)
+        with run.lock():
+            small.commit_all(run, num_shards=1)
+        assert way.lost_answer is None
+        assert objects_of(place) == expected
+
+
+def test_a_store_without_exclusive_puts_is_refused(address: str, way: Way) -> None:
+    run = RunDir.create(address)
+    way.replaced = {b"If-None-Match": b"X-Not-Matched"}
+    with pytest.raises(UsageError, match="was replaced by a put that was to replace nothing"), run.lock():
+        pass
+    condition = b"<Condition>If-None-Match</Condition>"
+    way.replaced = {condition: b" " * len(condition)}  # not every server says it
+    with run.lock():
+        small.commit_shard(run)
+    with pytest.raises(CommittedError):
+        small.commit_shard(run)
+
+
+def test_a_put_that_takes_too_long_does_not_arrive_later(address: str, way: Way) -> None:
+    run = RunDir.create(address)
+    way.seconds_per_piece = 0.3
+    with pytest.raises(StoreError, match="TimeoutError"):
+        put(run.path / "late", bytes(1 << 20), mode="overwrite", seconds=0.5)
+    way.seconds_per_piece = 0.0
+    time.sleep(3)
+    assert not exists(run.path / "late")
+
+
+def test_a_record_is_replaced_where_it_is_the_one_that_was_seen(address: str) -> None:
+    run = RunDir.create(address)
+    small.commit_shard(run)
+    small.commit_captions(run)
+    path = run.stage_file("captions", "00000")
+    tag = tag_of(path)
+    small.commit_captions(run, seed=1, replace=True)
+    with pytest.raises(FileExistsError):
+        put(path, b"older", mode="overwrite", in_place_of=tag)
+    assert read_commit_record(path).fields == {"seed": 1}
+
+
+def test_a_cache_that_refuses_is_named(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir.create(address)
+    small.commit_shard(run)
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("CAPFILT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    for work in (lambda: list(read_samples(run, "00000")), lambda: verify_run(run, deep=True)):
+        with pytest.raises(StoreError, match="file/cache/tars, where tars of object stores are kept, refuses"):
+            work()
+
+
+def test_digests_of_a_record_are_digests(address: str) -> None:
+    run = RunDir.create(address)
+    small.commit_shard(run)
+    path = run.stage_file("shards", "00000")
+    rows, record = read_table(path), asdict(read_commit_record(path))
+    for hostile in ({"tar_sha256": "/../../../victim"}, {"tar_sha256": 5}, {"quarantine_seal": "x"}):
+        record["extra"] |= hostile
+        fsspec.filesystem("s3").pipe_file(path.path, sealed_bytes(rows, record))
+        with pytest.raises(CorruptionError, match="has a digest that is none"):
+            read_commit_record(path)
+
+
+def test_a_bucket_that_is_not_there_is_said(address: str) -> None:
+    with pytest.raises(StoreError, match="lies in a bucket that is not there"):
+        RunDir.open("s3://nobody-has-this-bucket/run")
+
+
+def test_a_lease_that_comes_too_late_is_none(address: str) -> None:
+    run = RunDir.create(address)
+    store, lock = fsspec.filesystem("s3"), run.path / ".lock"
+    store.pipe_file((lock / "00000009").path, b'{"free": true}')
+    with pytest.raises(FileExistsError):
+        leases.Lease(lock / "00000005", lock, 5)
+    assert not exists(lock / "00000005")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"junk", b'{"pid": "x", "beats": 1, "host": "\\u001b[2J"}'])
+def test_what_is_no_lease_is_waited_for_once(address: str, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.2)
+    run = RunDir.create(address)
+    for name in (".lock/00000003", ".lock/odd", ".workers/odd"):
+        fsspec.filesystem("s3").pipe_file((run.path / name).path, content)
+    with run.lock():
+        small.commit_shard(run)
+    assert run.shard_names() == ["00000"]
+
+
+def test_generations_keep_to_their_own_quarantines(address: str) -> None:
+    run = RunDir.create(address)
+    small.commit_shard(run, "00000", num_shards=2)
+    small.commit_shard(run, "00001", num_shards=2)
+    for name in ("exp-00001", "exp"):
+        for shard in ("00000", "00001"):
+            small.commit_captions(RunDir(run.path, name), shard, replace=True)
+    assert verify_run(run).findings == []
+
+
+def test_the_next_command_waits_for_all_workers_of_a_dead_one(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 1.5)
+    run = RunDir.create(address)
+    for number in range(8):
+        worker = run.path / ".workers" / f"worker-{number}"
+        content = json.dumps({"host": "there", "pid": 4, "beats": 1}).encode()
+        fsspec.filesystem("s3").pipe_file(worker.path, content)
     began = time.monotonic()
     with run.lock():
-        assert time.monotonic() - began >= 1.0
+        assert 1.5 <= time.monotonic() - began < 6.0
         assert not exists(worker)
 
 
