@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.curate.annotate import annotate
-from capfilt.data.commit import CommitRecord, commit_stage, input_digest, read_commit_record, read_stage
+from capfilt.data.commit import CommitRecord, commit_stage, input_digest, read_stage
 from capfilt.data.paths import AnyPath, size_of
+from capfilt.data.per_shard import records_of
 from capfilt.data.retries import planned_shards, stage_shards
 from capfilt.data.rundir import STAGES, RunDir, is_run
 from capfilt.data.schemas import SCHEMAS
@@ -101,7 +102,7 @@ def estimate(
         if num_probed:
             raise UsageError(f"There are no images in {run_path} to probe. Download some first, or leave --probe out.")
         return Estimate(0, 0, 0, None, 0, (), None, None, free)
-    records = {shard: read_commit_record(run.stage_file("shards", shard)) for shard in shards}
+    records = dict(zip(shards, records_of(run, "shards", shards), strict=True))
     num_images, num_bytes, num_rows = (
         sum(record.rows_kept for record in records.values()), _sum_of("tar_bytes", records.values()),
         max(_sum_of("table_rows", records.values()), 1),

@@ -22,6 +22,7 @@ from capfilt.curate.shard_pass import CaptionLane, ClipLane, Item, ItmLane, Lane
 from capfilt.curate.stage_models import MODELS, StageModels
 from capfilt.data.commit import CommitRecord, commit_stage, input_digest, read_commit_record, read_table, stage_state
 from capfilt.data.paths import exists
+from capfilt.data.per_shard import records_of
 from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
@@ -158,7 +159,7 @@ def _has_lost_scores(run: RunDir) -> bool:
 def _count_images(run: RunDir, shards: Sequence[str]) -> int:
     """Images of all shards; of very many, what a part of them lets expect: their records are not read one by one."""
     step = -(-len(shards) // MOST_COUNTED_SHARDS)
-    counted = [read_commit_record(run.stage_file("shards", shard)).rows_kept for shard in shards[::step]]
+    counted = [record.rows_kept for record in records_of(run, "shards", shards[::step])]
     return sum(counted) if step == 1 else round(sum(counted) / len(counted) * len(shards))
 
 

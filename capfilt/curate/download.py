@@ -18,6 +18,7 @@ from capfilt.curate.download_loop import FAILED_PREFIX, ShardPlan, download_shar
 from capfilt.curate.parts import plan_shards
 from capfilt.curate.url_table import UrlTable, open_url_table
 from capfilt.data.commit import CommitRecord, read_commit_record, stage_state
+from capfilt.data.per_shard import of_each, records_of
 from capfilt.data.reasons import shorten_counts
 from capfilt.data.retries import planned_shards, superseded_reasons
 from capfilt.data.rundir import RunDir
@@ -129,13 +130,13 @@ def _was_open(record: CommitRecord) -> bool:
 
 def _missing_shards(run: RunDir, sizes: list[int], fields: dict[str, Any], digest: str) -> list[int]:
     done = set(planned_shards(run))
-    for name in sorted(done):
-        stage_state(run, "shards", name, fields, digest)  # raises where it is of another download
+    for _ in of_each(run, sorted(done), lambda name: stage_state(run, "shards", name, fields, digest)):
+        pass  # it raises where a shard is of another download
     return [number for number in range(len(sizes)) if shard_name(number) not in done]
 
 
 def _summary(run: RunDir, urls: UrlTable, num_new: int, seconds: float) -> DownloadSummary:
-    records = [read_commit_record(run.stage_file("shards", name)) for name in run.shard_names()]
+    records = list(records_of(run, "shards", run.shard_names()))
     failures: Counter[str] = Counter()
     for record in records:
         failures.update(_failures_of(record))

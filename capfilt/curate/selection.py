@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from capfilt.data.commit import commit_stage, input_digest, read_commit_record, read_table, stage_state
 from capfilt.data.paths import exists
+from capfilt.data.per_shard import records_of
 from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
@@ -315,7 +316,7 @@ def _stored_ranking(run: RunDir, shards: Sequence[str]) -> dict[str, Any]:
             )
     if not shards:
         raise UsageError(f"{run.path} has no shards. Run `capfilt download TABLE {run.path}` first.")
-    stored = [_ranking_of(run, shard) for shard in shards]
+    stored = [record.fields for record in records_of(run, "clip", shards)]
     return {"include_web": stored[-1]["include_web"], "keep": min(int(ranking["keep"]) for ranking in stored)}
 
 

@@ -7,12 +7,14 @@ stand in the order of the keys in their shard, then by caption_index.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capfilt.data.commit import read_commit_record, read_stage
+from capfilt.data.commit import read_stage
+from capfilt.data.per_shard import of_each, records_of
 from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
@@ -38,8 +40,9 @@ def iterate_manifest(
         raise UsageError(f"The manifest has no column {', '.join(unknown)}; it has {known}.")
     for run in (_opened(item) for item in run_dirs):
         shards, selection = checked_shards(run)
-        for shard in shards:
-            yield run, shard, read_pairs(run, shard, selection, names, kept_only=kept_only)
+        read = partial(_read_shard, run, selection, names, kept_only=kept_only)
+        for shard, table in zip(shards, of_each(run, shards, read), strict=True):
+            yield run, shard, table
 
 
 def read_pairs(
@@ -52,6 +55,10 @@ def read_pairs(
     if record.fingerprint != selection:
         raise CapfiltError(f"The pairs of {run.path} were selected anew while they were read. Repeat the command.")
     return (table.filter(pc.field("kept")) if kept_only else table).select(names)
+
+
+def _read_shard(run: RunDir, selection: str, names: Sequence[str], shard: str, *, kept_only: bool) -> pa.Table:
+    return read_pairs(run, shard, selection, names, kept_only=kept_only)
 
 
 def read_manifest(
@@ -89,7 +96,7 @@ def checked_shards(run: RunDir) -> tuple[list[str], str]:
             f"The manifest of {run.path} lacks {len(missing)} of {len(shards)} shards (first: {missing[0]}). "
             f"Repeat the command that was interrupted; after `capfilt retry`: `capfilt run RECIPE {run.path}`."
         )
-    selections = {read_commit_record(run.read_file("manifest", shard)).fingerprint for shard in shards}
+    selections = {record.fingerprint for record in records_of(run, "manifest", shards)}
     if len(selections) > 1:
         raise CapfiltError(
             f"The manifest of {run.path} mixes {len(selections)} selections: one was interrupted. "

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -55,7 +55,7 @@ class LocalEngine:
         else:
             num = self._num or min(MOST_THREADS, num_cores())
             pool = ThreadPoolExecutor(num, thread_name_prefix="shards")
-            ended = _in_order(lambda shard: pool.submit(worker, shard, NullProgress()), pool, 2 * num, shards)
+            ended = in_order(lambda shard: pool.submit(worker, shard, NullProgress()), pool, 2 * num, shards)
         for shard, result in ended:
             if work.unit == SHARDS:
                 progress.advance(1)
@@ -72,7 +72,7 @@ class LocalEngine:
                 return pool.submit(_work_on, shard)
 
         try:
-            yield from _in_order(submit, pool, 2 * num, shards)
+            yield from in_order(submit, pool, 2 * num, shards)
         except BrokenProcessPool:
             raise CapfiltError(_BROKEN) from None
 
@@ -83,9 +83,10 @@ _BROKEN = (
 )
 
 
-def _in_order(
-    submit: Callable[[str], Future[Result]], pool: Executor, most_ahead: int, shards: Sequence[str]
+def in_order(
+    submit: Callable[[str], Future[Result]], pool: Executor, most_ahead: int, shards: Iterable[str]
 ) -> Iterator[tuple[str, Result]]:
+    """(shard, result) of each, in order, of which at most so many are made ahead; the pool ends with it."""
     names, under_way = iter(shards), deque[tuple[str, Future[Result]]]()
     try:
         while True:
