@@ -2,10 +2,10 @@
 
 In: a `Work` that can be pickled, and names of shards. Out: results in the order in which shards end. Ray places the
 actors, notices when they die and carries the messages; what a shard's commit is, the commit protocol says. So a worker
-that dies loses nothing but the shard it was at, which another one is given. A shard that ends its worker several times
-is set aside, and named at the end. When this process dies, Ray ends its workers.
+that dies loses nothing but the shard it was at, which another one is given; one that does not get on is ended. A shard
+that ends its worker several times is set aside, and named at the end. When this process dies, Ray ends its workers.
 
-The run lies on a file system that every machine sees at the same path, and every machine has this version of capfilt.
+The run lies where every machine sees it under the same name, and every machine has this version of capfilt.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ class _Member:
     hello: Hello | None = None
     shards: list[str] = field(default_factory=list)
     """That it works on."""
+    moved: float = 0.0
+    """When it was given them, or was last seen to get on."""
     result: Any = None
     asked: Any = None
     """Future of its counts."""
@@ -204,7 +206,7 @@ class _Crew:
     def _hand_out(self) -> None:
         for member in self._members:
             if member.hello is not None and not member.shards and self._left:
-                member.shards = self._left.popleft()
+                member.shards, member.moved = self._left.popleft(), time.monotonic()
                 member.result = member.actor.work_off.remote(member.shards)
 
     def _take_what_ended(self) -> Iterator[tuple[str, Any]]:
@@ -283,6 +285,11 @@ class _Crew:
         elif now - self._seen_working > LONELY_SECONDS:
             self._seen_working = now
             self._progress.say(f"No worker yet: the cluster has no room for {self._need()}. Waiting.")
+        stall = self._settings.stall_seconds
+        for member in [one for one in self._members if one.shards and now - one.moved > stall * len(one.shards)]:
+            with suppress(Exception):  # its machine may be gone
+                self._ray.kill(member.actor)
+            self._bury(member, CapfiltError(f"it did not get on for {stall * len(member.shards):g} s."))
         for member in self._members:
             if not member.shards or self._work.unit == SHARDS:
                 continue
@@ -303,6 +310,8 @@ class _Crew:
     def _count(self, member: _Member, counts: Counts) -> None:
         """Bring the progress from what was known of a worker to `counts`."""
         before, member.counts = member.counts, counts
+        if counts.done != before.done:
+            member.moved = time.monotonic()
         member.history.append((time.monotonic(), counts.done))
         already = counts.already - before.already
         shown = self._shown_fields()

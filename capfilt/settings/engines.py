@@ -23,6 +23,8 @@ class RaySettings:
     """GPUs of a worker, fractions too; unset: 1 where the cluster has any and models compute, else 0."""
     max_deaths: int = 3
     """Workers that may end at a shard before it is set aside."""
+    stall_seconds: float = 900.0
+    """A worker that has done no image, row or shard for so long is ended, as if it had ended by itself."""
 
     def __post_init__(self) -> None:
         num_workers = self.num_workers
@@ -30,4 +32,5 @@ class RaySettings:
         for name in ("cpus_per_worker", "gpus_per_worker"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "a number that is not negative")
+        require(self.stall_seconds > 0, "stall_seconds", self.stall_seconds, "more than 0")
         require(self.max_deaths >= 1, "max_deaths", self.max_deaths, "at least 1")

@@ -99,6 +99,35 @@ def test_a_shard_that_ends_its_workers_is_set_aside(cluster: str, capsys: pytest
     assert capsys.readouterr().out == ""
 
 
+def test_a_shard_that_does_not_end_is_set_aside(cluster: str) -> None:
+    tally, done = Tally(), list[tuple[str, int]]()
+    engine = RayEngine(RaySettings(num_workers=2, cpus_per_worker=1, max_deaths=2, stall_seconds=2))
+    with pytest.raises(CapfiltError, match=r"1 of 12 shards were set aside.*00004.*did not get on for 2 s"):
+        done.extend(engine.run(Sleeps(12 * UNITS, seconds=3.0, endless="00004"), NAMES, tally))
+    assert sorted(name for name, _ in done) == [name for name in NAMES if name != "00004"]
+    assert tally.done == 11 * UNITS
+
+
+def test_a_worker_that_is_stopped_is_replaced(cluster: str) -> None:
+    """As one is whose machine hangs; its shard is done by another one."""
+    stopped = list[int]()
+
+    def stop_one() -> None:
+        victim = wait_for(lambda: [one for one in psutil.Process().children(recursive=True) if is_working(one)])[0]
+        os.kill(victim.pid, signal.SIGSTOP)
+        stopped.append(victim.pid)
+
+    stopper = threading.Thread(target=stop_one)
+    stopper.start()
+    engine = RayEngine(RaySettings(num_workers=2, cpus_per_worker=1, stall_seconds=2))
+    found = dict(engine.run(Sleeps(12 * UNITS, seconds=1.0), NAMES, tally := Tally()))
+    stopper.join()
+    assert sorted(found) == NAMES
+    assert stopped[0] not in list(found.values())[-6:]
+    assert any("did not get on for 2 s" in text for text in tally.said)
+    assert tally.done == 12 * UNITS
+
+
 def test_an_error_of_the_work_is_raised_as_it_is(cluster: str) -> None:
     with pytest.raises(UsageError, match="^00004 is refused$"):
         list(TWO.run(Sleeps(12, refused="00004"), NAMES))

@@ -24,6 +24,8 @@ class Sleeps:
     """A shard that ends its worker."""
     refused: str = ""
     """A shard that cannot be worked on."""
+    endless: str = ""
+    """A shard that never ends."""
     unit: str = "images"
     is_light: bool = False
     has_models, title = True, "sleep"
@@ -38,6 +40,8 @@ class Sleeps:
                 progress.advance(1)
             if shard == self.deadly:
                 os._exit(3)
+            while shard == self.endless:
+                time.sleep(1)
         if shard == self.refused:
             raise UsageError(f"{shard} is refused")
         return os.getpid()
