@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import os
 import selectors
-import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from capfilt.curate.parts import Part, write_parts
 from capfilt.curate.supervision import Attempts, Nursery, Worker
 from capfilt.curate.url_table import UrlTable
 from capfilt.data.commit import commit_stage, read_commit_record
-from capfilt.data.paths import exists
+from capfilt.data.paths import AnyPath, copy_to, exists
 from capfilt.data.reasons import Quarantined
 from capfilt.data.retries import retried_keys
 from capfilt.data.rundir import RunDir
@@ -92,16 +91,25 @@ def download_shards(
     else:
         part_rows = settings.num_processes * max(plan.sizes)  # what one worker downloads at a time
         parts = write_parts(urls, plan.sizes, wanted, staging, part_rows)
-        written = {shard_name(part.numbers[0] + plan.first): part for part in parts}
-        num_rows = sum(plan.sizes[number] for part in written.values() for number in part.numbers)
-        work = _DownloadParts(run, settings, plan, written, num_rows)
-        for _, problems in engine.run(work, list(written), progress):
-            failed += problems
+        with run.sharing() as share:
+            shared = {shard_name(p.numbers[0] + plan.first): _SharedPart(p.numbers, share(p.path)) for p in parts}
+            num_rows = sum(plan.sizes[number] for part in shared.values() for number in part.numbers)
+            work = _DownloadParts(run, settings, plan, shared, num_rows)
+            for _, problems in engine.run(work, list(shared), progress):
+                failed += problems
     if failed:
         raise CapfiltError(
             "\n  ".join([f"{len(failed)} of {len(missing)} shards could not be downloaded: ", *failed[:10]])
             + "\nThe others are committed. Repeat the command to try these again."
         )
+
+
+@dataclass(frozen=True)
+class _SharedPart:
+    """A part of the table where every worker finds it."""
+
+    numbers: list[int]
+    path: AnyPath
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class _DownloadParts:
     run: RunDir
     settings: DownloadSettings
     plan: ShardPlan
-    parts: dict[str, Part]
+    parts: dict[str, _SharedPart]
     """By the name of the first shard."""
     total: int
     unit = "URLs"
@@ -132,7 +140,8 @@ class _DownloadParts:
         if not missing:
             return []
         with self.run.new_staging() as staging:
-            own = Part(part.numbers, Path(shutil.copy(part.path, staging)))
+            own = Part(part.numbers, staging / "part.parquet")
+            copy_to(part.path, own.path)
             return _Download(self.run, self.settings, plan, staging, progress, iter([own])).run_all(len(missing))
 
 

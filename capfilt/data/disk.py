@@ -9,12 +9,13 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
+from capfilt.data.paths import AnyPath
 from capfilt.data.stores import Attempt
 from capfilt.data.whole_files import whole_file
 from capfilt.errors import CommittedError, RunLockedError, UsageError
@@ -100,6 +101,11 @@ class Disk:
         """On the run's own file system; see `new_staging`."""
         with new_staging(self.path / ".staging") as staging:
             yield staging
+
+    @contextmanager
+    def sharing(self) -> Iterator[Callable[[Path], AnyPath]]:
+        """The run's file system is theirs too."""
+        yield lambda staged: staged
 
     def quarantine_name(self, folder: str, shard: str, seal: str) -> str:
         return f"{folder}-{shard}.parquet"

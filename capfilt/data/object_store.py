@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -28,6 +28,7 @@ from capfilt.data.disk import new_staging, remove_dead_staging
 from capfilt.data.leases import Lease, join_lock, put_new, take_lock, wait_for_end_of_all
 from capfilt.data.paths import (
     MAX_FILE_BYTES,
+    AnyPath,
     answered,
     exists,
     folders_in,
@@ -45,7 +46,7 @@ from capfilt.errors import CommittedError, UsageError
 if TYPE_CHECKING:
     from upath import UPath
 
-_LOCK, _WORKERS, _PENDING = ".lock", ".workers", ".pending"
+_LOCK, _WORKERS, _PENDING, _SHARED = ".lock", ".workers", ".pending", ".shared"
 _SEAL_DIGITS = 16
 _held: dict[str, Lease] = {}  # of this process, so that a command may take the lock again in its parts
 _joined: dict[str, Lease] = {}
@@ -81,9 +82,9 @@ class ObjectStore:
             wait_for_end_of_all(self.path / _WORKERS)
             remove_dead_staging(self._make_staging_dir())
             self._settle_all()
+            _remove_all(self.path / _SHARED)
             yield
-            for name in names_in(self.path / _WORKERS):  # they have ended; one that has not comes back
-                remove(self.path / _WORKERS / name)
+            _remove_all(self.path / _WORKERS)  # they have ended; one that has not comes back
         finally:
             del _held[root]
             lease.release()
@@ -97,6 +98,21 @@ class ObjectStore:
     def new_staging(self) -> Iterator[Path]:
         with new_staging(self._make_staging_dir()) as staging:
             yield staging
+
+    @contextmanager
+    def sharing(self) -> Iterator[Callable[[Path], AnyPath]]:
+        """The staged file is moved to the store."""
+        folder = self.path / _SHARED
+
+        def share(staged: Path) -> AnyPath:
+            put(folder / staged.name, staged, mode="overwrite")
+            staged.unlink()
+            return folder / staged.name
+
+        try:
+            yield share
+        finally:
+            _remove_all(folder)
 
     def quarantine_name(self, folder: str, shard: str, seal: str) -> str:
         return f"{folder}-{shard}-{seal[:_SEAL_DIGITS]}.parquet"
@@ -212,6 +228,11 @@ class ObjectStore:
         for name in (str(path).rpartition("/")[2] for path in found):
             if of_them.fullmatch(name) and name != own:
                 remove(folder / name)
+
+
+def _remove_all(folder: UPath) -> None:
+    for name in names_in(folder):
+        remove(folder / name)
 
 
 def _require_exclusive_puts(lease: Lease) -> None:

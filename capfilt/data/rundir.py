@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -204,6 +204,10 @@ class RunDir:
         """Give a private, empty directory of this machine; it is removed at the end, or after a crash by the next
         command."""
         return self._store.new_staging()
+
+    def sharing(self) -> AbstractContextManager[Callable[[Path], AnyPath]]:
+        """Gives what hands a staged file to workers on other machines: where they find it, until the end of this."""
+        return self._store.sharing()
 
     def publish(self, attempt: Attempt) -> None:
         """Give the files of an attempt their names. CommittedError where another was first."""

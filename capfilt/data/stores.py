@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
+
+from capfilt.data.paths import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,10 @@ class Store(Protocol):
 
     def new_staging(self) -> AbstractContextManager[Path]:
         """A private, empty directory of this machine; removed at the end, or by the next command after a crash."""
+        ...
+
+    def sharing(self) -> AbstractContextManager[Callable[[Path], AnyPath]]:
+        """Gives what hands a staged file to workers on other machines: where they find it, until the end of this."""
         ...
 
     def quarantine_name(self, folder: str, shard: str, seal: str) -> str:

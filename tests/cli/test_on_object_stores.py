@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from capfilt.data.commit import read_table
-from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from capfilt.models.ranks import Ranks
@@ -23,6 +22,7 @@ from tests.cli.conftest import QUIET, capfilt, capfilt_process
 from tests.curate.downloads import rows_of
 from tests.curate.small_runs import Models, save_models
 from tests.curate.test_import_shards import picture, write_foreign
+from tests.object_stores import objects_of
 from tests.train.small_models import save_blip
 
 NUM_TARS, NUM_SAMPLES = 4, 9
@@ -166,8 +166,26 @@ def test_by_workers_of_a_cluster(address: str, tars: Path, recipe: Path, tmp_pat
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert rows_of_stages(address) == rows_of_stages(tmp_path / "run")
-    assert read_manifest([RunDir.open(address)]).num_rows > 0
     assert verify_run(RunDir.open(address), deep=True).exit_code == 0
+
+
+def test_a_download_by_workers_of_a_cluster(address: str, tmp_path: Path) -> None:
+    """Their parts of the table come to them by the store."""
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    with WorldSite(SiteSettings(num_urls=60, behaviour_shares=QUIET)) as site:
+        table = site.write_table(tmp_path / "urls.parquet")
+        options = ("--allow-private-addresses", "--timeout", 5, "--num-processes", 1, "--num-shards", 6)
+        assert capfilt("download", table, tmp_path / "run", *options).code == 0
+        ray_options = ("--engine", "ray", "--num-workers", 2, "--cpus-per-worker", 1)
+        process = capfilt_process("download", table, address, *options, *ray_options)
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    disk, store = (rows_of(RunDir.open(place)) for place in (tmp_path / "run", address))
+    assert [(row["key"], row["status"], row["sha256"]) for row in store] == [
+        (row["key"], row["status"], row["sha256"]) for row in disk
+    ]
+    assert verify_run(RunDir.open(address), deep=True).exit_code == 0
+    assert not [name for name in objects_of(address) if name.startswith(".")]
 
 
 def test_what_needs_a_disk_says_so(address: str) -> None:
