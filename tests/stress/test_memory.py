@@ -46,7 +46,9 @@ def peaks_mb(*arguments: object) -> tuple[float, float]:
     watched, peaks = psutil.Process(process.pid), Counter[int]()
     while process.poll() is None:
         with suppress(psutil.Error):
-            for one in [watched, *watched.children(recursive=True)]:
+            # a child with this command line too is about to become another program, and has this memory until then
+            others = [one for one in watched.children(recursive=True) if one.cmdline() != watched.cmdline()]
+            for one in [watched, *others]:
                 with suppress(OSError, StopIteration):
                     lines = Path(f"/proc/{one.pid}/status").read_text().splitlines()
                     line = next(line for line in lines if line.startswith("VmHWM"))
