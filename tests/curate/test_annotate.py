@@ -18,6 +18,7 @@ import capfilt.curate.annotate as shard_loop
 from capfilt.curate.annotate import annotate
 from capfilt.curate.selection import reselect
 from capfilt.curate.stage_models import StageModels
+from capfilt.data import per_shard
 from capfilt.data.commit import read_commit_record, read_quarantine, read_table
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
@@ -276,7 +277,7 @@ def test_images_of_very_many_shards_are_expected_by_a_part_of_them(
     caption = models.caption(num_captions=1, min_length=3, max_length=6)
     monkeypatch.setattr(shard_loop, "MOST_COUNTED_SHARDS", 2)
     read, of = [], read_commit_record
-    monkeypatch.setattr(shard_loop, "read_commit_record", lambda path: read.append(path.stem) or of(path))
+    monkeypatch.setattr(per_shard, "read_commit_record", lambda path: read.append(path.stem) or of(path))
     assert shard_loop._count_images(run, run.shard_names()) == 15
     assert read == ["00000", "00003"]
     summary = annotate(run, ["captions"], caption, engine=engine)
