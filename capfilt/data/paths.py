@@ -40,9 +40,9 @@ def path_of(named: str | AnyPath) -> AnyPath:
     if not isinstance(named, str):
         return named
     protocol, is_address, place = named.partition("://")
-    if not is_address:
+    if not is_address and not named.startswith(tuple(f"{known}:" for known in _PACKAGES)):
         return Path(named)
-    if protocol not in _PACKAGES or not place.strip("/"):
+    if protocol not in _PACKAGES or not all(place.rstrip("/").partition("/")):
         raise UsageError(f"{named} is no place for a run; expected a folder, s3://BUCKET/RUN or gs://BUCKET/RUN.")
     package, extra = _PACKAGES[protocol]
     if importlib.util.find_spec(package) is None:

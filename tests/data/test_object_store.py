@@ -50,7 +50,7 @@ def test_a_run_is_the_same_as_on_a_disk(address: str, tmp_path: Path) -> None:
 def test_what_is_no_run_or_cannot_be_asked(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="is not a run"):
         RunDir.open(address)
-    for named in ("ftp://host/run", "s3://", "file:///tmp/run"):
+    for named in ("ftp://host/run", "s3://", "s3://bucket/", "s3:/bucket/run", "gs:run", "file:///tmp/run"):
         with pytest.raises(UsageError, match="no place for a run"):
             path_of(named)
     run = RunDir.create(address)
