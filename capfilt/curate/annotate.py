@@ -138,7 +138,7 @@ def annotate(
                 f"`capfilt import TARS {run.path}` first."
             )
         require_images(run)
-        work = _AnnotateShards(run, asked, models, _count_images(run, shards), _has_lost_scores(run))
+        work = _AnnotateShards(run, asked, models, _count_images(run, shards), _has_lost_scores(run, shards))
         summary, refused = AnnotateSummary(), ""
         for _, (done, why) in (engine or LocalEngine()).run(work, shards, progress):
             summary.merge(done)
@@ -149,11 +149,10 @@ def annotate(
     return summary
 
 
-def _has_lost_scores(run: RunDir) -> bool:
-    """Whether some manifests have the scores they were made from, and others have not: damage was removed."""
-    manifests = set(run.committed("manifest"))
-    scored = manifests.intersection(*(run.committed(stage) for stage in MODELS))
-    return bool(scored) and scored != manifests
+def _has_lost_scores(run: RunDir, shards: Sequence[str]) -> bool:
+    """Whether some shards have a manifest and the scores it was made from, and others lack scores."""
+    scored = set(shards).intersection(*(run.committed(stage) for stage in MODELS))
+    return len(scored) < len(shards) and not scored.isdisjoint(run.committed("manifest"))
 
 
 def _count_images(run: RunDir, shards: Sequence[str]) -> int:

@@ -42,14 +42,21 @@ def path_of(named: str | AnyPath) -> AnyPath:
     protocol, is_address, place = named.partition("://")
     if not is_address and not named.startswith(tuple(f"{known}:" for known in _PACKAGES)):
         return Path(named)
-    if protocol not in _PACKAGES or not all(place.rstrip("/").partition("/")):
+    parts = [part for part in place.split("/") if part]
+    if protocol not in _PACKAGES or len(parts) < 2 or {".", ".."} & {*parts}:
         raise UsageError(f"{named} is no place for a run; expected a folder, s3://BUCKET/RUN or gs://BUCKET/RUN.")
     package, extra = _PACKAGES[protocol]
     if importlib.util.find_spec(package) is None:
         raise MissingPackageError(package, extra, f"{protocol}://")
     from upath import UPath
 
-    return UPath(named.rstrip("/"), use_listings_cache=False)
+    return UPath(f"{protocol}://{'/'.join(parts)}", use_listings_cache=False)
+
+
+def refuse_address(path: Path, what: str) -> None:
+    """UsageError where a user named an address for what is written to this machine's disk; `what` begins it."""
+    if path.parts and path.parts[0].endswith(":"):
+        raise UsageError(f"{what} is written to a disk of this machine, and {path} is an address. Name a path there.")
 
 
 def is_local(path: AnyPath) -> bool:

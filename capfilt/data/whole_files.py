@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 from uuid import uuid4
 
+from capfilt.data.paths import refuse_address
 from capfilt.errors import UsageError
 
 
@@ -28,6 +29,7 @@ def whole_file(path: Path) -> Iterator[TextIO]:
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raise UsageError where something of that name is there and may not be replaced, or its folder is missing."""
+    refuse_address(path, "A file")
     if path.is_dir():
         raise UsageError(f"{path} is a directory; a file is written. Name a file.")
     if path.exists() and not overwrite:

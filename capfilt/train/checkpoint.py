@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from capfilt.data.field_changes import field_changes
+from capfilt.data.paths import refuse_address
 from capfilt.data.texts import first_line
 from capfilt.errors import CapfiltError, CorruptionError, FingerprintMismatchError, RunLockedError, UsageError
 from capfilt.train.processes import fill_tensor, full_tensor
@@ -53,6 +54,7 @@ def lock_output(output_dir: Path) -> Iterator[None]:
 
     A folder that was not there is taken away again where an error leaves nothing in it.
     """
+    refuse_address(output_dir, "A model")
     was_there = output_dir.exists()
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output {output_dir} is a file; expected a folder, new or of an earlier training.")

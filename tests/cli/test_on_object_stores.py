@@ -188,10 +188,15 @@ def test_a_download_by_workers_of_a_cluster(address: str, tmp_path: Path) -> Non
     assert not [name for name in objects_of(address) if name.startswith(".")]
 
 
-def test_what_needs_a_disk_says_so(address: str) -> None:
+def test_what_needs_a_disk_says_so(address: str, tmp_path: Path) -> None:
     done = capfilt("run", "quickstart", address)
     assert done.code == 2
     assert "a folder of this machine is needed there" in done.err
     assert capfilt("stats", address).code == 2
+    for words in (("export", tmp_path, "-o"), ("report", tmp_path, "-o")):
+        RunDir.create(tmp_path)
+        done = capfilt(*words, f"{address}/file.csv")
+        assert done.code == 2
+        assert "is written to a disk of this machine" in done.err, done
     assert capfilt("download", "urls.csv", "gs://bucket/run").code == 2
     assert "pip install 'capfilt[gs]'" in capfilt("stats", "gs://bucket/run").err

@@ -50,11 +50,20 @@ def test_a_run_is_the_same_as_on_a_disk(address: str, tmp_path: Path) -> None:
 def test_what_is_no_run_or_cannot_be_asked(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="is not a run"):
         RunDir.open(address)
-    for named in ("ftp://host/run", "s3://", "s3://bucket/", "s3:/bucket/run", "gs:run", "file:///tmp/run"):
+    for named in (
+        "ftp://host/run",
+        "s3://",
+        "s3://bucket/",
+        "s3:/bucket/run",
+        "gs:run",
+        "s3://bucket/a/../b",
+        "file:///tmp/run",
+    ):
         with pytest.raises(UsageError, match="no place for a run"):
             path_of(named)
     run = RunDir.create(address)
     small.commit_shard(run)
+    assert RunDir.open(address.replace("/run", "//run") + "//").shard_names() == ["00000"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody answers there: not "it is not there"
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     forget_clients()
