@@ -64,6 +64,7 @@ def run_recipe(
     """
     from capfilt.data.rundir import RunDir
 
+    require_place(recipe, run_path)
     progress = progress or NullProgress()
     trainings = () if curate_only else recipe.trainings
     further = {section.name: open_further_runs(section, run_path) for section in trainings}
@@ -102,6 +103,17 @@ def no_shards(recipe: Recipe, run_path: AnyPath) -> UsageError:
         f"No shards in {run_path}/shards, and {recipe.path} has no [source]. Run `capfilt download URLS {run_path}` or "
         f"`capfilt import TARS {run_path}` first."
     )
+
+
+def require_place(recipe: Recipe, run_path: AnyPath) -> None:
+    """UsageError where the recipe's source and the run's place do not go together."""
+    if recipe.source is not None and recipe.source.world_urls:
+        world_dir(run_path)
+
+
+def world_dir(run_path: AnyPath) -> Path:
+    """Where a run keeps its miniature world. UsageError where that is no folder."""
+    return local_path(run_path, "The miniature world keeps its site beside the run, not on")
 
 
 def require_manifest(run: RunDir) -> None:
@@ -196,8 +208,7 @@ def _take_source(
         return StepResult("download", download(source.table, run, settings, progress, engine=engine))
     num_urls = source.world_urls or 0
     done = len(plan_shards(num_urls, settings.samples_per_shard, settings.num_shards)) == len(planned_shards(run))
-    world_dir = local_path(run.path, "The miniature world keeps its site beside the run, not on")
-    with open_world(world_dir, num_urls, source.world_seed, serve=not done) as table:
+    with open_world(world_dir(run.path), num_urls, source.world_seed, serve=not done) as table:
         return StepResult("download", download(str(table), run, settings, progress))
 
 

@@ -14,7 +14,7 @@ from capfilt.curate.download import download_fields
 from capfilt.curate.selection import SOURCES
 from capfilt.data.commit import file_sha256, input_digest, read_commit_record
 from capfilt.data.field_changes import field_changes
-from capfilt.data.paths import AnyPath, local_path
+from capfilt.data.paths import AnyPath
 from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import RunDir, is_run
 from capfilt.pipeline import (
@@ -23,8 +23,10 @@ from capfilt.pipeline import (
     open_further_runs,
     read_site,
     require_manifest,
+    require_place,
     resolved_settings,
     training_dir,
+    world_dir,
 )
 from capfilt.progress import counted
 from capfilt.recipes import Recipe, SourceSettings, TrainingSection
@@ -61,9 +63,9 @@ class _Stage:
 def plan_recipe(recipe: Recipe, run_path: AnyPath, generation: str | None = None) -> list[StepPlan]:
     """What `run_recipe` would do, and what of it is there.
 
-    Raises UsageError when the recipe has no [source] and the run no shards, or a training names a run that is none,
-    CorruptionError for a damaged record.
+    Raises UsageError as `run_recipe` does before it begins, CorruptionError for a damaged record.
     """
+    require_place(recipe, run_path)
     for section in recipe.trainings:
         open_further_runs(section, run_path)
     run = RunDir.open(run_path, generation) if is_run(run_path) else None
@@ -101,7 +103,7 @@ def _plan_shards(recipe: Recipe, run: RunDir | None, shards: list[str]) -> StepP
     wanted = {name: wanted.get(name) for name in dict.fromkeys([*wanted, *made_with])}
     old = {name: made_with.get(name) for name in wanted}
     if source.world_urls:
-        known = read_site(local_path(run.path, "The miniature world keeps its site beside the run, not on")) or {}
+        known = read_site(world_dir(run.path)) or {}
         wanted |= {"world_urls": source.world_urls, "world_seed": source.world_seed}
         old |= {"world_urls": known.get("num_urls"), "world_seed": known.get("seed")}
     differences = ", ".join(field_changes(old, wanted))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,10 @@ from capfilt.cli.console import clean, command, note, open_progress, say, say_js
 from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Generation, Run
 from capfilt.errors import UsageError
+
+if TYPE_CHECKING:
+    from capfilt.data.paths import AnyPath
+    from capfilt.data.rundir import RunDir
 
 MAX_FINDINGS_SHOWN = 50
 
@@ -26,17 +30,12 @@ def stats(
     as_json: AsJson = False,
 ) -> None:
     """Counts, yields, failures by reason, sizes, captions, scores, kept rate against threshold, words."""
-    from capfilt.data.rundir import RunDir
     from capfilt.progress import speaks_unicode
     from capfilt.report.stats import compute_stats
     from capfilt.report.stats_view import stats_lines
 
     engine_asked = engine_from(locals())
-    opened = RunDir.open(run, generation)
-    if generation is not None and generation not in opened.generations():
-        known = ", ".join(opened.generations()) or "none"
-        raise UsageError(f"{run} has no generation {generation}; those it has: {known}.")
-    found = compute_stats(opened, engine_asked, open_progress())
+    found = compute_stats(_open(run, generation), engine_asked, open_progress())
     if as_json:
         say_json(found)
         return
@@ -63,11 +62,10 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Reconcile everything on disk. Exit code 0: complete; 1: not finished; 5: damaged."""
-    from capfilt.data.rundir import RunDir
     from capfilt.data.verify import verify_run
 
     asked = engine_from(locals())
-    report = verify_run(RunDir.open(run, generation), deep, open_progress(), engine=asked)
+    report = verify_run(_open(run, generation), deep, open_progress(), engine=asked)
     if as_json:
         say_json(report)
     else:
@@ -83,3 +81,14 @@ def verify(
         if report.exit_code == 0:
             note(f"Next: {command('stats', run, generation=generation)}")
     raise typer.Exit(report.exit_code)
+
+
+def _open(run: AnyPath, generation: str | None) -> RunDir:
+    """The run; a generation that it has not is refused."""
+    from capfilt.data.rundir import RunDir
+
+    opened = RunDir.open(run, generation)
+    if generation is not None and generation not in opened.generations():
+        known = ", ".join(opened.generations()) or "none"
+        raise UsageError(f"{run} has no generation {generation}; those it has: {known}.")
+    return opened

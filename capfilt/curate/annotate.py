@@ -24,7 +24,7 @@ from capfilt.data.commit import CommitRecord, commit_stage, input_digest, read_c
 from capfilt.data.paths import exists
 from capfilt.data.per_shard import records_of
 from capfilt.data.retries import stage_shards
-from capfilt.data.rundir import STAGES, RunDir
+from capfilt.data.rundir import COMMANDS, STAGES, RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
 from capfilt.data.shards import read_samples
 from capfilt.engines.base import Engine
@@ -36,10 +36,6 @@ from capfilt.weights.host_memory import keep_freed_memory
 
 STAGE_VERSIONS = {"captions": 1, "clip": 1, "itm": 1}
 """A change of what a stage writes counts its version up."""
-
-COMMANDS = {"captions": "caption", "clip": "rank", "itm": "filter", "manifest": "filter"}
-"""Stage → the command that makes it."""
-
 
 MOST_COUNTED_SHARDS = 10_000
 """Of more, some are counted: a record takes half a millisecond to read."""
@@ -144,7 +140,7 @@ def annotate(
             summary.merge(done)
             refused = refused or why
     if refused:
-        raise FingerprintMismatchError(refused)
+        raise FingerprintMismatchError(f"The scores that lacked are there again; no manifest was made. {refused}")
     summary.seconds = time.monotonic() - started
     return summary
 

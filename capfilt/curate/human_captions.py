@@ -47,7 +47,7 @@ class HumanSummary:
 
 
 def write_human_manifest(run: RunDir, progress: Progress | None = None) -> HumanSummary:
-    """Commit the manifest of every shard that has none.
+    """Commit the manifest of every shard that has none, or one of other images.
 
     Raises UsageError where the shards were downloaded or have synthetic captions, FingerprintMismatchError where a
     manifest of another kind is there, CorruptionError for damage.
@@ -60,17 +60,17 @@ def write_human_manifest(run: RunDir, progress: Progress | None = None) -> Human
         for shard in shards:
             _refuse_others(run, shard)
             digest = input_digest(run, "manifest", shard)
-            is_done = stage_state(run, "manifest", shard, _FIELDS, digest) == "done"
-            if not is_done:
+            state = stage_state(run, "manifest", shard, _FIELDS, digest)
+            if state != "done":
                 table = _manifest_of(run, shard)
                 kept = sum(table["kept"].to_pylist())
                 commit_stage(
                     run, "manifest", shard, table, fields=_FIELDS, input_digest=digest,
                     rows_in=read_commit_record(run.stage_file("shards", shard)).rows_kept,
-                    extra={"pairs_kept": kept},
+                    extra={"pairs_kept": kept}, replace=state == "stale_input",
                 )  # fmt: skip
                 num_new, num_kept, num_dropped = num_new + 1, num_kept + kept, num_dropped + table.num_rows - kept
-            progress.advance(1, already=is_done)
+            progress.advance(1, already=state == "done")
         progress.finish()
     return HumanSummary(
         num_shards=len(shards), num_new_shards=num_new, num_kept=num_kept, num_dropped=num_dropped,

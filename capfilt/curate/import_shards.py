@@ -141,7 +141,7 @@ class _Import:
 
     def import_all(self, paths: Sequence[Path]) -> None:
         num_bytes = sum(path.stat().st_size for path in paths)
-        self._progress.start("import", max(num_bytes // _MB, 1), "MB")
+        self._progress.start("import", max(_megabytes(num_bytes), 1), "MB")
         with ThreadPoolExecutor(self._settings.num_processes, thread_name_prefix="decode") as threads:
             for path in paths:
                 shard = self._shard_of(path)
@@ -220,11 +220,11 @@ class _Import:
             yield from threads.map(lambda sample: check_sample(sample, self._settings), chunk)
 
     def _show(self, num_bytes: int, already: bool = False) -> None:
-        """Report bytes read, in whole megabytes."""
-        before = self._bytes_done // _MB
+        """Report bytes read, in megabytes begun."""
+        before = _megabytes(self._bytes_done)
         self._bytes_done += num_bytes
         self._progress.advance(
-            self._bytes_done // _MB - before,
+            _megabytes(self._bytes_done) - before,
             already=already,
             samples=sum(record.rows_kept for record in self.new_records),
             quarantined=self.failures.total(),
@@ -307,6 +307,10 @@ def _packed(
             yield f"{sample.key}.txt", sample.caption.encode()
             yield f"{sample.key}.json", json.dumps(metadata, allow_nan=False).encode()
         rows.append(row)
+
+
+def _megabytes(num_bytes: int) -> int:
+    return -(-num_bytes // _MB)
 
 
 def _key_digest(key: str) -> bytes:

@@ -27,13 +27,16 @@ from capfilt import __version__
 from capfilt.data.disk import Disk
 from capfilt.data.paths import AnyPath, exists, folders_in, names_in, path_of, read_bytes
 from capfilt.data.stores import Attempt, Store
-from capfilt.errors import CapfiltError, UsageError
+from capfilt.errors import CapfiltError, CorruptionError, UsageError
 
 FORMAT_VERSION = 1
 """Version of the layout and of the commit records; a run of a later version is refused."""
 
 STAGES = ("shards", "captions", "clip", "itm", "manifest")
 """Stages in the order in which one feeds the next."""
+
+COMMANDS = {"captions": "caption", "clip": "rank", "itm": "filter", "manifest": "filter"}
+"""Stage → the command that makes it. The shards come of `import` or `download`."""
 
 _GENERATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHARD = re.compile(r"[0-9]{5,}")
@@ -85,7 +88,8 @@ class RunDir:
 
     @classmethod
     def open(cls, path: str | AnyPath, generation: str | None = None) -> RunDir:
-        """Open an existing run. Raises UsageError when `path` is not a run of a version that is read."""
+        """Open an existing run. Raises UsageError when `path` is not a run of a version that is read, CorruptionError
+        when its run.json is damaged."""
         root = path_of(path)
         try:
             version = json.loads(read_bytes(root / "run.json", _MAX_RUN_JSON_BYTES))["format_version"]
@@ -94,10 +98,13 @@ class RunDir:
                 f"{root} is not a run: it has no run.json. Make one: `capfilt download TABLE {root}` "
                 f"or `capfilt import TARS {root}`."
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{root}/run.json cannot be read ({error}); expected what `capfilt` wrote when it made the "
-                "run. Restore it from a copy."
+        except OSError as error:
+            raise UsageError(f"{root}/run.json cannot be read ({error.strerror or error}). Mend its rights.") from None
+        except (ValueError, KeyError, TypeError) as error:
+            content = json.dumps({"format_version": FORMAT_VERSION})
+            raise CorruptionError(
+                f"{root}/run.json is damaged ({error}); expected what `capfilt` wrote when it made the run. Restore it "
+                f"from a copy, or, for a run of this version, write {content} into it: nothing else hangs on it."
             ) from None
         if version != FORMAT_VERSION:
             raise UsageError(
@@ -116,7 +123,7 @@ class RunDir:
         if self._falls_back(stage):
             made_anew = set[str]().union(*map(self._own_names, self._stages_before(stage)))
             names |= self._names_in(stage) - made_anew
-        return sorted((name for name in names if _SHARD.fullmatch(name)), key=lambda name: (len(name), name))
+        return sorted(filter(is_shard_name, names), key=lambda name: (len(name), name))
 
     def own_names(self, stage: str) -> list[str]:
         """Names of the files of `stage` that are this generation's own, in order, those of no shard too."""
@@ -219,6 +226,11 @@ class RunDir:
         FileNotFoundError where there is none.
         """
         return self._store.open_tar(shard, sha256, anew=anew)
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a shard may have that name."""
+    return _SHARD.fullmatch(name) is not None
 
 
 def is_run(path: AnyPath) -> bool:

@@ -101,7 +101,7 @@ def read_sealed(path: AnyPath, columns: Sequence[str] | None = None) -> tuple[pa
 def damaged(path: AnyPath, what: str) -> CorruptionError:
     """The error for a stage's file that is not what was committed, with its stage and shard by name."""
     mend = (
-        f"restore {path.stem}.tar and {path.name} from a copy, or remove both and repeat the command that made them"
+        f"restore {path.stem}.tar and {path.name} from a copy, or remove {path.name} and repeat what made it"
         if path.parent.name == "shards"
         else "remove it and repeat the command that made it" + (f": `rm {path}`" if is_local(path) else "")
     )

@@ -129,7 +129,7 @@ def damaged_tar(path: AnyPath, position: int, what: str) -> CorruptionError:
     """The error for a shard's tar that is not what was committed."""
     return CorruptionError(
         f"{path} is damaged at byte {position:,}: {what}. Restore {path.name} and {path.stem}.parquet from a "
-        "copy, or remove both and download or import again."
+        f"copy, or remove {path.stem}.parquet and download or import again."
     )
 
 

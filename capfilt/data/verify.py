@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import BinaryIO
 
@@ -33,101 +33,18 @@ from capfilt.data.commit import (
 from capfilt.data.paths import exists, is_local, size_of
 from capfilt.data.reconcile import check_counts, check_rows, check_tar, count_kept
 from capfilt.data.retries import attempts_of, is_retry, needs_stages, planned_shards, retry_shards
-from capfilt.data.rundir import STAGES, RunDir
+from capfilt.data.rundir import STAGES, RunDir, is_shard_name
 from capfilt.data.schemas import HUMAN
+from capfilt.data.verify_report import Finding, Report, StageCounts
 from capfilt.engines.base import SHARDS, Engine
 from capfilt.engines.local import LocalEngine
-from capfilt.errors import CapfiltError, CorruptionError, UsageError
-from capfilt.progress import Progress, counted
+from capfilt.errors import CorruptionError, UsageError
+from capfilt.progress import Progress
 
 _MAX_PROBLEMS_PER_FILE = 5
 _MAX_SHARDS = 10_000_000
 _DAMAGE = (CorruptionError, UsageError)
 """What a file that is not what was committed, or is gone, raises. That a store does not answer says nothing of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is not as it should be."""
-
-    stage: str
-    """Folder of the stage: `clip`, or `clip@NAME` in a generation."""
-    shard: str
-    """Name of the shard; empty when it concerns none."""
-    problem: str
-    """What was found."""
-
-
-@dataclass(slots=True)
-class StageCounts:
-    """Sums over the shards of one stage."""
-
-    num_shards: int = 0
-    rows_in: int = 0
-    rows_kept: int = 0
-    rows_rejected: int = 0
-    rows_quarantined: int = 0
-
-    def merge(self, other: StageCounts) -> None:
-        """Add other shards'."""
-        for entry in fields(self):
-            setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
-
-
-@dataclass(slots=True)
-class Report:
-    """What `verify_run` found."""
-
-    findings: list[Finding] = field(default_factory=list)
-    """Damage: what is on disk is not what was committed, or does not agree with itself."""
-    unfinished: list[Finding] = field(default_factory=list)
-    """Work that an interrupted command has left; repeating the command mends it."""
-    counts: dict[str, StageCounts] = field(default_factory=dict)
-    """Folder of the stage → sums of its commit records."""
-
-    def merge(self, other: Report) -> None:
-        """Add what was found elsewhere."""
-        self.findings += other.findings
-        self.unfinished += other.unfinished
-        for folder, counts in other.counts.items():
-            self.counts.setdefault(folder, StageCounts()).merge(counts)
-
-    @property
-    def exit_code(self) -> int:
-        """5 with damage, 1 when unfinished, 0 when complete and reconciled."""
-        return CorruptionError.exit_code if self.findings else CapfiltError.exit_code if self.unfinished else 0
-
-    def remedies(self) -> list[str]:
-        """What to do about it, a sentence each."""
-        damaged = {finding.stage for finding in self.findings}
-        return [
-            sentence
-            for sentence, is_due in (
-                (
-                    "A damaged shard: put its .tar and .parquet back from a copy, or remove its .parquet; the command "
-                    "that made it makes it anew, and then all that follows from it.",
-                    "shards" in damaged,
-                ),
-                (
-                    "A damaged file of another stage: remove the .parquet; the command that made it makes it anew.",
-                    bool(damaged - {"shards"}),
-                ),
-                ("Unfinished: the command that was interrupted goes on when it is given again.", bool(self.unfinished)),
-            )
-            if is_due
-        ]
-
-    def line(self) -> str:
-        """The report in one line."""
-        shards = self.counts.get("shards", StageCounts())
-        begun = [stage for stage in STAGES[1:] if stage in {folder.partition("@")[0] for folder in self.counts}]
-        state = {0: "complete and reconciled", 1: "not finished"}.get(self.exit_code, "DAMAGED")
-        return (
-            f"{state}: {counted(shards.num_shards, 'shard')}, {counted(shards.rows_in, 'row')} = "
-            f"{counted(shards.rows_kept, 'sample')} + {shards.rows_quarantined:,} quarantined; stages: "
-            f"{', '.join(begun) or 'none yet'}; {counted(len(self.findings), 'damage')}, "
-            f"{len(self.unfinished):,} left to do"
-        )
 
 
 def verify_run(
@@ -143,7 +60,7 @@ def verify_run(
     if run.generation is None:
         views += [RunDir(run.path, name) for name in run.generations()]
     shards = run.shard_names()
-    _check_strays(run, views, set(shards), report)
+    lost = _check_strays(run, views, set(shards), report)
     begun = {(view.generation, stage) for view in views for stage in STAGES[1:] if _has_begun(view, stage)}
     work = _VerifyShards(run, views, deep, len(shards), begun)
     for shard, (part, digests) in (engine or LocalEngine()).run(work, shards, progress):
@@ -151,7 +68,7 @@ def verify_run(
         if digests is not None:
             keys.add(shard, digests)
     keys.report_shared(run, report)
-    _check_plan(run, shards, report)
+    _check_plan(run, shards, lost, report)
     _check_retries(run, report)
     for view in views:
         _check_parameters(view, report)
@@ -229,7 +146,10 @@ def _sha256_of(file: BinaryIO) -> str:
 def _verify_stages(
     view: RunDir, shard: str, rows: pa.Table, begun: set[tuple[str | None, str]], report: Report
 ) -> None:
-    """Check the stages of one shard in one generation, each against those before it."""
+    """Check the stages of one shard in one generation, each against those before it.
+
+    What was made of other bytes than are there now is to be made anew, with all that follows: no damage.
+    """
     tables = {"shards": rows}
     kept_before: int | None = count_kept("shards", rows)
     for stage in STAGES[1:]:
@@ -245,9 +165,17 @@ def _verify_stages(
         if loaded is None:
             kept_before = None
             continue
-        tables[stage], record, _ = loaded
+        table, record, _ = loaded
+        if not _is_current(view, record):
+            if is_own:
+                _add(report.unfinished, folder, shard, ["it was made from another input than the one there now"])
+            kept_before = None
+            continue
+        tables[stage] = table
         if is_own:
-            _check_chain(view, record, kept_before, folder, report)
+            if kept_before is not None and record.rows_in != kept_before:
+                problem = f"{record.rows_in} samples came in; the stage before kept {kept_before}"
+                _add(report.findings, folder, shard, [problem])
             _check_content(stage, shard, tables, folder, report)
         kept_before = record.rows_kept
 
@@ -295,20 +223,12 @@ def _quiet_load(view: RunDir, stage: str, shard: str) -> tuple[pa.Table, CommitR
         return None
 
 
-def _check_chain(view: RunDir, record: CommitRecord, kept_before: int | None, folder: str, report: Report) -> None:
-    if kept_before is not None and record.rows_in != kept_before:
-        _add(
-            report.findings,
-            folder,
-            record.shard,
-            [f"{record.rows_in} samples came in; the stage before kept {kept_before}"],
-        )
+def _is_current(view: RunDir, record: CommitRecord) -> bool:
+    """Whether a stage was made from what is there now; true where that is damaged or gone, which is reported."""
     try:
-        is_current = record.input_digest == input_digest(view, record.stage, record.shard)
+        return record.input_digest == input_digest(view, record.stage, record.shard)
     except _DAMAGE:
-        return  # the stage before is missing or damaged, and reported
-    if not is_current:
-        _add(report.unfinished, folder, record.shard, ["it was made from another input than the one there now"])
+        return True
 
 
 def _check_content(stage: str, shard: str, tables: dict[str, pa.Table], folder: str, report: Report) -> None:
@@ -327,27 +247,43 @@ def _has_begun(view: RunDir, stage: str) -> bool:
     return bool(view.committed(stage)) or (stage == "manifest" and view.generation is not None)
 
 
-def _check_strays(run: RunDir, views: list[RunDir], shards: set[str], report: Report) -> None:
-    """Tars without a commit record are what a crash leaves; stages of shards that are not there are not."""
-    for name in run.tar_names():
-        if name not in shards:
-            _add(report.unfinished, "shards", name, [f"{name}.tar has no commit record"])
+def _check_strays(run: RunDir, views: list[RunDir], shards: set[str], report: Report) -> set[str]:
+    """Tars without a commit record are what a crash leaves; where stages were made of them, the record was lost.
+
+    Gives the names of the shards whose record was lost.
+    """
+    made: dict[str, list[str]] = {}
     for view in views:
         for stage in STAGES[1:]:
-            folder = view.stage_file(stage, "0").parent.name
             for name in view.own_names(stage):
                 if name not in shards:
-                    _add(report.findings, folder, name, ["its shard is not committed"])
+                    made.setdefault(name, []).append(view.stage_file(stage, name).parent.name)
+    for name, folders in sorted(made.items()):
+        if is_shard_name(name):
+            _add(
+                report.findings,
+                "shards",
+                name,
+                [f"it was committed ({', '.join(folders)} are of it); its record {name}.parquet is gone"],
+            )
+        else:
+            for folder in folders:
+                _add(report.findings, folder, name, ["it is named as no shard is"])
+    for name in run.tar_names():
+        if name not in shards and name not in made:
+            _add(report.unfinished, "shards", name, [f"{name}.tar has no commit record"])
+    return set(made)
 
 
-def _check_plan(run: RunDir, shards: list[str], report: Report) -> None:
+def _check_plan(run: RunDir, shards: list[str], lost: set[str], report: Report) -> None:
     """Shards are numbered without gaps; where their maker knew how many shards and rows there will be, all
-    shards say so, and all have come to something."""
+    shards say so, and all have come to something. Those of `lost` are reported already."""
     plans: dict[str, tuple[int, int | None]] = {}
     num_retried = 0
     for shard in shards:
         with suppress(CorruptionError, TypeError, ValueError):  # reported already, or no plan
             record = read_commit_record(run.stage_file("shards", shard))
+            report.maker = report.maker or str(record.fields.get("maker", "download"))
             if is_retry(record):
                 num_retried += record.rows_in
             else:
@@ -358,13 +294,13 @@ def _check_plan(run: RunDir, shards: list[str], report: Report) -> None:
             problem = f"its plan has {plan[0]} shards and {plan[1]} rows; that of shard {first} has "
             problem += f"{num_shards} and {source_rows}"
             _add(report.findings, "shards", shard, [problem])
-    present = {int(shard) for shard in shards if shard in plans}
+    present = {int(shard) for shard in [*plans, *filter(is_shard_name, lost)]}
     planned = min(num_shards, _MAX_SHARDS)
     absent = sorted(set(range(max(planned, max(present, default=-1) + 1))) - present)
     for number in absent:
         _add(report.unfinished, "shards", f"{number:05d}", ["the shard is not there"])
     counts = report.counts.get("shards", StageCounts())
-    is_whole = not absent and counts.num_shards == len(shards)
+    is_whole = not absent and not lost and counts.num_shards == len(shards)
     if source_rows is not None and is_whole and counts.rows_in - num_retried != source_rows:
         problem = f"the shards account for {counts.rows_in - num_retried} rows; the table has {source_rows}"
         _add(report.findings, "shards", "", [problem])

@@ -26,7 +26,7 @@ from capfilt import __version__
 from capfilt.engines.base import SHARDS, Result, Work
 from capfilt.engines.local import num_cores
 from capfilt.errors import CapfiltError, MissingPackageError, UsageError
-from capfilt.progress import NullProgress, Progress
+from capfilt.progress import NullProgress, Progress, counted
 from capfilt.settings import RaySettings
 
 LIGHT_CHUNK, HEAVY_CHUNK = 16, 1
@@ -147,7 +147,7 @@ class _Crew:
         self._deaths = Counter[str]()
         self._aside: dict[str, str] = {}
         """Shard → what its last worker ended with."""
-        self._started = False
+        self._started = self._said_room = False
         self._recruited = self._seen_working = 0.0
         of_nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         cores = min([MOST_CORES, *filter(None, of_nodes)])  # a head may have none
@@ -193,9 +193,14 @@ class _Crew:
         all_of_it = self._ray.cluster_resources()
         rooms = [all_of_it.get(name, 0.0) // need for name, need in (("CPU", self._cpus), ("GPU", self._gpus)) if need]
         num_busy = sum(bool(member.shards) for member in self._members)
-        wanted = min(
-            self._settings.num_workers or max(int(min(rooms, default=num_cores())), 1), len(self._left) + num_busy
-        )
+        room = max(int(min(rooms, default=num_cores())), 1)
+        wanted = min(self._settings.num_workers or room, len(self._left) + num_busy)
+        if wanted > room and not self._said_room:
+            self._said_room = True
+            self._progress.say(
+                f"The cluster has room for {counted(room, 'worker')} of {self._need()}; {wanted} were asked for, "
+                "and the others wait for room. --cpus-per-worker and --gpus-per-worker say how much one takes."
+            )
         for _ in range(wanted - len(self._members)):
             actor = self._actor_class.remote(self._packed)
             self._members.append(_Member(actor, actor.open.remote()))

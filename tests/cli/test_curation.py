@@ -76,6 +76,8 @@ def test_stage_commands_and_recipe_give_equal_rows(run: Path, downloaded: Path, 
     assert unknown.code == 2
     assert "those it has: again" in unknown.err
     assert "--keep K --generation again" in capfilt("stats", other, "--generation", "again").err
+    unknown = capfilt("verify", other, "--generation", "agian")
+    assert (unknown.code, "those it has: again" in unknown.err) == (2, True)
 
 
 def test_stats_select_verify(run: Path, models: Models) -> None:
@@ -110,7 +112,7 @@ def test_stats_select_verify(run: Path, models: Models) -> None:
     damaged = capfilt("verify", run, "--json")
     assert damaged.code == 5
     assert damaged.json()["findings"][0]["shard"] == "00001"
-    assert "remove the .parquet; the command that made it makes it anew" in capfilt("verify", run).err
+    assert "remove its .parquet and repeat `capfilt filter`" in capfilt("verify", run).err
     assert capfilt("stats", run).code == 5
     manifest.unlink()
     assert capfilt("select", run, "--threshold", 0).code == 0

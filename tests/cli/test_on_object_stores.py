@@ -189,9 +189,11 @@ def test_a_download_by_workers_of_a_cluster(address: str, tmp_path: Path) -> Non
 
 
 def test_what_needs_a_disk_says_so(address: str, tmp_path: Path) -> None:
-    done = capfilt("run", "quickstart", address)
-    assert done.code == 2
-    assert "a folder of this machine is needed there" in done.err
+    for options in ((), ("--dry-run",)):
+        done = capfilt("run", "quickstart", address, *options)
+        assert done.code == 2
+        assert "a folder of this machine is needed there" in done.err
+    assert fsspec.filesystem("s3").find(address) == [], "nothing was begun"
     assert capfilt("stats", address).code == 2
     for words in (("export", tmp_path, "-o"), ("report", tmp_path, "-o")):
         RunDir.create(tmp_path)

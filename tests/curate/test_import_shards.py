@@ -286,11 +286,12 @@ def test_progress_counts_bytes_once(tmp_path: Path, run: RunDir) -> None:
             self.ended = True
 
     write_foreign(tmp_path / "a.tar", [(f"{n}.jpg", picture(n, size=(1500, 1500))) for n in range(3)])
-    for _ in range(2):
+    write_foreign(tmp_path / "b.tar", [("small.jpg", picture(9))])
+    for names, least in (("a.tar",), 2), (("a.tar", "b.tar"), 2), (("b.tar",), 1):
         recorder = Recorder()
-        import_shards([str(tmp_path / "a.tar")], run, progress=recorder)
+        import_shards([str(tmp_path / name) for name in names], run, progress=recorder)
         assert recorder.ended
-        assert recorder.total == recorder.done >= 2
+        assert recorder.total == recorder.done >= least
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,13 @@ def encoded_image(seed: int, ext: str = "jpg", size: tuple[int, int] = (24, 16))
     return buffer.getvalue()
 
 
-def commit_shard(run: RunDir, shard: str = "00000", num_samples: int = 3, *, num_shards: int = 1) -> None:
+def commit_shard(
+    run: RunDir, shard: str = "00000", num_samples: int = 3, *, num_shards: int = 1, first_image: int = 0
+) -> None:
     """`num_samples` samples and one row that failed."""
     keys = [f"{shard}{number:04d}" for number in range(num_samples)]
     exts = [EXTENSIONS[number % 3] for number in range(num_samples)]
-    images = [encoded_image(int(key), ext) for key, ext in zip(keys, exts, strict=True)]
+    images = [encoded_image(int(key) + first_image, ext) for key, ext in zip(keys, exts, strict=True)]
     captions = [f"web caption of {key}" if number % 3 else "" for number, key in enumerate(keys)]
     members = []
     for key, ext, image, caption in zip(keys, exts, images, captions, strict=True):

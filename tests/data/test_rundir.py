@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from capfilt.data.rundir import RunDir
-from capfilt.errors import RunLockedError, UsageError
+from capfilt.errors import CorruptionError, RunLockedError, UsageError
 
 HOLD = """
 import sys, time
@@ -38,8 +39,12 @@ def test_create_is_repeatable_and_open_says_what_is_wrong(tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="format version 99"):
         RunDir.open(run.path)
     (run.path / "run.json").write_text("{")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(CorruptionError, match="is damaged") as damage:
         RunDir.open(run.path)
+    found = re.search(r"write (\{.*\}) into it", str(damage.value))
+    assert found
+    (run.path / "run.json").write_text(found[1])
+    assert RunDir.open(run.path).path == run.path, "as it is advised"
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         RunDir.create(tmp_path / "file")

@@ -273,3 +273,50 @@ def test_samples_that_a_later_stage_lost_are_accounted_for(tmp_path: Path, stage
     assert (report.findings, report.unfinished) == ([], [])
     kept = {stage: counts.rows_kept for stage, counts in report.counts.items()}
     assert kept == {"shards": 5, "captions": 4, "clip": 4, "itm": 2, "manifest": 2}
+
+
+def test_a_lost_record_is_named_once_with_what_brings_it_back(make_run: Callable[..., RunDir]) -> None:
+    run = make_run(2, 4)
+    path = run.stage_file("shards", BAD)
+    content = path.read_bytes()
+    path.unlink()
+    report = verify_run(run, deep=True)
+    assert [(item.stage, item.shard) for item in report.findings + report.unfinished] == [("shards", BAD)]
+    assert report.findings[0].problem == (
+        "it was committed (captions, clip, itm, manifest are of it); its record 00001.parquet is gone"
+    )
+    assert report.exit_code == 5
+    assert [sentence for sentence in report.remedies() if "repeat `capfilt download`" in sentence] == report.remedies()
+    path.write_bytes(content)
+    assert verify_run(run, deep=True).exit_code == 0, "what was made of it stayed good"
+
+
+def test_what_was_made_of_bytes_that_changed_since_is_unfinished(
+    make_run: Callable[..., RunDir], stages: SimpleNamespace
+) -> None:
+    run = make_run(2, 4)
+    stages.manifest(RunDir.open(run.path, "cold"), BAD, threshold=0.95)
+    stages.manifest(RunDir.open(run.path, "cold"), "00000", threshold=0.95)
+    run.stage_file("shards", BAD).unlink()
+    run.tar_path(BAD).unlink()
+    stages.shard(run, BAD, 4, num_shards=2, first_image=100)  # a download may bring others
+    report = verify_run(run)
+    assert report.findings == []
+    assert [(item.stage, item.shard) for item in report.unfinished] == [("captions", BAD)]
+    assert report.remedies() == ["Unfinished: repeat `capfilt caption` as it was given; it goes on where it was."]
+
+
+def test_remedies_name_commands_and_generations(make_run: Callable[..., RunDir], stages: SimpleNamespace) -> None:
+    run = make_run(2, 4)
+    warm = RunDir.open(run.path, "warm")
+    stages.captions(warm, "00000", seed=1)
+    stages.clip(warm, "00000")
+    flip(run.stage_file("itm", BAD), 0.5)
+    (run.path / "clip" / "copy.parquet").write_bytes(b"")
+    report = verify_run(run)
+    assert ("clip", "copy", "it is named as no shard is") in [(f.stage, f.shard, f.problem) for f in report.findings]
+    assert report.remedies() == [
+        "A damaged file of another stage: remove its .parquet and repeat `capfilt rank` and `capfilt filter`.",
+        "Unfinished: repeat `capfilt filter --generation warm` as it was given; it goes on where it was.",
+        "Or give a generation up that is not wanted any more: remove the folders whose names end in @warm.",
+    ]

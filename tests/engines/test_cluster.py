@@ -99,6 +99,13 @@ def test_a_shard_that_ends_its_workers_is_set_aside(cluster: str, capsys: pytest
     assert capsys.readouterr().out == ""
 
 
+def test_that_there_is_less_room_than_asked_for_is_said(cluster: str) -> None:
+    engine = RayEngine(RaySettings(num_workers=2, cpus_per_worker=2))
+    found = dict(engine.run(Sleeps(12 * UNITS), NAMES, tally := Tally()))
+    assert sorted(found) == NAMES
+    assert [text.partition(";")[0] for text in tally.said] == ["The cluster has room for 1 worker of 2 CPUs"]
+
+
 def test_a_shard_that_does_not_end_is_set_aside(cluster: str) -> None:
     tally, done = Tally(), list[tuple[str, int]]()
     engine = RayEngine(RaySettings(num_workers=2, cpus_per_worker=1, max_deaths=2, stall_seconds=2))
