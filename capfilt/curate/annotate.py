@@ -22,7 +22,7 @@ from capfilt.curate.shard_pass import CaptionLane, ClipLane, Item, ItmLane, Lane
 from capfilt.curate.stage_models import MODELS, StageModels
 from capfilt.data.commit import CommitRecord, commit_stage, input_digest, read_commit_record, read_table, stage_state
 from capfilt.data.paths import exists
-from capfilt.data.per_shard import records_of
+from capfilt.data.per_shard import of_each, records_of
 from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import COMMANDS, STAGES, RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
@@ -201,17 +201,40 @@ class _Annotator:
         computing = ", ".join(dict.fromkeys(model.computing for model in loaded))
         self.title = f"{name} ({computing})" if computing else name
 
+        self._looks: Iterator[_Look] | None = None
+
+    def expect(self, shards: Sequence[str]) -> None:
+        """On an object store, where a finished shard costs some twenty requests, many are looked at at once."""
+        self._looks = of_each(self._plan.run, shards, self._look)
+
     def __call__(self, shard: str, progress: Progress) -> tuple[AnnotateSummary, str]:
         """What was made of a shard, and why its manifest was left as it was, where it was."""
+        look = self._look(shard) if self._looks is None else next(self._looks)
+        assert look.shard == shard
+        if look.todo:
+            _annotate_shard(self._plan, look, progress)
+        else:
+            progress.advance(look.num_images, already=True)
+        return look.summary or _summary_of(self._plan, shard, look.todo), look.refused
+
+    def _look(self, shard: str) -> _Look:
         num_images = read_commit_record(self._plan.run.stage_file("shards", shard)).rows_kept
-        new, refused = _annotate_shard(self._plan, shard, num_images, progress)
-        summary = AnnotateSummary()
-        for stage in self._plan.stages:
-            record = read_commit_record(self._plan.run.read_file(stage, shard))
-            summary.stages[stage] = StageSummary.of(record, is_new=stage in new)
-            if stage == "manifest":
-                summary.num_pairs, summary.num_kept = (int(record.extra[n]) for n in ("table_rows", "pairs_kept"))
-        return summary, refused
+        todo, refused = _find_todo(self._plan, shard)
+        return _Look(shard, num_images, todo, refused, None if todo else _summary_of(self._plan, shard, []))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What there is to do of a shard."""
+
+    shard: str
+    num_images: int
+    todo: list[str]
+    """Stages to be made."""
+    refused: str
+    """Why the manifest is left as it is, where it is."""
+    summary: AnnotateSummary | None
+    """Of one of which nothing is left to do."""
 
 
 class _Plan:
@@ -263,12 +286,20 @@ class _Plan:
         return lanes
 
 
-def _annotate_shard(plan: _Plan, shard: str, num_images: int, progress: Progress) -> tuple[list[str], str]:
-    """Bring one shard up to date; every stage is committed before the next shard begins.
+def _summary_of(plan: _Plan, shard: str, new: Sequence[str]) -> AnnotateSummary:
+    """What the stages of a shard hold, of which `new` were made now."""
+    summary = AnnotateSummary()
+    for stage in plan.stages:
+        record = read_commit_record(plan.run.read_file(stage, shard))
+        summary.stages[stage] = StageSummary.of(record, is_new=stage in new)
+        if stage == "manifest":
+            summary.num_pairs, summary.num_kept = (int(record.extra[n]) for n in ("table_rows", "pairs_kept"))
+    return summary
 
-    Gives the stages made, and why the manifest was left as it was.
-    """
-    todo, refused = _find_todo(plan, shard)
+
+def _annotate_shard(plan: _Plan, look: _Look, progress: Progress) -> None:
+    """Bring one shard up to date; every stage is committed before the next shard begins."""
+    shard, todo, num_images = look.shard, look.todo, look.num_images
     lanes = plan.lanes(todo, shard)
     if lanes:
         items: list[Item] = []
@@ -284,7 +315,6 @@ def _annotate_shard(plan: _Plan, shard: str, num_images: int, progress: Progress
         progress.advance(num_images, already=True)
     if "manifest" in todo:
         commit_manifest(plan.run, shard, plan.fields("manifest", shard))
-    return todo, refused
 
 
 def _find_todo(plan: _Plan, shard: str) -> tuple[list[str], str]:

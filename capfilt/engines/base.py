@@ -7,7 +7,7 @@ it needs, and then works on one shard at a time. Results come back in any order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from capfilt.progress import Progress
 
@@ -23,6 +23,15 @@ class Worker(Protocol[Result_co]):
 
     def __call__(self, shard: str, progress: Progress, /) -> Result_co:
         """Do it to one shard. Advances `progress` by the units of the work, unless the unit is the shard itself."""
+        ...
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A worker that finds out in advance what there is to do, where it is told which shards it will be given."""
+
+    def expect(self, shards: Sequence[str], /) -> None:
+        """It will be given these, in this order."""
         ...
 
 

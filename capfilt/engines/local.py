@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any
 
-from capfilt.engines.base import SHARDS, Result, Work
+from capfilt.engines.base import SHARDS, LooksAhead, Result, Work
 from capfilt.errors import CapfiltError
 from capfilt.progress import NullProgress, Progress
 
@@ -49,6 +49,8 @@ class LocalEngine:
         worker = work.open()
         progress.start(worker.title, work.total, work.unit)
         if not work.is_light:
+            if isinstance(worker, LooksAhead):
+                worker.expect(shards)
             ended = ((shard, worker(shard, progress)) for shard in shards)
         elif self._may_start_processes and len(shards) >= MANY_SHARDS and num_cores() > 1:
             ended = self._processes(work, shards)
