@@ -17,8 +17,19 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from capfilt import __version__
-from capfilt.cli import annotate, evaluate, explain, generate, ingest, inspection, recipe, rehearsal, sharing, train
+from capfilt.cli import (
+    annotate,
+    evaluate,
+    explain,
+    generate,
+    health,
+    ingest,
+    inspection,
+    recipe,
+    rehearsal,
+    sharing,
+    train,
+)
 from capfilt.cli.console import clean, note
 from capfilt.cli.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, MESSAGES
 from capfilt.errors import CapfiltError
@@ -90,18 +101,16 @@ app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("generate")(generate.generate)
 app.command("explain")(explain.explain)
-
-
-def _print_version(value: bool) -> None:
-    if value:
-        typer.echo(f"capfilt {__version__}")
-        raise typer.Exit
+app.command("doctor")(health.doctor)
 
 
 @app.callback(epilog="CAPFILT_DEBUG=1 shows the traceback of an error.")
 def start(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=health.print_version, is_eager=True, help="Print the version, and its parts'."
+        ),
     ] = False,
 ) -> None:
     """Curate image-text data from the web with BLIP's CapFilt method, and train on the result."""
