@@ -75,8 +75,8 @@ class Diagnosis:
         counts = {state: sum(finding.state == state for finding in self.findings) for state in (WRONG, LACKING)}
         if counts[WRONG]:
             return f"{counts[WRONG]} wrong, {counts[LACKING]} lacking: mend what is wrong first."
-        lacking = f"; {counts[LACKING]} lacking that some commands need" if counts[LACKING] else ""
-        return f"capfilt can work here{lacking}."
+        lacking = f"; {counts[LACKING]} things that some need are not" if counts[LACKING] else ""
+        return f"All that every command needs is here{lacking}."
 
 
 def diagnose() -> Diagnosis:

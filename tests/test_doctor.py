@@ -82,7 +82,7 @@ def test_what_people_see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert {"python", "packages", "extras", "devices", "models", "disk"} <= set(lines)
     java = next(number for number, line in enumerate(lines) if line.split()[:2] == ["lacking", "java"])
     assert "Install a Java runtime" in lines[java + 1]
-    assert lines[-1].startswith("capfilt can work here; ")
+    assert lines[-1].startswith("All that every command needs is here; ")
     version = capfilt("--version").out.splitlines()
     assert version[0] == f"capfilt {importlib.metadata.version('capfilt')}"
     assert f"  torch {importlib.metadata.version('torch')}" in version
