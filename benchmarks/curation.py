@@ -34,10 +34,10 @@ from benchmarks.sides import (
     transformers_captioner,
     transformers_filter,
 )  # fmt: skip
-from capfilt.curate.annotate import annotate
-from capfilt.curate.import_shards import import_shards
-from capfilt.curate.selection import captions_to_filter, rank_captions
-from capfilt.curate.stage_models import StageModels
+from capfilt.curation.annotate import annotate
+from capfilt.curation.import_shards import import_shards
+from capfilt.curation.selection import captions_to_filter, rank_captions
+from capfilt.curation.stage_models import StageModels
 from capfilt.data.commit import read_table
 from capfilt.data.images import decode_image
 from capfilt.data.rundir import RunDir

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from capfilt.curate.annotate import annotate
+from capfilt.curation.annotate import annotate
 from capfilt.data.rundir import RunDir
 from capfilt.engines.base import Engine, Work
 from capfilt.engines.cluster import RayEngine
 from capfilt.engines.local import LocalEngine
 from capfilt.settings import RaySettings
-from tests.curate.small_runs import Models, make_run, save_models
+from tests.curation.small_runs import Models, make_run, save_models
 from tests.engines.works import Sleeps
 
 SAMPLES_PER_SHARD = 1_000

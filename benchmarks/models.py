@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from capfilt.curate.pictures import normalise, to_square
+from capfilt.curation.pictures import normalise, to_square
 from capfilt.models.decoding import write_captions
 from capfilt.models.med import Captioner
 from capfilt.models.packed import pack_linears

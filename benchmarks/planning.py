@@ -25,7 +25,7 @@ from typing import Any
 from capfilt.data.commit import read_stage
 from capfilt.data.rundir import RunDir
 from capfilt.data.sealed import sealed_bytes
-from tests.curate.small_runs import make_run
+from tests.curation.small_runs import make_run
 
 ROWS = 10_000
 GOAL_SECONDS, GOAL_MB = 60.0, 1000.0
@@ -76,7 +76,7 @@ def _make_piece(path: Path, numbers: range) -> None:
 
 def plan(path: Path) -> None:
     """Plan captions, ranks and filter of shards that are there, as `capfilt run` does."""
-    from capfilt.curate.annotate import annotate
+    from capfilt.curation.annotate import annotate
     from capfilt.settings import CaptionSettings, FilterSettings, RankSettings
 
     stages = ("captions", "clip", "itm", "manifest")

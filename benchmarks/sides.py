@@ -194,7 +194,7 @@ def _generate(model: Any, features_BPD: Tensor, case: Case) -> Tensor:
 
 def our_captioning(case: Case) -> Pass:
     """Pictures to ten texts."""
-    from capfilt.curate.captioner import BlipCaptioner
+    from capfilt.curation.captioner import BlipCaptioner
 
     captioner, pictures = BlipCaptioner(case.caption_settings()), draw_pictures(case.batch_size)
     keep_freed_memory()
@@ -245,7 +245,7 @@ def data_juicer_captioning(python: str, case: Case) -> list[str]:
 
 def our_matching(case: Case) -> Pass:
     """ITM scores of every picture with `num_texts` texts."""
-    from capfilt.curate.scorers import ItmScorer
+    from capfilt.curation.scorers import ItmScorer
 
     scorer = ItmScorer(case.filter_settings())
     keep_freed_memory()
@@ -305,7 +305,7 @@ def match_texts(
 
 def our_clip(case: Case) -> Pass:
     """CLIP scores of every picture with ten texts of its own."""
-    from capfilt.curate.scorers import ClipScorer
+    from capfilt.curation.scorers import ClipScorer
 
     scorer = ClipScorer(case.rank_settings())
     keep_freed_memory()

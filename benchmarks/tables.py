@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from capfilt.curate.selection import commit_manifest, manifest_fields
+from capfilt.curation.selection import commit_manifest, manifest_fields
 from capfilt.data.commit import commit_stage, input_digest
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS

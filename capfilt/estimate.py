@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capfilt.curate.annotate import annotate
+from capfilt.curation.annotate import annotate
 from capfilt.data.commit import CommitRecord, commit_stage, input_digest, read_stage
 from capfilt.data.paths import AnyPath, size_of
 from capfilt.data.per_shard import records_of

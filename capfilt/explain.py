@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor
 
-from capfilt.curate.pictures import normalise, to_square
-from capfilt.curate.scorers import ITM_MAX_TOKENS
+from capfilt.curation.pictures import normalise, to_square
+from capfilt.curation.scorers import ITM_MAX_TOKENS
 from capfilt.data.captions import clean_caption
 from capfilt.errors import UsageError
 from capfilt.models.gradcam import (

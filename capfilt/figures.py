@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from capfilt.curate.captioner import BlipCaptioner
-from capfilt.curate.scorers import ClipScorer, ItmScorer, Scorer
+from capfilt.curation.captioner import BlipCaptioner
+from capfilt.curation.scorers import ClipScorer, ItmScorer, Scorer
 from capfilt.evaluate.caption_metrics import score_captions
 from capfilt.evaluate.labelled_scores import area_under_curve
 from capfilt.evaluate.ranking import match_ranks, recall_at

@@ -124,7 +124,7 @@ def require_manifest(run: RunDir) -> None:
 
 
 def _annotate(recipe: Recipe, run: RunDir, progress: Progress, engine: Engine | None) -> Any:
-    from capfilt.curate.annotate import annotate
+    from capfilt.curation.annotate import annotate
 
     return annotate(run, stages_of(recipe), recipe.caption, recipe.rank, recipe.filter, progress, engine=engine)
 
@@ -197,11 +197,11 @@ def _take_source(
     source: SourceSettings, settings: DownloadSettings, run: Any, progress: Progress, engine: Engine | None
 ) -> StepResult:
     if source.tars:
-        from capfilt.curate.import_shards import import_shards
+        from capfilt.curation.import_shards import import_shards
 
         return StepResult("import", import_shards(source.tars, run, settings, progress))
-    from capfilt.curate.download import download
-    from capfilt.curate.parts import plan_shards
+    from capfilt.curation.download import download
+    from capfilt.curation.parts import plan_shards
     from capfilt.data.retries import planned_shards
 
     if source.table:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from capfilt.curate.download import download_fields
-from capfilt.curate.selection import SOURCES
+from capfilt.curation.download import download_fields
+from capfilt.curation.selection import SOURCES
 from capfilt.data.commit import file_sha256, input_digest, read_commit_record
 from capfilt.data.field_changes import field_changes
 from capfilt.data.paths import AnyPath

@@ -43,8 +43,8 @@ import numpy as np
 import torch
 
 from capfilt.assets import FAST, NO_MOMENTUM, NO_REGULARISATION, TINY_BLIP
-from capfilt.curate.annotate import annotate
-from capfilt.curate.selection import SOURCES, reselect
+from capfilt.curation.annotate import annotate
+from capfilt.curation.selection import SOURCES, reselect
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.errors import CapfiltError

@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from capfilt.curate.human_captions import write_human_manifest
-from capfilt.curate.import_shards import import_shards
-from capfilt.curate.scorers import ItmScorer
+from capfilt.curation.human_captions import write_human_manifest
+from capfilt.curation.import_shards import import_shards
+from capfilt.curation.scorers import ItmScorer
 from capfilt.data.annotations import read_captioned_images
 from capfilt.data.rundir import RunDir
 from capfilt.errors import CapfiltError

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import atheris
 
 with atheris.instrument_imports(include=["capfilt", "PIL"]):
-    from capfilt.curate.import_samples import check_sample, group_members
+    from capfilt.curation.import_samples import check_sample, group_members
     from capfilt.data.foreign_tars import read_foreign_tar
     from capfilt.data.images import ImageRefused, decode_image, probe_image
     from capfilt.data.tars import index_tar, write_tar

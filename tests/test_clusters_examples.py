@@ -21,7 +21,7 @@ import yaml
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
-from tests.curate.small_runs import make_run, save_models
+from tests.curation.small_runs import make_run, save_models
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -22,7 +22,7 @@ from capfilt.progress import NullProgress, as_bytes
 from capfilt.recipes import Recipe, SourceSettings, read_recipe
 from capfilt.settings import DownloadSettings
 from tests.cli.conftest import capfilt
-from tests.curate.small_runs import Models, make_run, save_models
+from tests.curation.small_runs import Models, make_run, save_models
 
 STAGES = ("captions", "clip", "itm", "manifest")
 

@@ -1,6 +1,4 @@
-"""Scripts of examples/: `bootstrapping.py` from the site to the tables, then again, and what the tables say;
-`photographs.py` from tars to figures.
-"""
+"""Scripts of examples/: what they print, write and refuse, from pictures, tars and runs to figures and models."""
 
 from __future__ import annotations
 
@@ -16,6 +14,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
@@ -25,9 +25,11 @@ from capfilt.settings import BlipTrainSettings, Stage1Settings
 from capfilt.train.blip import train_blip, train_captioner, train_filter
 from capfilt.train.stage1 import train_stage1
 from capfilt.weights.find import EMBEDDED_DIR, EMBEDDED_FOLDERS
+from capfilt.world.language import judge
+from capfilt.world.scenes import draw_scene, render
 from tests import factories
 from tests.cli.conftest import capfilt
-from tests.curate.test_import_shards import write_foreign
+from tests.curation.test_import_shards import write_foreign
 from tests.train import small_models
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -226,3 +228,42 @@ def test_stage_2_is_measured_with_and_without_stage_1(tmp_path: Path, capsys: py
     found = json.loads((run.path / "figures.json").read_text())
     assert list(found) == ["stage1", "stage2-alone-1", "stage2-opt-1"]
     assert found["stage2-alone-1"]["captions_true"] == 0, "after one step"
+
+
+@needs_embedded
+def test_pictures_are_captioned_ranked_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scenes = [draw_scene(seed, "test") for seed in range(3)]
+    for number, scene in enumerate(scenes):
+        Image.fromarray(render(scene)).save(tmp_path / f"{number}.png")
+    with loaded("pictures") as script:
+        assert script.main([str(tmp_path / f"{number}.png") for number in range(3)]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [Path(line["picture"]).name for line in lines] == ["0.png", "1.png", "2.png"]
+        for line in lines:
+            texts = {caption["text"] for caption in line["captions"]}
+            assert len(texts) == len(line["captions"]) == 2
+            assert all(0 <= caption["itm_score"] <= 1 for caption in line["captions"])
+        judged = [
+            (judge(caption["text"], scene).is_true, caption["itm_score"])
+            for line, scene in zip(lines, scenes, strict=True) for caption in line["captions"]
+        ]  # fmt: skip
+        assert sum(true for true, _ in judged) >= 4, "the embedded captioner writes mostly what is so"
+        assert script.main([str(tmp_path / "none.png")]) == 1
+    assert "none.png cannot be used" in capsys.readouterr().err
+
+
+@needs_embedded
+def test_transformers_trainer_trains_on_the_kept_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = small_models.save_run(tmp_path / "run", [20, 13])
+    with loaded("trainer") as script:
+        assert script.main([str(run.path), "--output", str(tmp_path / "model"), "--steps", "3"]) == 0
+        assert "'epoch': '1'" in capsys.readouterr().out, "three steps of 16 are the whole of 33 pictures"
+        assert script.main([str(tmp_path), "--output", str(tmp_path / "none")]) == 1
+        assert "trainer:" in capsys.readouterr().err
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (EMBEDDED_DIR / EMBEDDED_FOLDERS["captioner"], tmp_path / "model")
+    )
+    changed = [name for name in before if not torch.equal(before[name].float(), after[name])]
+    assert len(changed) > len(before) / 2
+    assert all(torch.isfinite(weight).all() for weight in after.values())

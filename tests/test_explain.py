@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from capfilt.curate.scorers import ItmScorer
+from capfilt.curation.scorers import ItmScorer
 from capfilt.errors import UsageError
 from capfilt.explain import ExplainableModel, load_explainable, read_text
 from capfilt.settings import FilterSettings, Stage1Settings

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
-from capfilt.curate.pictures import normalise, to_square
-from capfilt.curate.scorers import ClipScorer
+from capfilt.curation.pictures import normalise, to_square
+from capfilt.curation.scorers import ClipScorer
 from capfilt.errors import UsageError
 from capfilt.models import decoding
 from capfilt.models.clip import ClipImageTower, ClipTextTower

@@ -58,7 +58,7 @@ def test_reading_a_captioner_and_a_filter_imports_no_compiler(tmp_path: Path) ->
     loaded = python(
         "import sys, torch\n"
         "from PIL import Image\n"
-        "from capfilt.curate.pictures import to_square\n"
+        "from capfilt.curation.pictures import to_square\n"
         "from capfilt.weights.blip import load_blip\n"
         "cpu, dtype = torch.device('cpu'), torch.float32\n"
         "for kind in ('captioner', 'filter'):\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from capfilt.curate.selection import reselect
+from capfilt.curation.selection import reselect
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.errors import FingerprintMismatchError, UsageError

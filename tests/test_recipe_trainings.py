@@ -28,7 +28,7 @@ from capfilt.recipes import Recipe, bundled_recipes, read_recipe
 from capfilt.train.pairs import runs_digest
 from capfilt.weights.model_files import weights_digest
 from tests.cli.conftest import capfilt
-from tests.curate.small_runs import make_run
+from tests.curation.small_runs import make_run
 from tests.train import small_models
 
 ROOT = Path(__file__).resolve().parent.parent

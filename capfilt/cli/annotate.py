@@ -165,7 +165,7 @@ def select(
     as_json: AsJson = False,
 ) -> None:
     """Choose anew from the stored scores: another threshold, top K or source. No model is run."""
-    from capfilt.curate.selection import reselect
+    from capfilt.curation.selection import reselect
     from capfilt.data.rundir import RunDir
 
     chosen = engine_from(locals())
@@ -191,7 +191,7 @@ def _annotate(
     from capfilt.data.rundir import RunDir
 
     opened = RunDir.open(run, generation)  # a wrong path is told at once: what follows loads torch
-    from capfilt.curate.annotate import annotate
+    from capfilt.curation.annotate import annotate
 
     chosen = {"caption": None, "rank": None, "filter": None, **settings}
     summary = annotate(opened, stages, **chosen, progress=open_progress(), engine=engine)

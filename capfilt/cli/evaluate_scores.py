@@ -15,7 +15,7 @@ from capfilt.errors import UsageError
 from capfilt.settings import DTYPES, FilterSettings, RankSettings
 
 if TYPE_CHECKING:
-    from capfilt.curate.scorers import Scorer
+    from capfilt.curation.scorers import Scorer
     from capfilt.evaluate.filter_labels import LabelledPairs
     from capfilt.evaluate.labelled_images import LabelledImageText
     from capfilt.evaluate.retrieval import ScoredPairs
@@ -204,7 +204,7 @@ def filter_(
     options = FilterOptions(score=score, threshold=threshold, target_precision=target_precision, num_bins=bins)
 
     def load_scorer() -> Scorer:
-        from capfilt.curate.scorers import SCORERS
+        from capfilt.curation.scorers import SCORERS
 
         common = {"batch_size": batch_size, "device": device, "dtype": dtype}
         if score == "clip":

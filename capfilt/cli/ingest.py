@@ -13,8 +13,8 @@ from capfilt.progress import counted
 from capfilt.settings import DownloadSettings
 
 if TYPE_CHECKING:
-    from capfilt.curate.download import DownloadSummary
-    from capfilt.curate.import_shards import ImportSummary
+    from capfilt.curation.download import DownloadSummary
+    from capfilt.curation.import_shards import ImportSummary
     from capfilt.data.rundir import RunDir
 
 NumProcesses = Annotated[int, typer.Option(min=1, help="Shards at the same time.")]
@@ -76,7 +76,7 @@ def download(
     """
     asked = engine_from(locals() | {"gpus_per_worker": None})
     settings = settings_from(DownloadSettings, locals())
-    from capfilt.curate.download import download as download_table
+    from capfilt.curation.download import download as download_table
     from capfilt.data.rundir import RunDir
 
     with RunDir.new(run) as opened:
@@ -108,7 +108,7 @@ def retry(
     from capfilt.data.rundir import RunDir
 
     opened = RunDir.open(run)
-    from capfilt.curate.retry import retry as try_again
+    from capfilt.curation.retry import retry as try_again
 
     summary = try_again(opened, reasons or [], settings_from(DownloadSettings, locals()), open_progress())
     following = command("run", "RECIPE", run) if summary.num_succeeded else None
@@ -128,7 +128,7 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Take WebDataset tars that you have, as img2dataset or webdataset wrote them, into a run."""
-    from capfilt.curate.import_shards import import_shards
+    from capfilt.curation.import_shards import import_shards
     from capfilt.data.rundir import RunDir
 
     with RunDir.new(run) as opened:
@@ -136,7 +136,7 @@ def import_(
     if not human:
         _end(summary, opened, as_json)
         return
-    from capfilt.curate.human_captions import write_human_manifest
+    from capfilt.curation.human_captions import write_human_manifest
 
     captions = write_human_manifest(opened, open_progress())
     found = {"import": summary, "captions": captions}
@@ -146,14 +146,14 @@ def import_(
 
 def _end(summary: DownloadSummary | ImportSummary, run: RunDir, as_json: bool) -> None:
     """The result, then the next command; CapfiltError where there is no image to go on with."""
-    from capfilt.curate.require_images import require_images
+    from capfilt.curation.require_images import require_images
 
     say_result(summary, summary.line(), None, as_json=as_json)
     require_images(run)
     if as_json:
         return
-    from capfilt.curate.download import has_open_networks
-    from capfilt.curate.retry import RETRIED_BY_DEFAULT
+    from capfilt.curation.download import has_open_networks
+    from capfilt.curation.retry import RETRIED_BY_DEFAULT
 
     num_passing = sum(getattr(summary, "failures", {}).get(reason, 0) for reason in RETRIED_BY_DEFAULT)
     if num_passing:

@@ -2,6 +2,9 @@
 
 In order: what is under way is voided, or saved by a training, and the workers end. At once: the process is gone in the
 middle of whatever it did, as after SIGKILL; the next command on the run tidies up, and workers end with their parent.
+
+An import is finished first: extension modules (numpy's, seen with 2.4) drop an exception that comes while they start,
+and the command would go on as if nothing had been said.
 """
 
 from __future__ import annotations
@@ -9,7 +12,6 @@ from __future__ import annotations
 import os
 import signal
 from types import FrameType
-from typing import NoReturn
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -20,20 +22,38 @@ MESSAGES = {
 }
 
 
+_RETRY_SECONDS = 0.02
+
+
 def handle_interrupts() -> None:
     """From now on the first signal raises KeyboardInterrupt or SystemExit(143), a further one ends the process."""
     caught: list[int] = []
 
-    def handle(number: int, _frame: FrameType | None) -> NoReturn:
+    def handle(number: int, frame: FrameType | None) -> None:
         if caught:
             # not by sys.stderr: the signal may have come while it was writing
             os.write(2, b"\ncapfilt: Stopped at once. What is committed is kept; the same command goes on.\n")
             os._exit(CODES[signal.Signals(number)])
         caught.append(number)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(EXIT_TERMINATED)
+        end(frame)
 
+    def end(frame: FrameType | None) -> None:
+        if _is_importing(frame):
+            signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
+        elif caught[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise SystemExit(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGALRM, lambda _, frame: end(frame))
     for number in CODES:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what it runs in the background
             signal.signal(number, handle)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

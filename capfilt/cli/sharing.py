@@ -31,7 +31,7 @@ def export(
 ) -> None:
     """Write the pairs of the manifest to a CSV or JSONL file."""
     asked = engine_from(locals() | {"cpus_per_worker": None, "gpus_per_worker": None})
-    from capfilt.curate.export import export_pairs
+    from capfilt.curation.export import export_pairs
     from capfilt.data.rundir import RunDir
 
     opened, progress = RunDir.open(run, generation), open_progress()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capfilt.curate.scorers import Scorer
+from capfilt.curation.scorers import Scorer
 from capfilt.data.annotations import JudgedPair
 from capfilt.data.image_sources import ImageSource
 from capfilt.errors import UsageError

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from capfilt.curate.scorers import Scorer
+from capfilt.curation.scorers import Scorer
 from capfilt.data.texts import clean_for_terminal
 from capfilt.errors import CapfiltError
 from capfilt.evaluate.pictures import Pictures, prepare_ahead

@@ -17,8 +17,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from capfilt.curate.pictures import normalise, pinned, to_square
-from capfilt.curate.scorers import ITM_MAX_TOKENS
+from capfilt.curation.pictures import normalise, pinned, to_square
+from capfilt.curation.scorers import ITM_MAX_TOKENS
 from capfilt.data.captions import clean_caption
 from capfilt.errors import UsageError
 from capfilt.models.blip2 import Texts

@@ -23,7 +23,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from capfilt.curate.captioner import BlipCaptioner
+from capfilt.curation.captioner import BlipCaptioner
 from capfilt.errors import UsageError
 from capfilt.evaluate.streaming import TextWriter
 from capfilt.settings import CaptionSettings, GenerationSettings

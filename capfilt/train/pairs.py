@@ -190,9 +190,19 @@ class RunPairs:
         rows_and_weights = ((len(self._rows_of(number)), weight) for number, weight in enumerate(self._run_weights))
         return sum(int(weight) * num + _num_more(weight, num) for num, weight in rows_and_weights)
 
-    def captions_of(self, row: int) -> list[str]:
+    def captions_of(self, row: int, *, clean: bool = True) -> list[str]:
+        """The kept captions of an image; without `clean` as the manifest has them."""
         first, end = self._index.first_text[row : row + 2]
-        return [clean_caption(text) for text in self._index.texts[first:end].to_pylist()]
+        texts = self._index.texts[first:end].to_pylist()
+        return [clean_caption(text) for text in texts] if clean else texts
+
+    def read_image(self, row: int) -> Image.Image:
+        """The picture of a row in its own size, upright and RGB."""
+        return self._files.find(row)()
+
+    def run_of(self, row: int) -> str:
+        """The run that a row is in, as it was named."""
+        return str(self._index.shards[self._index.shard_of(row)].run.path)
 
     def false_captions_of(self, row: int) -> list[str]:
         """Captions of an image that are known to be false; none where they were not read."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capfilt.curate.scorers import ItmScorer
+from capfilt.curation.scorers import ItmScorer
 from capfilt.settings import FilterSettings
 from capfilt.world.scenes import draw_scene, render
 from tests import factories

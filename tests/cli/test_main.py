@@ -106,6 +106,23 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
     assert (done.stdout, done.returncode) == ("goes on\n", 143)
 
 
+def test_a_signal_amid_an_import_waits_for_its_end(tmp_path: Path) -> None:
+    """Extension modules drop an exception while they start; one that a module lets pass is not lost here."""
+    (tmp_path / "deaf.py").write_text(
+        "import signal, time\ntry:\n    signal.raise_signal(NUMBER)\n    time.sleep(0.2)\n"
+        "except BaseException:\n    pass\nprint('imported', flush=True)\n"
+    )
+    code = "import signal, time; from capfilt.cli.interrupts import handle_interrupts; handle_interrupts(); "
+    code += "import builtins; builtins.NUMBER = signal.{}; import deaf; time.sleep(30); print('lost')"
+    for name, ending in (("SIGINT", "KeyboardInterrupt\n"), ("SIGTERM", "")):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(name)], capture_output=True, text=True, check=False, cwd=tmp_path
+        )
+        assert done.stdout == "imported\n"
+        assert done.returncode == {"SIGINT": -signal.SIGINT, "SIGTERM": 143}[name]
+        assert done.stderr.endswith(ending)
+
+
 def test_a_reader_that_goes_away_is_no_error(downloaded: Path) -> None:
     process = capfilt_process("stats", downloaded)
     assert process.stdout is not None

@@ -19,9 +19,9 @@ from capfilt.train.batches import iterate_batches
 from capfilt.train.pairs import read_pairs
 from capfilt.world.site import SiteSettings, WorldSite
 from tests.cli.conftest import QUIET, capfilt, capfilt_process
-from tests.curate.downloads import rows_of
-from tests.curate.small_runs import Models, save_models
-from tests.curate.test_import_shards import picture, write_foreign
+from tests.curation.downloads import rows_of
+from tests.curation.small_runs import Models, save_models
+from tests.curation.test_import_shards import picture, write_foreign
 from tests.object_stores import objects_of
 from tests.train.small_models import save_blip
 

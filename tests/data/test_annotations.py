@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capfilt.curate.human_captions import write_human_manifest
-from capfilt.curate.import_shards import import_shards
+from capfilt.curation.human_captions import write_human_manifest
+from capfilt.curation.import_shards import import_shards
 from capfilt.data.annotations import (
     CaptionedImage,
     read_captioned_images,

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from capfilt.curate.annotate import annotate
-from capfilt.curate.download import download
-from capfilt.curate.export import export_pairs
-from capfilt.curate.selection import reselect
+from capfilt.curation.annotate import annotate
+from capfilt.curation.download import download
+from capfilt.curation.export import export_pairs
+from capfilt.curation.selection import reselect
 from capfilt.data.commit import file_sha256
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
@@ -27,8 +27,8 @@ from capfilt.report.stats import compute_stats
 from capfilt.settings import DownloadSettings, RaySettings
 from capfilt.world.site import SiteSettings, WorldSite
 from tests.cli.conftest import capfilt, capfilt_process
-from tests.curate.downloads import rows_of, wait_for
-from tests.curate.small_runs import Models, make_run, save_models
+from tests.curation.downloads import rows_of, wait_for
+from tests.curation.small_runs import Models, make_run, save_models
 from tests.engines.works import UNITS, Sleeps, Tally
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")

@@ -13,17 +13,17 @@ import psutil
 import pytest
 
 from capfilt.cli.engines import engine_from
-from capfilt.curate.annotate import annotate
-from capfilt.curate.export import export_pairs
-from capfilt.curate.selection import reselect
+from capfilt.curation.annotate import annotate
+from capfilt.curation.export import export_pairs
+from capfilt.curation.selection import reselect
 from capfilt.data.verify import verify_run
 from capfilt.engines.base import SHARDS
 from capfilt.engines.local import LocalEngine
 from capfilt.errors import CapfiltError, UsageError
 from capfilt.progress import Progress
 from capfilt.report.stats import compute_stats
-from tests.curate.downloads import wait_for
-from tests.curate.small_runs import make_run, save_models
+from tests.curation.downloads import wait_for
+from tests.curation.small_runs import make_run, save_models
 from tests.engines.works import UNITS, Sleeps, Tally
 
 NAMES = [f"{number:05d}" for number in range(40)]
@@ -118,8 +118,8 @@ def is_worker(process: psutil.Process) -> bool:
 SCRIPT = """
 from capfilt.engines.base import SHARDS
 from capfilt.engines.local import LocalEngine
-from tests.curate.downloads import wait_for
-from tests.curate.small_runs import make_run, save_models
+from tests.curation.downloads import wait_for
+from tests.curation.small_runs import make_run, save_models
 from tests.engines.works import Sleeps
 if __name__ == "__main__":
     names = [f"{number:05d}" for number in range(300)]

@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from capfilt.curate.scorers import ItmScorer
+from capfilt.curation.scorers import ItmScorer
 from capfilt.data.annotations import JudgedPair
 from capfilt.data.image_sources import ImageFile
 from capfilt.data.labels import LabelledText

@@ -21,7 +21,7 @@ import pytest
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from tests.cli.conftest import capfilt, capfilt_process
-from tests.curate.small_runs import Models, make_run, save_models
+from tests.curation.small_runs import Models, make_run, save_models
 from tests.stress.conftest import FULL, Figure
 from tests.stress.lives import committed_files
 

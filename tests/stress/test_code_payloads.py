@@ -29,8 +29,8 @@ from transformers import AutoConfig, AutoTokenizer, KernelConfig, OPTForCausalLM
 from transformers.integrations import bitsandbytes, hub_kernels
 from transformers.quantizers import quantizer_bnb_8bit
 
-from capfilt.curate.import_shards import import_shards
-from capfilt.curate.tar_patterns import expand_patterns
+from capfilt.curation.import_shards import import_shards
+from capfilt.curation.tar_patterns import expand_patterns
 from capfilt.data.commit import file_sha256
 from capfilt.data.rundir import RunDir
 from capfilt.data.shards import read_samples

@@ -29,7 +29,7 @@ from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from capfilt.errors import CapfiltError
 from capfilt.world.site import SiteSettings, WorldSite
-from tests.curate.downloads import rows_of, wait_for
+from tests.curation.downloads import rows_of, wait_for
 from tests.data.test_commit import CALLS, in_child
 from tests.stress.conftest import FULL, Figure
 from tests.stress.lives import committed_files, live

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 
-from capfilt.curate.addresses import FetchError, parse_redirect, parse_url
-from capfilt.curate.fetch import Fetcher, find_disallowed
-from capfilt.curate.import_samples import check_sample, group_members
-from capfilt.curate.robots import RobotsRules
-from capfilt.curate.url_table import open_url_table
+from capfilt.curation.addresses import FetchError, parse_redirect, parse_url
+from capfilt.curation.fetch import Fetcher, find_disallowed
+from capfilt.curation.import_samples import check_sample, group_members
+from capfilt.curation.robots import RobotsRules
+from capfilt.curation.url_table import open_url_table
 from capfilt.data.annotations import read_captioned_images
 from capfilt.data.captions import clean_caption, has_words
 from capfilt.data.commit import read_commit_record, read_table

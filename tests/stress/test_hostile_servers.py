@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from capfilt.curate.addresses import FetchError
-from capfilt.curate.fetch import Fetcher
+from capfilt.curation.addresses import FetchError
+from capfilt.curation.fetch import Fetcher
 from capfilt.settings import DownloadSettings
 from tests.hostile_server import OK, Answer, HostileServer, plain, raw, redirect
 from tests.stress.conftest import Figure

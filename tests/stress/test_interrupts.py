@@ -24,8 +24,8 @@ from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from capfilt.world.site import SiteSettings, WorldSite
 from tests.cli.conftest import capfilt, capfilt_process
-from tests.curate.downloads import rows_of
-from tests.curate.small_runs import Models, make_run, save_models
+from tests.curation.downloads import rows_of
+from tests.curation.small_runs import Models, make_run, save_models
 from tests.stress.conftest import FULL, Figure
 from tests.stress.lives import committed_files
 

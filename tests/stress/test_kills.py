@@ -20,13 +20,13 @@ import psutil
 import pytest
 import torch
 
-from capfilt.curate.annotate import annotate
+from capfilt.curation.annotate import annotate
 from capfilt.data.commit import file_sha256
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from capfilt.errors import RunLockedError
 from capfilt.progress import NullProgress, Progress
-from tests.curate.small_runs import Models, make_run, save_models
+from tests.curation.small_runs import Models, make_run, save_models
 from tests.data.test_commit import die_at, in_child
 from tests.stress.conftest import FULL, Figure
 from tests.stress.lives import COMMITS

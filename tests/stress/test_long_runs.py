@@ -15,11 +15,11 @@ from typing import Any
 import psutil
 import torch
 
-from capfilt.curate.annotate import annotate
+from capfilt.curation.annotate import annotate
 from capfilt.data.rundir import RunDir
 from capfilt.data.verify import verify_run
 from capfilt.progress import NullProgress
-from tests.curate.small_runs import Models, make_run, save_models
+from tests.curation.small_runs import Models, make_run, save_models
 from tests.stress.conftest import FULL, LONGEST_TEST_SECONDS, Figure
 
 NUM_SHARDS, NUM_SAMPLES = (100, 1_000) if FULL else (10, 40)

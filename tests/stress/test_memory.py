@@ -23,8 +23,8 @@ import pytest
 
 from capfilt.data.rundir import RunDir
 from tests.cli.conftest import capfilt_process
-from tests.curate.downloads import rows_of
-from tests.curate.small_runs import Models, encode_picture, make_run, save_models
+from tests.curation.downloads import rows_of
+from tests.curation.small_runs import Models, encode_picture, make_run, save_models
 from tests.stress.conftest import FULL, Figure
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")

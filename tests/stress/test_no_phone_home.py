@@ -137,7 +137,7 @@ def test_no_command_asks_for_anything(folder: Path, figure: Figure) -> None:
     for line in lines:
         done = run_alone(folder, *line)
         assert done.returncode == 0, (line, done.stderr[-2000:])
-    assert "capfilt.curate.worker" in (folder / "notes-of").read_text()
+    assert "capfilt.curation.worker" in (folder / "notes-of").read_text()
     notes = (folder / "notes").read_text() if (folder / "notes").exists() else ""
     assert notes == ""
     figure(20, f"{len(lines)} commands in a network of their own: 0 look-ups, 0 connections but to loopback")

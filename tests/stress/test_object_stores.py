@@ -20,7 +20,7 @@ from capfilt.data.verify import verify_run
 from capfilt.errors import CapfiltError
 from tests.cli.conftest import capfilt_process
 from tests.cli.test_on_object_stores import rows_of_stages, write_tars
-from tests.curate.small_runs import save_models
+from tests.curation.small_runs import save_models
 from tests.object_stores import Way, forget_clients, objects_of, use_server
 from tests.stress.conftest import FULL, Figure
 from tests.stress.store_lives import DIED, REFUSED, live

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capfilt.curate.url_table import open_url_table
+from capfilt.curation.url_table import open_url_table
 from capfilt.data.bounded_parquet import BoundedParquet, OversizedError
 from capfilt.data.commit import read_table
 from capfilt.data.labels import read_pair_labels
@@ -173,7 +173,7 @@ READERS = {
         r"UsageError: .*row 1 has the label 'x+….*expected 0 or 1",
     ),
     "URL table": (
-        "from capfilt.curate.url_table import open_url_table; "
+        "from capfilt.curation.url_table import open_url_table; "
         "table = open_url_table(str(path), 'url', 'text', path.parent); "
         f"found = [batch.num_rows for batch, _ in zip(table.batches(), range({NUM_BATCHES}))]; "
         "result = f'{table.num_rows} rows, of them {sum(found)} in {len(found)} batches'",
@@ -185,7 +185,7 @@ PEAK = r"""
 import json, re, sys
 from pathlib import Path
 path = Path(sys.argv[1])
-import pyarrow, pyarrow.parquet, capfilt.curate.url_table, capfilt.data.labels
+import pyarrow, pyarrow.parquet, capfilt.curation.url_table, capfilt.data.labels
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 before, result = peak(), "read"
 try:

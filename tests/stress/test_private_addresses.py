@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from capfilt.curate.addresses import FetchError, IPAddress, check_address
-from capfilt.curate.fetch import Fetcher
+from capfilt.curation.addresses import FetchError, IPAddress, check_address
+from capfilt.curation.fetch import Fetcher
 from capfilt.settings import DownloadSettings
 from tests.hostile_server import HostileServer, plain, redirect
 from tests.stress.conftest import Figure

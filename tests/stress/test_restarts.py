@@ -21,7 +21,7 @@ from capfilt.data.shards import read_samples
 from capfilt.data.verify import verify_run
 from capfilt.world.site import SiteSettings, WorldSite
 from tests.cli.conftest import capfilt_process
-from tests.curate.downloads import command_of, rows_of, wait_for, workers_of
+from tests.curation.downloads import command_of, rows_of, wait_for, workers_of
 from tests.stress.conftest import FULL, Figure
 
 NUM_RESTARTS, NUM_URLS = (20, 2400) if FULL else (2, 240)

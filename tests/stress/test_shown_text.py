@@ -20,7 +20,7 @@ from capfilt.cli.main import app, report
 from capfilt.data.sealed import read_sealed, sealed_bytes
 from capfilt.data.texts import clean_for_terminal
 from tests import factories
-from tests.curate.small_runs import make_run, save_models
+from tests.curation.small_runs import make_run, save_models
 from tests.hostile_texts import TRICKS, UNSAFE, fuzzed
 from tests.stress.conftest import FULL, Figure
 from tests.stress.lives import live

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from capfilt.curate.import_shards import import_shards
+from capfilt.curation.import_shards import import_shards
 from capfilt.data.reasons import REASONS
 from capfilt.data.rundir import RunDir
 from capfilt.data.shards import read_samples
@@ -224,7 +224,7 @@ def _names(data: bytes) -> list[str]:
 SCRIPT = """
 import re, sys
 from pathlib import Path
-from capfilt.curate.import_shards import import_shards
+from capfilt.curation.import_shards import import_shards
 from capfilt.data.rundir import RunDir
 import_shards([sys.argv[1]], RunDir.create(sys.argv[2]))
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 from transformers import BertTokenizerFast
 
-from capfilt.curate.download import download
+from capfilt.curation.download import download
 from capfilt.data.captions import clean_caption
 from capfilt.data.commit import read_table
 from capfilt.data.rundir import RunDir
@@ -19,8 +19,8 @@ from capfilt.settings import DownloadSettings
 from capfilt.world.site import SiteSettings, WorldSite
 from tests import factories
 from tests.cli.conftest import capfilt
-from tests.curate.downloads import rows_of
-from tests.curate.test_import_shards import write_foreign
+from tests.curation.downloads import rows_of
+from tests.curation.test_import_shards import write_foreign
 from tests.data import conftest as small
 from tests.stress.conftest import Figure
 

@@ -21,7 +21,7 @@ from capfilt.data.verify import verify_run
 from capfilt.errors import CapfiltError
 from capfilt.settings import DownloadSettings
 from capfilt.world.site import SiteSettings, Truth, WorldSite
-from tests.curate.downloads import Download, children_of, rows_of, wait_for, workers_of
+from tests.curation.downloads import Download, children_of, rows_of, wait_for, workers_of
 from tests.stress.conftest import FULL, Figure
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are found in Linux's /proc")

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from capfilt.curate.human_captions import write_human_manifest
-from capfilt.curate.import_shards import import_shards
+from capfilt.curation.human_captions import write_human_manifest
+from capfilt.curation.import_shards import import_shards
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.errors import CorruptionError, UsageError
@@ -42,8 +42,8 @@ from capfilt.train.batches import (
 )
 from capfilt.train.pairs import RunPairs, read_pairs, runs_digest
 from capfilt.train.pictures import num_decoders
-from tests.curate.small_runs import encode_picture
-from tests.curate.test_import_shards import write_foreign
+from tests.curation.small_runs import encode_picture
+from tests.curation.test_import_shards import write_foreign
 from tests.train import small_models
 
 SETTINGS = TrainSettings(batch_size=8, seed=3)
