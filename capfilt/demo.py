@@ -104,11 +104,11 @@ def _num_captioned(run_path: Path) -> int:
 
 def _show_stats(run_path: Path) -> Iterator[str]:
     from capfilt.data.rundir import RunDir
+    from capfilt.report.dashboard import dashboard_lines
     from capfilt.report.stats import compute_stats
-    from capfilt.report.stats_view import stats_lines
 
     yield _rule("2. What the run holds (capfilt stats)")
-    yield from stats_lines(compute_stats(RunDir.open(run_path)))
+    yield from dashboard_lines(compute_stats(RunDir.open(run_path)), RULE_WIDTH)
     yield ""
 
 

@@ -191,6 +191,15 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def format_bytes(num: float) -> str:
+    """1.2 kB, 34 MB, 5.6 GB: powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num < 999.5:
+            return f"{num:.0f} {unit}" if num >= 10 or unit == "B" else f"{num:.1f} {unit}"
+        num /= 1000
+    return f"{num:,.1f} TB"
+
+
 def format_rate(rate: float) -> str:
     """Three figures: 0.21, 3.45, 67.8, 1,234."""
     for limit, digits in ((10.0, 2), (100.0, 1)):

@@ -9,13 +9,16 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capfilt.data.texts import clean_for_terminal
-from capfilt.progress import NullProgress, Progress, StreamProgress
+from capfilt.progress import NullProgress, Progress, StreamProgress, terminal_columns
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 """Of the processes that torchrun started, the first one speaks."""
@@ -27,6 +30,18 @@ def say(text: str = "") -> None:
         return
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def draw(renderable_of: Callable[[int], RenderableType]) -> None:
+    """What rich draws, for the terminal's width (a pipe is 100 columns wide, or as `COLUMNS` says); NO_COLOR holds."""
+    if not IS_MAIN_PROCESS:
+        return
+    from rich.console import Console
+
+    asked = os.environ.get("COLUMNS", "")
+    width = int(asked) if asked.isdecimal() and int(asked) else terminal_columns(sys.stdout)
+    console = Console(file=sys.stdout, width=width, height=25, markup=False, emoji=False, highlight=False)
+    console.print(renderable_of(width))
 
 
 def note(text: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from capfilt.cli.console import clean, command, note, open_progress, say, say_json
+from capfilt.cli.console import clean, command, draw, note, open_progress, say, say_json
 from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Generation, Run
 from capfilt.errors import UsageError
@@ -15,12 +16,24 @@ from capfilt.errors import UsageError
 if TYPE_CHECKING:
     from capfilt.data.paths import AnyPath
     from capfilt.data.rundir import RunDir
+    from capfilt.report.stats import RunStats
 
 MAX_FINDINGS_SHOWN = 50
+ALL = "all"
 
 
 def stats(
     run: Run,
+    section: Annotated[
+        list[str],
+        typer.Option(
+            "--section",
+            metavar="NAME",
+            help="A section in full, or several: run, shards, download, hosts, pairs, captions, scores, threshold, "
+            "words, quarantine, or all of them. Without, the dashboard.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006 - Typer copies it
     engine: EngineName = "local",
     address: Address = None,
     num_workers: NumWorkers = None,
@@ -29,18 +42,15 @@ def stats(
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:
-    """Counts, yields, failures by reason, sizes, captions, scores, kept rate against threshold, words."""
-    from capfilt.progress import speaks_unicode
+    """A run on one screen: shards, yields, failures, pictures, captions, scores, what is kept at which threshold."""
     from capfilt.report.stats import compute_stats
-    from capfilt.report.stats_view import stats_lines
 
-    engine_asked = engine_from(locals())
+    sections, engine_asked = _sections(section), engine_from(locals())
     found = compute_stats(_open(run, generation), engine_asked, open_progress())
     if as_json:
         say_json(found)
         return
-    for line in stats_lines(found, plain=not speaks_unicode(sys.stdout)):
-        say(line)
+    show_stats(found, sections)
     if found.pairs:
         next_command = command("select", run, "--threshold", "T", "--keep", "K", generation=generation)
         note(f"Next: {next_command}   (another choice, from the stored scores)")
@@ -48,6 +58,30 @@ def stats(
         note(f"The download has not ended; it goes on when it is given again: {command('download', 'TABLE', run)}")
     else:
         note(f"Next: {command('run', 'capfilt', run, generation=generation)}")
+
+
+def show_stats(found: RunStats, sections: Sequence[str] | None = None) -> None:
+    """The dashboard, or sections in full (none: every one)."""
+    from capfilt.progress import speaks_unicode
+    from capfilt.report.dashboard import dashboard
+    from capfilt.report.stats_view import stats_lines
+
+    plain = not speaks_unicode(sys.stdout)
+    if sections is None:
+        draw(lambda width: dashboard(found, width, plain=plain))
+        return
+    for line in stats_lines(found, sections, plain=plain):
+        say(line)
+
+
+def _sections(asked: list[str]) -> list[str] | None:
+    """None for the dashboard, an empty list for all."""
+    from capfilt.report.stats_view import SECTIONS
+
+    unknown = [name for name in asked if name not in (*SECTIONS, ALL)]
+    if unknown:
+        raise UsageError(f"There is no section {', '.join(unknown)}; expected some of {', '.join(SECTIONS)}, or {ALL}.")
+    return None if not asked else [] if ALL in asked else asked
 
 
 def verify(

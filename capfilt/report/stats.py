@@ -1,49 +1,58 @@
 """Statistics of a run, from its Parquet files alone: no image and no model is read.
 
 In: a run. Out: a `RunStats`, plain counts and histograms that become JSON as they are. Every figure is a sum
-over shards, taken one shard at a time, so memory grows with the vocabulary alone; medians are exact, because
-they come from counts of whole numbers. Stages that have not run yet have no figures.
+over shards, taken one shard at a time, so memory grows with the vocabulary and the number of hosts alone; medians are
+exact, because they come from counts of whole numbers. How much captions differ is measured on a sample of the images.
+Stages that have not run yet have no figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
-
-from capfilt.data.retries import LastAttempts, expected_shards
+from capfilt.data.retries import LastAttempts, expected_shards, retry_shards
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import SUCCESS
 from capfilt.engines.base import SHARDS, Engine
 from capfilt.engines.local import LocalEngine
 from capfilt.errors import UsageError
 from capfilt.progress import Progress
-from capfilt.report.shard_stats import (
-    CLIP_BINS,
-    EDGE_BOUNDS_PX,
-    ITM_BINS,
-    THRESHOLDS,
-    CaptionSums,
-    DownloadSums,
-    Histogram,
-    PairSums,
-    ShardSums,
-    sum_shard,
-)
+from capfilt.report.diversity import Diversity, diversity_of
+from capfilt.report.download_sums import ASPECT_NAMES, EDGE_BOUNDS_PX, DownloadSums
+from capfilt.report.histogram import Histogram, Spread, by_count, spread_of
+from capfilt.report.pair_sums import CLIP_BINS, ITM_BINS, THRESHOLDS, CaptionSums, PairSums
+from capfilt.report.shard_stats import Asked, ShardSize, ShardSums, sum_shard
 
-NUM_TOP_WORDS = 20
+NUM_TOP_WORDS, NUM_WORST_HOSTS, NUM_OUTLIERS = 20, 20, 20
+NUM_SAMPLED_IMAGES = 1_000
+"""Images whose captions are compared; at least one of each shard."""
+MOST_OF_MEDIAN, LEAST_OF_MEDIAN = 2.0, 0.5
+"""A shard with more or fewer images, or bytes, than that many medians stands out."""
 
 
 @dataclass
-class Spread:
-    """Whole numbers summed up: how many, least, median, mean, most."""
+class ShardsStats:
+    """Sizes of the shards; those of further attempts, small by nature, apart."""
 
-    num: int
-    least: int
-    median: float
-    mean: float
-    most: int
+    num_shards: int = 0
+    images: Spread | None = None
+    tar_bytes: Spread | None = None
+    outliers: list[ShardSize] = field(default_factory=list)
+    """Shards far from the median, the farthest first."""
+    num_outliers: int = 0
+
+
+@dataclass
+class HostStats:
+    """Rows of one host."""
+
+    host: str
+    num_rows: int
+    num_failed: int
+    by_reason: dict[str, int]
 
 
 @dataclass
@@ -54,9 +63,15 @@ class DownloadStats:
     num_images: int = 0
     by_status: dict[str, int] = field(default_factory=dict)
     by_reason: dict[str, int] = field(default_factory=dict)
+    num_hosts: int = 0
+    worst_hosts: list[HostStats] = field(default_factory=list)
+    """Hosts with most failures."""
+    by_format: dict[str, int] = field(default_factory=dict)
     width_px: Spread | None = None
     height_px: Spread | None = None
     shorter_edge_px: dict[str, int] = field(default_factory=dict)
+    aspect: dict[str, int] = field(default_factory=dict)
+    """Width over height → images."""
 
 
 @dataclass
@@ -72,6 +87,8 @@ class SourceStats:
     itm_score: Histogram = field(default_factory=lambda: Histogram.even(0, 1, ITM_BINS))
     kept_by_threshold: dict[str, float] = field(default_factory=dict)
     """ITM threshold → share kept of the pairs that nothing but the threshold drops."""
+    num_words: int = 0
+    """Different words of the kept captions."""
     top_words: dict[str, int] = field(default_factory=dict)
     """Most frequent words of the kept captions → captions that have them."""
 
@@ -84,6 +101,18 @@ class DiversityStats:
     distinct_per_image: Spread | None = None
     distinct_share: float = 0.0
     """Distinct captions over all captions, image by image."""
+    of_sample: Diversity | None = None
+    """Distinct-n and self-BLEU, of a sample of the images."""
+
+
+@dataclass
+class TopCaptionStats:
+    """Which caption of an image CLIP likes best."""
+
+    num_images: int = 0
+    """Images whose web caption and a synthetic one have scores."""
+    num_synthetic: int = 0
+    """Of them, those where a synthetic one is the best."""
 
 
 @dataclass
@@ -95,11 +124,15 @@ class RunStats:
     shards_by_stage: dict[str, int]
     expected_by_stage: dict[str, int]
     """Shards there will be: of a download, of those that brought an image at a further attempt too."""
+    shards: ShardsStats
     download: DownloadStats
     diversity: DiversityStats | None
     pairs: dict[str, SourceStats]
     num_images_kept: int
     """Images with at least one kept pair."""
+    top_caption: TopCaptionStats
+    selections: list[dict[str, Any]]
+    """Threshold, captions kept, and so on, of the manifest; several where it is not of one choice."""
     quarantine: dict[str, dict[str, int]]
     """Stage → reason → rows."""
 
@@ -113,25 +146,30 @@ def compute_stats(run: RunDir, engine: Engine | None = None, progress: Progress 
     if not shards:
         raise UsageError(f"No shards in {run.path}/shards. Run `capfilt download TABLE {run.path}` first.")
     committed = {stage: set(run.committed(stage)) & set(shards) for stage in STAGES}
-    work = _SumShards(run, LastAttempts(run), committed, len(shards))
+    asked = Asked(run, LastAttempts(run), -(-NUM_SAMPLED_IMAGES // len(shards)))
+    work = _SumShards(asked, committed, len(shards))
     sums = ShardSums()
     for _, found in (engine or LocalEngine()).run(work, shards, progress):
         sums.merge(found)
     order = {"web": 0, "synthetic": 1}
+    again = set(retry_shards(run))
     num_shards, num_annotated = expected_shards(run)
     return RunStats(
         run=str(run.path),
         generation=run.generation,
         shards_by_stage={stage: len(names) for stage, names in committed.items()},
         expected_by_stage={stage: num_shards if stage == "shards" else num_annotated for stage in STAGES},
+        shards=_shards_stats([one for one in sums.sizes if one.shard not in again]),
         download=_download_stats(sums.download),
         diversity=_diversity_stats(sums.captions) if committed["captions"] else None,
         pairs={
             source: _source_stats(sums.pairs[source])
             for source in sorted(sums.pairs, key=lambda source: (order.get(source, 2), source))
         },
-        num_images_kept=sums.num_images_kept,
-        quarantine={stage: _by_count(sums.quarantine[stage]) for stage in STAGES if stage in sums.quarantine},
+        num_images_kept=sums.images.num_kept,
+        top_caption=TopCaptionStats(sums.images.num_compared, sums.images.num_synthetic_first),
+        selections=sums.selections,
+        quarantine={stage: by_count(sums.quarantine[stage]) for stage in STAGES if stage in sums.quarantine},
     )
 
 
@@ -139,8 +177,7 @@ def compute_stats(run: RunDir, engine: Engine | None = None, progress: Progress 
 class _SumShards:
     """Sums up shards; other processes get it too."""
 
-    run: RunDir
-    last: LastAttempts
+    asked: Asked
     committed: dict[str, set[str]]
     """Stage → shards."""
     total: int
@@ -153,18 +190,41 @@ class _SumShards:
 
     def __call__(self, shard: str, _progress: Progress) -> ShardSums:
         stages = [stage for stage in STAGES if shard in self.committed[stage]]
-        return sum_shard(self.run, shard, stages, self.last)
+        return sum_shard(self.asked, shard, stages)
+
+
+def _shards_stats(sizes: Sequence[ShardSize]) -> ShardsStats:
+    images, tar_bytes = (
+        spread_of(Counter(getattr(one, name) for one in sizes)) for name in ("num_images", "num_bytes")
+    )
+    if images is None or tar_bytes is None:
+        return ShardsStats()
+
+    def distance(one: ShardSize) -> float:
+        """The larger of its two ratios to the median, upside down where it is below one."""
+        ratios = [(one.num_images + 1) / (images.median + 1), (one.num_bytes + 1) / (tar_bytes.median + 1)]
+        return max(max(ratio / MOST_OF_MEDIAN, LEAST_OF_MEDIAN / ratio) for ratio in ratios)
+
+    outliers = sorted((one for one in sizes if distance(one) > 1), key=lambda one: (-distance(one), one.shard))
+    return ShardsStats(len(sizes), images, tar_bytes, outliers[:NUM_OUTLIERS], len(outliers))
 
 
 def _download_stats(sums: DownloadSums) -> DownloadStats:
     return DownloadStats(
         num_rows=sums.status.total(),
         num_images=sums.status[SUCCESS],
-        by_status=_by_count(sums.status),
-        by_reason=_by_count(sums.reason),
+        by_status=by_count(sums.status),
+        by_reason=by_count(sums.reason),
+        num_hosts=sums.hosts.num_hosts(),
+        worst_hosts=[
+            HostStats(host, num_rows, sum(reasons.values()), reasons)
+            for host, num_rows, reasons in sums.hosts.worst(NUM_WORST_HOSTS)
+        ],
+        by_format=by_count(sums.formats),
         width_px=spread_of(sums.width_px),
         height_px=spread_of(sums.height_px),
         shorter_edge_px=dict(zip(_edge_names(), sums.shorter_edges.tolist(), strict=True)),
+        aspect=dict(zip(ASPECT_NAMES, sums.aspects.tolist(), strict=True)),
     )
 
 
@@ -175,6 +235,7 @@ def _diversity_stats(sums: CaptionSums) -> DiversityStats:
         captions_per_image=sums.num_captions / num_images if num_images else 0.0,
         distinct_per_image=spread_of(sums.distinct),
         distinct_share=num_distinct / sums.num_captions if sums.num_captions else 0.0,
+        of_sample=diversity_of(sums.sample),
     )
 
 
@@ -183,12 +244,13 @@ def _source_stats(sums: PairSums) -> SourceStats:
     return SourceStats(
         num_pairs=sums.num_pairs,
         num_kept=sums.num_kept,
-        by_drop_reason=_by_count(sums.drop_reasons),
+        by_drop_reason=by_count(sums.drop_reasons),
         words=spread_of(sums.lengths),
         words_histogram=dict(sorted(sums.lengths.items())),
         clip_score=sums.clip_score,
         itm_score=sums.itm_score,
         kept_by_threshold=dict(zip(map(str, THRESHOLDS), shares, strict=True)) if shares else {},
+        num_words=sums.words.num_words(),
         top_words=sums.words.top(NUM_TOP_WORDS),
     )
 
@@ -197,19 +259,3 @@ def _edge_names() -> list[str]:
     bounds = EDGE_BOUNDS_PX
     between = [f"{low}-{high - 1}" for low, high in zip(bounds, bounds[1:], strict=False)]
     return [f"under {bounds[0]}", *between, f"{bounds[-1]} and more"]
-
-
-def _by_count(counter: Mapping[str, int]) -> dict[str, int]:
-    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
-
-
-def spread_of(counter: Mapping[int, int]) -> Spread | None:
-    """Exact figures of whole numbers given as value → times; None of nothing."""
-    if not counter:
-        return None
-    values = np.array(sorted(counter))
-    times = np.array([counter[int(value)] for value in values])
-    before = np.cumsum(times)
-    num = int(before[-1])
-    low, high = (values[np.searchsorted(before, rank + 1)] for rank in ((num - 1) // 2, num // 2))
-    return Spread(num, int(values[0]), float(low + high) / 2, float((values * times).sum() / num), int(values[-1]))

@@ -5,32 +5,31 @@ In: a `RunStats`. Out: lines. Words come from the web and are cleaned here; ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from capfilt.data.reasons import DROP_REASON_SENTENCES, REASON_SENTENCES
 from capfilt.data.rundir import STAGES
 from capfilt.data.texts import clean_for_terminal
-from capfilt.progress import bar, counted
-from capfilt.report.stats import Histogram, RunStats, SourceStats, Spread
+from capfilt.progress import bar, counted, format_bytes
+from capfilt.report.histogram import Histogram, Spread
+from capfilt.report.stats import RunStats, SourceStats
 
+SHOWN_THRESHOLDS = ("0.0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "0.95", "0.99")
+"""Thresholds of the table, beside the chosen one, which is marked."""
 RULE_WIDTH = 78
 BAR_WIDTH = 30
 MAX_ROWS = 16
 
 
-def stats_lines(stats: RunStats, *, plain: bool = False) -> Iterator[str]:
-    """The whole view, section after section; `plain` keeps to ASCII."""
-    yield from _run_lines(stats, plain)
-    yield from _download_lines(stats, plain)
-    if stats.pairs:
-        yield from _pair_lines(stats, plain)
-        yield from _caption_lines(stats, plain)
-        yield from _score_lines(stats, plain)
-        yield from _threshold_lines(stats, plain)
-        yield from _word_lines(stats, plain)
-    elif stats.diversity:
-        yield from _caption_lines(stats, plain)
-    yield from _quarantine_lines(stats, plain)
+def stats_lines(stats: RunStats, sections: Sequence[str] = (), *, plain: bool = False) -> Iterator[str]:
+    """Sections by their names in SECTIONS, all unless some are asked for; `plain` keeps to ASCII."""
+    is_first = True
+    for name, lines_of in SECTIONS.items():
+        if not sections or name in sections:
+            for line in lines_of(stats, plain):
+                if line or not is_first:
+                    yield line
+                is_first = False
 
 
 def rule(title: str, *, plain: bool = False) -> str:
@@ -78,13 +77,47 @@ def _download_lines(stats: RunStats, plain: bool) -> Iterator[str]:
         edges = [(name, number) for name, number in found.shorter_edge_px.items() if number]
         yield "  shorter edge in pixels"
         yield from table_lines(edges, found.num_images, plain=plain)
+        yield "  width to height"
+        shapes = [(name, number) for name, number in found.aspect.items() if number]
+        yield from table_lines(shapes, found.num_images, plain=plain)
+        yield "  format"
+        yield from table_lines(found.by_format.items(), found.num_images, plain=plain)
 
 
 def _spread(spread: Spread, unit: str) -> str:
     return f"{spread.least:,} to {spread.most:,} {unit}, median {spread.median:,.0f}"
 
 
+def _host_lines(stats: RunStats, plain: bool) -> Iterator[str]:
+    if not stats.download.worst_hosts:
+        return
+    yield ""
+    yield rule(f"Hosts with most failures, of {stats.download.num_hosts:,}", plain=plain)
+    for one in stats.download.worst_hosts:
+        reasons = ", ".join(f"{name} {number:,}" for name, number in list(one.by_reason.items())[:3])
+        host = clean_for_terminal(one.host, 30)
+        counts = f"{one.num_failed:>8,} of {one.num_rows:>8,}  {one.num_failed / one.num_rows:6.1%}"
+        yield f"  {host:<30} {counts}  {reasons}"
+
+
+def _shard_lines(stats: RunStats, plain: bool) -> Iterator[str]:
+    found = stats.shards
+    if found.images is None or found.tar_bytes is None:
+        return
+    yield ""
+    yield rule("Shards", plain=plain)
+    yield f"  images {_spread(found.images, 'a shard')}, mean {found.images.mean:,.1f}"
+    least, most, median = (format_bytes(getattr(found.tar_bytes, name)) for name in ("least", "most", "median"))
+    yield f"  size {least} to {most}, median {median}; {format_bytes(found.tar_bytes.mean * found.num_shards)} in all"
+    if found.outliers:
+        yield f"  {counted(found.num_outliers, 'shard')} with under half or over twice the median of either:"
+        for one in found.outliers:
+            yield f"  {clean_for_terminal(one.shard):<12} {one.num_images:>9,} images  {format_bytes(one.num_bytes):>8}"
+
+
 def _pair_lines(stats: RunStats, plain: bool) -> Iterator[str]:
+    if not stats.pairs:
+        return
     yield ""
     yield rule("Pairs", plain=plain)
     yield f"  {'source':<10} {'pairs':>10} {'kept':>10} {'share':>7}   dropped"
@@ -101,6 +134,8 @@ def _pair_lines(stats: RunStats, plain: bool) -> Iterator[str]:
 
 
 def _caption_lines(stats: RunStats, plain: bool) -> Iterator[str]:
+    if not stats.pairs and not stats.diversity:
+        return
     yield ""
     yield rule("Captions", plain=plain)
     for source, found in stats.pairs.items():
@@ -112,6 +147,18 @@ def _caption_lines(stats: RunStats, plain: bool) -> Iterator[str]:
             f"  synthetic  {different.captions_per_image:.1f} captions an image, "
             f"median {different.distinct_per_image.median:.0f} distinct, "
             f"{different.distinct_share:.1%} distinct in all"
+        )
+        if different.of_sample:
+            yield (
+                f"  synthetic  distinct-1 {different.of_sample.distinct_1:.3f}, distinct-2 "
+                f"{different.of_sample.distinct_2:.3f}, self-BLEU {different.of_sample.self_bleu:.3f} "
+                f"(of {different.of_sample.num_images:,} images)"
+            )
+    top = stats.top_caption
+    if top.num_images:
+        yield (
+            f"  CLIP likes a synthetic caption best in {top.num_synthetic:,} of {top.num_images:,} images "
+            f"({top.num_synthetic / top.num_images:.1%})"
         )
 
 
@@ -156,12 +203,17 @@ def _threshold_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     yield ""
     yield rule("Kept rate against the ITM threshold, of the pairs that nothing else drops", plain=plain)
     yield "  threshold   " + "".join(f"{source:<{BAR_WIDTH + 8}}" for source in curves).rstrip()
+    chosen = {f"{one['threshold']:g}" for one in stats.selections if "threshold" in one}
     for threshold in next(iter(curves.values())):
+        is_chosen = f"{float(threshold):g}" in chosen
+        if threshold not in SHOWN_THRESHOLDS and not is_chosen:
+            continue
         cells = []
         for curve in curves.values():
             drawn = _drawn(curve[threshold], BAR_WIDTH - 6, plain)
             cells.append(f"{curve[threshold]:>6.1%} {drawn:<{BAR_WIDTH + 1}}")
-        yield f"  {float(threshold):>9.2f}   {''.join(cells)}".rstrip()
+        mark = ">" if is_chosen else " "
+        yield f" {mark}{float(threshold):>9.2f}   {''.join(cells)}".rstrip()
 
 
 def _word_lines(stats: RunStats, plain: bool) -> Iterator[str]:
@@ -194,3 +246,11 @@ def _quarantine_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     for stage, reasons in later.items():
         for name, number in reasons.items():
             yield f"  {stage:<9} {name:<18} {number:>9,}  {REASON_SENTENCES.get(name, '')}"
+
+
+SECTIONS: dict[str, Callable[[RunStats, bool], Iterator[str]]] = {
+    "run": _run_lines, "shards": _shard_lines, "download": _download_lines, "hosts": _host_lines, "pairs": _pair_lines,
+    "captions": _caption_lines, "scores": _score_lines, "threshold": _threshold_lines, "words": _word_lines,
+    "quarantine": _quarantine_lines,
+}  # fmt: skip
+"""Name → lines; a section that has nothing to say gives none."""

@@ -85,6 +85,11 @@ class WordCounts:
         for table in other._tables:
             self._take(table)
 
+    def num_words(self) -> int:
+        """Different words."""
+        self._condense()
+        return self._tables[0].num_rows if self._tables else 0
+
     def top(self, num: int) -> dict[str, int]:
         """The most frequent words, then by the alphabet."""
         self._condense()

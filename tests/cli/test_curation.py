@@ -87,7 +87,7 @@ def test_stats_select_verify(run: Path, models: Models) -> None:
     assert stats["download"]["num_images"] + sum(stats["download"]["by_reason"].values()) == NUM_URLS
     assert stats["pairs"]["synthetic"]["num_pairs"] == 3 * stats["download"]["num_images"]
     shown = capfilt("stats", run)
-    assert "Kept rate" in shown.out
+    assert "kept rate at ITM thresholds" in shown.out
     assert "\x1b" not in shown.out
 
     everything = capfilt("select", run, "--threshold", 0, "--keep", 1, "--json").json()

@@ -18,7 +18,8 @@ from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
 from capfilt.data.tars import write_tar
 from capfilt.errors import UsageError
-from capfilt.report.stats import Histogram, compute_stats, spread_of
+from capfilt.report.histogram import Histogram, spread_of
+from capfilt.report.stats import compute_stats
 from capfilt.report.stats_view import stats_lines
 
 CAPTIONS = {
@@ -61,7 +62,9 @@ def write_shards(run: RunDir) -> None:
                 | dict(image_offset=member.offset, image_length=member.length, image_ext="png")
             )
         failed = {"c": "timeout", "d": "timeout", "e": "not_found"}
-        rows += [dict(key=key, status="failed_to_download", reason=reason) for key, reason in failed.items()]
+        rows += [
+            dict(key=key, url="http://y/", status="failed_to_download", reason=reason) for key, reason in failed.items()
+        ]
         commit_stage(
             run, "shards", "00000", pa.Table.from_pylist(rows, schema=SCHEMAS["shards"]),
             fields={}, input_digest="", rows_in=5, tar=tar,
