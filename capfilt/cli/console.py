@@ -9,7 +9,8 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from capfilt.data.texts import clean_for_terminal
 from capfilt.progress import NullProgress, Progress, StreamProgress, terminal_columns
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 """Of the processes that torchrun started, the first one speaks."""
@@ -34,14 +35,38 @@ def say(text: str = "") -> None:
 
 def draw(renderable_of: Callable[[int], RenderableType]) -> None:
     """What rich draws, for the terminal's width (a pipe is 100 columns wide, or as `COLUMNS` says); NO_COLOR holds."""
-    if not IS_MAIN_PROCESS:
-        return
+    if IS_MAIN_PROCESS:
+        console = _rich_console()
+        console.print(renderable_of(console.width))
+
+
+@contextmanager
+def redraw() -> Iterator[Callable[[Callable[[int], RenderableType]], None]]:
+    """A screen of the terminal's own that is drawn again and again; the last one stays when it ends, by Ctrl-C too."""
+    last: Callable[[int], RenderableType] | None = None
+
+    def show(renderable_of: Callable[[int], RenderableType]) -> None:
+        nonlocal last
+        last, console = renderable_of, _rich_console()
+        sys.stdout.write("\x1b[H\x1b[2J")
+        console.print(renderable_of(console.width))
+
+    sys.stdout.write("\x1b[?1049h")  # the other screen, as editors use it
+    try:
+        yield show
+    finally:
+        sys.stdout.write("\x1b[?1049l")
+        sys.stdout.flush()
+        if last is not None:
+            draw(last)
+
+
+def _rich_console() -> Console:
     from rich.console import Console
 
     asked = os.environ.get("COLUMNS", "")
     width = int(asked) if asked.isdecimal() and int(asked) else terminal_columns(sys.stdout)
-    console = Console(file=sys.stdout, width=width, height=25, markup=False, emoji=False, highlight=False)
-    console.print(renderable_of(width))
+    return Console(file=sys.stdout, width=width, height=25, markup=False, emoji=False, highlight=False)
 
 
 def note(text: str) -> None:

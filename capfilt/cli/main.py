@@ -28,6 +28,7 @@ from capfilt.cli import (
     recipe,
     rehearsal,
     sharing,
+    statistics,
     train,
 )
 from capfilt.cli.console import clean, note
@@ -93,7 +94,7 @@ app.command("rank")(annotate.rank)
 app.command("filter")(annotate.filter_)
 app.command("run")(recipe.run)
 app.command("select")(annotate.select)
-app.command("stats")(inspection.stats)
+app.command("stats")(statistics.stats)
 app.command("verify")(inspection.verify)
 app.command("export")(sharing.export)
 app.command("report")(sharing.report)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from capfilt.data.paths import AnyPath, path_of
 from capfilt.errors import UsageError
+
+if TYPE_CHECKING:
+    from capfilt.data.rundir import RunDir
 
 _PLACE = "a folder, s3://BUCKET/RUN or gs://BUCKET/RUN"
 Run = Annotated[AnyPath, typer.Argument(metavar="RUN", help=f"The run: {_PLACE}.", show_default=False, parser=path_of)]
@@ -126,3 +129,14 @@ def refuse_idle(context: typer.Context, names: Iterable[str], because: str) -> N
     if idle := [option_of(name) for name in names if is_given(context, name)]:
         does = "does" if len(idle) == 1 else "do"
         raise UsageError(f"{', '.join(idle)} {does} nothing {because}. Leave {'it' if len(idle) == 1 else 'them'} out.")
+
+
+def open_generation(run: AnyPath, generation: str | None) -> RunDir:
+    """The run; a generation that it has not is refused."""
+    from capfilt.data.rundir import RunDir
+
+    opened = RunDir.open(run, generation)
+    if generation is not None and generation not in opened.generations():
+        known = ", ".join(opened.generations()) or "none"
+        raise UsageError(f"{run} has no generation {generation}; those it has: {known}.")
+    return opened

@@ -66,6 +66,23 @@ def check_sample(sample: FoundSample, settings: DownloadSettings) -> FoundSample
     return sample
 
 
+def look_at_sample(sample: FoundSample) -> FoundSample:
+    """Read the texts of `sample` and the header of its image: `caption`, and url, width, height, image_ext in `values`.
+
+    Or the reason why an import would refuse it, as far as that shows without decoding.
+    """
+    _read_texts(sample, DownloadSettings.max_caption_bytes)
+    if sample.reason is None and (found := _only_image(sample)):
+        try:
+            kind, width, height = probe_image(found)
+        except ImageRefused as refused:
+            sample.refuse(refused.reason, refused.detail)
+        else:
+            ending = _STORED_FORMATS.get(kind, kind)
+            sample.values = {"url": _url_of(sample), "width": width, "height": height, "image_ext": ending}
+    return sample
+
+
 def group_members(members: Iterable[ForeignMember]) -> Iterator[FoundSample]:
     """Join neighbouring members of one key to samples; a damaged end becomes a sample of its own."""
     current: FoundSample | None = None
@@ -133,11 +150,9 @@ def _caption_of(metadata: dict[str, Any]) -> str:
 
 def _read_image(sample: FoundSample, settings: DownloadSettings) -> None:
     """Decode the image; stored are its own bytes, or a PNG where our shards do not have its format."""
-    images = [content for ending, content in sample.members.items() if ending in IMAGE_ENDINGS]
-    if len(images) != 1:
-        sample.refuse("several_images" if images else "missing_image", f"members: {', '.join(sample.members)}")
+    found = _only_image(sample)
+    if found is None:
         return
-    found = images[0]
     try:
         kind, width, height = probe_image(found)
         picture = decode_image(found, max_pixels=settings.max_pixels, max_aspect_ratio=settings.max_aspect_ratio)
@@ -155,10 +170,9 @@ def _read_image(sample: FoundSample, settings: DownloadSettings) -> None:
     sizes = [sample.metadata.get(f"original_{edge}") for edge in ("width", "height")]
     if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
         sizes = [width, height]
-    url = sample.metadata.get("url")
     sample.image = stored
     sample.values = {
-        "url": url.encode("utf-8", "replace").decode() if isinstance(url, str) else None,
+        "url": _url_of(sample),
         "width": picture.width,
         "height": picture.height,
         "original_width": sizes[0],
@@ -167,3 +181,17 @@ def _read_image(sample: FoundSample, settings: DownloadSettings) -> None:
         "image_length": len(stored),
         "image_ext": _STORED_FORMATS.get(kind, "png"),
     }
+
+
+def _only_image(sample: FoundSample) -> bytes | None:
+    """The sample's image; where it has not exactly one it is refused."""
+    images = [content for ending, content in sample.members.items() if ending in IMAGE_ENDINGS]
+    if len(images) == 1:
+        return images[0]
+    sample.refuse("several_images" if images else "missing_image", f"members: {', '.join(sample.members)}")
+    return None
+
+
+def _url_of(sample: FoundSample) -> str | None:
+    url = sample.metadata.get("url")
+    return url.encode("utf-8", "replace").decode() if isinstance(url, str) else None

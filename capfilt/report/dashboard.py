@@ -15,7 +15,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from capfilt.data.rundir import STAGES
 from capfilt.data.texts import clean_for_terminal
 from capfilt.progress import bar, counted, format_bytes
 from capfilt.report.histogram import Spread
@@ -78,7 +77,7 @@ class _Drawer:
         if stats.generation:
             name.append(f", generation {clean_for_terminal(stats.generation)}", _DIM)
         stages = Text()
-        for stage in STAGES:
+        for stage in stats.shards_by_stage:
             done, expected = stats.shards_by_stage[stage], stats.expected_by_stage[stage]
             stages.append(f"{stage} ", _DIM)
             stages.append(f"{done:,}/{expected:,}   ", _GOOD if done == expected else _BAD)
@@ -108,9 +107,10 @@ class _Drawer:
         """Yield, reasons and hosts of failures."""
         found = self._stats.download
         share = found.num_images / found.num_rows if found.num_rows else 0.0
+        kind = "rows" if found.num_hosts else "samples"
         lines = [
             Text.assemble(
-                f"{found.num_images:,} of {found.num_rows:,} URLs ", (f"{share:.1%} ", "bold"),
+                f"{found.num_images:,} of {found.num_rows:,} {kind} ", (f"{share:.1%} ", "bold"),
                 (bar(share, 20, plain=self._plain), _GOOD),
             )
         ]  # fmt: skip
@@ -190,7 +190,7 @@ class _Drawer:
         """What is kept and why the rest is not, and the kept rate against the threshold."""
         stats = self._stats
         lines = []
-        for source, pairs in stats.pairs.items():
+        for source, pairs in stats.pairs.items() if stats.has_manifest else ():
             share = pairs.num_kept / pairs.num_pairs if pairs.num_pairs else 0.0
             lines.append(
                 Text.assemble(

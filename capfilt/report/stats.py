@@ -117,7 +117,7 @@ class TopCaptionStats:
 
 @dataclass
 class RunStats:
-    """Everything `capfilt stats` shows."""
+    """Everything `capfilt stats` shows; a folder of tars that is no run has the stage `shards` alone."""
 
     run: str
     generation: str | None
@@ -136,6 +136,11 @@ class RunStats:
     quarantine: dict[str, dict[str, int]]
     """Stage → reason → rows."""
 
+    @property
+    def has_manifest(self) -> bool:
+        """Whether pairs were chosen; the pairs of a folder of tars are what there is."""
+        return bool(self.shards_by_stage.get("manifest"))
+
 
 def compute_stats(run: RunDir, engine: Engine | None = None, progress: Progress | None = None) -> RunStats:
     """Sum up every committed stage of `run`.
@@ -151,17 +156,27 @@ def compute_stats(run: RunDir, engine: Engine | None = None, progress: Progress 
     sums = ShardSums()
     for _, found in (engine or LocalEngine()).run(work, shards, progress):
         sums.merge(found)
-    order = {"web": 0, "synthetic": 1}
     again = set(retry_shards(run))
     num_shards, num_annotated = expected_shards(run)
+    sums.sizes = [one for one in sums.sizes if one.shard not in again]
+    found = stats_of(sums, name=str(run.path), num_shards=num_shards)
+    found.generation = run.generation
+    found.shards_by_stage = {stage: len(names) for stage, names in committed.items()}
+    found.expected_by_stage = {stage: num_shards if stage == "shards" else num_annotated for stage in STAGES}
+    return found
+
+
+def stats_of(sums: ShardSums, *, name: str, num_shards: int) -> RunStats:
+    """The figures of summed up shards, as those of a folder that has nothing but shards."""
+    order = {"web": 0, "synthetic": 1}
     return RunStats(
-        run=str(run.path),
-        generation=run.generation,
-        shards_by_stage={stage: len(names) for stage, names in committed.items()},
-        expected_by_stage={stage: num_shards if stage == "shards" else num_annotated for stage in STAGES},
-        shards=_shards_stats([one for one in sums.sizes if one.shard not in again]),
+        run=name,
+        generation=None,
+        shards_by_stage={"shards": num_shards},
+        expected_by_stage={"shards": num_shards},
+        shards=_shards_stats(sums.sizes),
         download=_download_stats(sums.download),
-        diversity=_diversity_stats(sums.captions) if committed["captions"] else None,
+        diversity=_diversity_stats(sums.captions) if sums.captions.num_captions else None,
         pairs={
             source: _source_stats(sums.pairs[source])
             for source in sorted(sums.pairs, key=lambda source: (order.get(source, 2), source))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from capfilt.data.reasons import DROP_REASON_SENTENCES, REASON_SENTENCES
-from capfilt.data.rundir import STAGES
 from capfilt.data.texts import clean_for_terminal
 from capfilt.progress import bar, counted, format_bytes
 from capfilt.report.histogram import Histogram, Spread
@@ -54,7 +53,7 @@ def _drawn(share: float, width: int, plain: bool) -> str:
 def _run_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     generation = f", generation {stats.generation}" if stats.generation else ""
     yield rule(f"Run {clean_for_terminal(stats.run)}{generation}", plain=plain)
-    for stage in STAGES:
+    for stage in stats.shards_by_stage:
         done, expected = stats.shards_by_stage[stage], stats.expected_by_stage[stage]
         state = "" if done == expected else "  (not complete)" if done else "  (not begun)"
         yield f"  {stage:<9} {done:>6,} of {counted(expected, 'shard')}{state}"
@@ -116,7 +115,7 @@ def _shard_lines(stats: RunStats, plain: bool) -> Iterator[str]:
 
 
 def _pair_lines(stats: RunStats, plain: bool) -> Iterator[str]:
-    if not stats.pairs:
+    if not stats.has_manifest:
         return
     yield ""
     yield rule("Pairs", plain=plain)

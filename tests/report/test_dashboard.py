@@ -49,7 +49,7 @@ def test_every_width_holds_and_says_the_same(stats: RunStats, width: int, plain:
     if width in (80, 140):
         text = " ".join(" ".join(lines).split())
         for said in (
-            "2 of 5 URLs 40.0%", "timeout 2, not_found 1", "2 hosts; most failures: y 3 of 3", "png 100%",
+            "2 of 5 rows 40.0%", "timeout 2, not_found 1", "2 hosts; most failures: y 3 of 3", "png 100%",
             "2 of 8 kept 25.0%", "self-BLEU", "2 of 2 images (100.0%) have a kept pair", "manifest 1/1",
         ):  # fmt: skip
             assert said in text
