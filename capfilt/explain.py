@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 from torch import Tensor
 
 from capfilt.curation.pictures import normalise, to_square
@@ -43,6 +43,7 @@ from capfilt.models.gradcam import (
 )
 from capfilt.models.med import Captioner, Filter
 from capfilt.models.vit import VisionTransformer, change_image_size
+from capfilt.report.gradcam import overlay
 from capfilt.settings import EMBEDDED, Stage1Settings
 from capfilt.train.blip2_files import is_blip2_file
 from capfilt.train.generate import prepare_images
@@ -214,6 +215,20 @@ def load_explainable(name: str, *, device: str = "auto", image_size_px: int | No
         return _LOADERS[_kind_of_original(path)](name, where, image_size_px)
     folder = find_model_dir(name, "model to explain", embedded="filter", give=_GIVE)
     return _LOADERS[_kind_of_folder(folder)](str(folder), where, image_size_px)
+
+
+def overlay_drawer(model: ExplainableModel) -> Callable[[Image, str], tuple[str, Image]]:
+    """(picture, text) → what is said of it, and the average map over the picture; the picture itself for no words."""
+
+    def draw(picture: Image, text: str) -> tuple[str, Image]:
+        try:
+            found = model.explain(picture, [text])[0]
+        except UsageError:
+            return "no words", picture
+        name = "probability per token" if model.kind == "captioner" else "match probability"
+        return f"{name} {found.probability:.3f}: {found.text}", fromarray(overlay(picture, found.average))
+
+    return draw
 
 
 def _kind_of_folder(folder: Path) -> ModelKind:

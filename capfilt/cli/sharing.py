@@ -9,7 +9,7 @@ import typer
 
 from capfilt.cli.console import open_progress, say_result
 from capfilt.cli.engines import Address, EngineName, NumWorkers, engine_from
-from capfilt.cli.options import AsJson, Generation, Run
+from capfilt.cli.options import AsJson, Device, Generation, Run, open_generation
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file where it is there already.")]
 
@@ -45,17 +45,32 @@ def report(
         Path, typer.Option("--output", "-o", metavar="FILE", help="File to write, of HTML.", show_default=False)
     ],
     num_pairs: Annotated[
-        int, typer.Option("--pairs", min=0, help="Kept and dropped pairs shown, each so many, nearest the threshold.")
+        int, typer.Option("--pairs", min=0, help="Kept and dropped pairs, so many each, nearest the threshold.")
     ] = 24,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Draw where this model looks (Grad-CAM): a BLIP filter or captioner, as for `capfilt explain`.",
+            show_default=False,
+        ),
+    ] = None,
+    num_explained: Annotated[int, typer.Option("--explained", min=1, help="Images that are explained.")] = 6,
+    device: Device = "auto",
     overwrite: Overwrite = False,
     generation: Generation = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write one HTML page: the statistics, and pairs around the threshold with their pictures."""
-    from capfilt.data.rundir import RunDir
+    """Write one HTML page: the statistics as charts, and pictures with their captions, kept beside dropped."""
     from capfilt.report.page import write_report
 
+    drawer = None
+    if explain is not None:
+        from capfilt.explain import load_explainable, overlay_drawer
+
+        drawer = overlay_drawer(load_explainable(explain, device=device))
     summary = write_report(
-        RunDir.open(run, generation), output, num_pairs=num_pairs, overwrite=overwrite, progress=open_progress()
-    )
+        open_generation(run, generation), output, num_pairs=num_pairs, overwrite=overwrite, progress=open_progress(),
+        explain=drawer, num_explained=num_explained,
+    )  # fmt: skip
     say_result(summary, summary.line(), None, as_json=as_json)
