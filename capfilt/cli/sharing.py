@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from capfilt.cli.console import open_progress, say_result
+from capfilt.cli.console import note, open_progress, say_result
 from capfilt.cli.engines import Address, EngineName, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Generation, Run, refuse_idle, settings_from
 from capfilt.errors import UsageError
@@ -85,7 +85,9 @@ def export(
 
         place = output or _curated(opened)
         found = export_folder(opened, place, named, settings, overwrite=overwrite, progress=progress)
-        say_result(found, found.line(), how_to_read(found), as_json=as_json)
+        say_result(found, found.line(), None, as_json=as_json)
+        if not as_json:
+            note(f"Read by: {how_to_read(found)}")
         return
     from capfilt.export.pairs import export_pairs, export_parquet
 

@@ -26,6 +26,7 @@ def whole_folder(path: Path, mark: str, *, overwrite: bool = False) -> Iterator[
     Raises UsageError where `path` may not be written to.
     """
     refuse_place(path, mark, overwrite=overwrite)
+    path = Path(os.path.abspath(path))  # `.` has no name
     root = path.with_name(f".{path.name}.staging")
     remove_dead_staging(root)
     try:

@@ -6,6 +6,7 @@ format, the selection of the pairs, and the files that are meant to be read. The
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from capfilt.export.images import CuratedImage, ExportSample, curated_images, ex
 from capfilt.export.tables import write_datasets, write_img2dataset
 from capfilt.export.tars import write_tars
 from capfilt.progress import NullProgress, Progress, as_bytes, counted
-from capfilt.settings.export import DEFAULT_CAPTIONS, ExportSettings
+from capfilt.settings.export import DEFAULT_CAPTIONS, UNCUT_FORMATS, ExportSettings
 
 MARK = "export.json"
 """The file that tells an export's folder from others; it is written last."""
@@ -48,9 +49,11 @@ class FolderSummary:
 
     def line(self) -> str:
         """One line for people."""
+        size = f"{counted(self.num_files, 'file')}, {as_bytes(self.num_bytes)}"
+        beside = ", and the pictures" if self.format in UNCUT_FORMATS else ""
         return (
             f"Wrote {counted(self.num_samples, 'sample')} of {counted(self.num_images, 'image')} to {self.output} "
-            f"({counted(self.num_files, 'file')}, {as_bytes(self.num_bytes)}) in {self.seconds:.1f} s."
+            f"({size}{beside}) in {self.seconds:.1f} s."
         )
 
 
@@ -83,7 +86,9 @@ def export_folder(
                 f"{run.generation_option}`."
             )
         counts = {"num_images": samples.num_images, "num_samples": samples.num_samples}
-        about = {"format": folder_format, "capfilt": __version__, "selection": selection, **asdict(settings)}
+        cut = {} if folder_format in UNCUT_FORMATS else asdict(settings)
+        about = {"format": folder_format, "capfilt": __version__, "selection": selection, **cut}
+        about["captions"] = settings.captions
         write_json(folder / MARK, about | counts | {"files": files})
     progress.finish()
     return FolderSummary(
@@ -119,14 +124,15 @@ FOLDERS: dict[str, Callable[[Path, Iterable[ExportSample], ExportSettings], list
 
 
 def how_to_read(summary: FolderSummary) -> str:
-    """What to do with it next, in one line."""
+    """What reads it, in one line."""
     folder, first, last = summary.output, Path(summary.first_file).stem, Path(summary.last_file).stem
-    tars = f"{first}.tar" if first == last else f"{{{first}..{last}}}.tar"
+    tars = folder / (f"{first}.tar" if first == last else f"{{{first}..{last}}}.tar")
+    images = shlex.quote(str(folder / PICTURES))
     return {
-        "webdataset": f"python -m open_clip_train.main --dataset-type webdataset --train-data '{folder}/{tars}' "
-        "--model ViT-B-32",
+        "webdataset": "python -m open_clip_train.main --dataset-type webdataset --model ViT-B-32 --train-data "
+        + shlex.quote(str(tars)),
         "datasets": f"datasets.load_dataset({str(folder)!r}, streaming=True)",
-        "img2dataset": f"pyarrow.dataset.dataset({str(folder)!r}), column `jpg`",
-        "llava": f"--data_path {folder / LLAVA} --image_folder {folder / PICTURES}",
-        "coco": f"pycocotools.coco.COCO({str(folder / COCO)!r})",
+        "img2dataset": f"pandas.read_parquet({str(folder / summary.first_file)!r})",
+        "llava": f"LLaVA's train.py: --data_path {shlex.quote(str(folder / LLAVA))} --image_folder {images}",
+        "coco": f"capfilt evaluate captions MODEL --references {shlex.quote(str(folder / COCO))} --images {images}",
     }[summary.format]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,15 +11,21 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
+from capfilt.data.sealed import read_sealed, sealed_bytes
 from capfilt.export.folders import FOLDERS, export_folder
-from capfilt.settings.export import ExportSettings
+from capfilt.settings.export import UNCUT_FORMATS, ExportSettings
 from tests.cli.conftest import capfilt
 from tests.data import conftest as small
 from tests.export.runs import kept_of, make_scored_run, pictures_of
+from tests.hostile_texts import FORMULAS, PAYLOADS, TRICKS
+
+CURATED = ("curated", "curated@strict")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -112,6 +119,97 @@ def test_killed_before_its_end_it_is_not_there(run: RunDir, tmp_path: Path) -> N
     assert (place.exists(), len(left)) == (False, 1)
     assert capfilt("export", run.path, "-o", place, "--format", "webdataset").code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["tars"]
+
+
+DIE_AT_RENAME = """
+import os, signal, sys
+from pathlib import Path
+from capfilt.data.rundir import RunDir
+from capfilt.export.folders import export_folder
+rename, left = os.rename, [int(sys.argv[3])]
+def dying(*paths):
+    left[0] -= 1
+    return rename(*paths) if left[0] else os.kill(os.getpid(), signal.SIGKILL)
+os.rename = dying
+export_folder(RunDir.open(sys.argv[1]), Path(sys.argv[2]), "coco", overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_while_it_replaces_it_is_the_old_one_or_none(run: RunDir, tmp_path: Path, number: int) -> None:
+    place = tmp_path / "here"
+    export_folder(run, place, "webdataset")
+    before = files_of(place)
+    words = [str(run.path), str(place), str(number)]
+    assert subprocess.run([sys.executable, "-c", DIE_AT_RENAME, *words], timeout=100).returncode == -signal.SIGKILL
+    assert (files_of(place) == before) if number == 1 else not place.exists()
+    export_folder(run, place, "coco", overwrite=True)
+    assert json.loads((place / "export.json").read_text())["format"] == "coco"
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_generation_has_its_own(run: RunDir, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(run.path, tmp_path / "run"))
+    strict = RunDir.open(path, "strict")
+    for shard in run.shard_names():
+        table, record, _ = read_sealed(run.stage_file("manifest", shard))
+        rows = [row | {"kept": row["kept"] and row["source"] == "web"} for row in table.to_pylist()]
+        strict.stage_file("manifest", shard).parent.mkdir(exist_ok=True)
+        changed = sealed_bytes(pa.Table.from_pylist(rows, schema=table.schema), record)
+        strict.stage_file("manifest", shard).write_bytes(changed)
+    for options in ([], ["--generation", "strict"]):
+        assert capfilt("export", path, *options).code == 0
+    keys = {name: set(pq.read_table(path / name / "00000.parquet")["key"].to_pylist()) for name in CURATED}
+    assert keys["curated"] == set(kept_of(run))
+    webs = {key for key, rows in kept_of(run).items() if any(row["source"] == "web" for row in rows)}
+    assert keys["curated@strict"] == webs < keys["curated"]
+
+
+FILL = """
+import resource, sys
+from capfilt.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.argv[0] = "capfilt"
+main()
+"""
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_where_no_more_can_be_written_nothing_is_left(run: RunDir, tmp_path: Path, name: str) -> None:
+    if name in UNCUT_FORMATS:
+        run = make_scored_run(tmp_path / "run", change=lambda row: {"text": "long " * 300})
+    words = ["export", str(run.path), "-o", str(tmp_path / "out" / "x"), "--format", name]
+    (tmp_path / "out").mkdir()
+    done = subprocess.run([sys.executable, "-c", FILL, *words], timeout=100, capture_output=True, text=True)
+    assert (done.returncode, "File too large" in done.stderr) == (1, True), done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_texts_of_any_kind_are_written_as_they_are(tmp_path: Path) -> None:
+    texts = [text for text in [*TRICKS.values(), *PAYLOADS, *FORMULAS] if text]
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    given = iter(texts)
+    run = make_scored_run(tmp_path / "run", num_samples=30, change=lambda row: {"text": next(given, "the end")})
+    kept, found = {key: rows[0]["text"] for key, rows in kept_of(run).items()}, {}
+    assert next(given, None) is None, "all of them are captions"
+    for name in FOLDERS:
+        export_folder(run, tmp_path / name, name, ExportSettings(captions="best"))
+    with tarfile.open(tmp_path / "webdataset" / "00000.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    found["txt"] = {name[:-4]: value.decode() for name, value in members.items() if name.endswith(".txt")}
+    found["json"] = {
+        name[:-5]: json.loads(value)["caption"] for name, value in members.items() if name.endswith("json")
+    }
+    for name, column in (("datasets/data/train-00000", "text"), ("img2dataset/00000", "caption")):
+        table = pq.read_table(tmp_path / f"{name}.parquet")
+        found[name] = dict(zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True))
+    llava = json.loads((tmp_path / "llava" / "llava.json").read_text(encoding="utf-8"))
+    found["llava"] = {entry["id"]: entry["conversations"][1]["value"] for entry in llava}
+    coco = json.loads((tmp_path / "coco" / "annotations.json").read_text(encoding="utf-8"))
+    keys = {image["id"]: image["key"] for image in coco["images"]}
+    found["coco"] = {keys[entry["image_id"]]: entry["caption"] for entry in coco["annotations"]}
+    for name, captions in found.items():
+        assert captions == kept, name
 
 
 def test_a_damaged_shard_gives_nothing(tmp_path: Path) -> None:

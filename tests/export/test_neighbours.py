@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from capfilt.data.annotations import read_captioned_images
 from capfilt.data.manifest import SCHEMAS, read_manifest
 from capfilt.data.rundir import RunDir
 from tests import factories
@@ -149,6 +150,9 @@ def test_pycocotools(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert (image["width"], image["height"], image["key"]) == (24, 16, key)
         found = [annotation["caption"] for annotation in coco.loadAnns(coco.getAnnIds(imgIds=image["id"]))]
         assert found == [row["text"] for row in kept[key]]
+    ours = read_captioned_images(tmp_path / "coco" / "annotations.json", tmp_path / "coco" / "images")
+    assert [one.captions for one in ours] == [tuple(row["text"] for row in rows) for rows in kept.values()]
+    assert [one.image.read() for one in ours if one.image] == [pictures[key] for key in kept]
 
 
 def test_llava(run: RunDir, tmp_path: Path) -> None:
