@@ -35,8 +35,8 @@ def whole_folder(path: Path, mark: str, *, overwrite: bool = False) -> Iterator[
             folder.mkdir()
             yield folder
             os.sync()  # of many small files at once
-            if path.exists():
-                refuse_place(path, mark, overwrite=overwrite)  # it may have come meanwhile
+            refuse_place(path, mark, overwrite=overwrite)  # another may have come meanwhile
+            if path.exists() and any(path.iterdir()):
                 os.rename(path, staging / "old")
             os.rename(folder, path)
             sync_directory(path.parent)
@@ -50,6 +50,10 @@ def refuse_place(path: Path, mark: str, *, overwrite: bool) -> None:
     refuse_address(path, "A folder")
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; a folder is written. Name another place.")
+    if path.exists() and path.samefile(Path.cwd()):
+        raise UsageError(
+            f"{path} is the folder you are in; a folder that is there only when it is whole is written. Name another."
+        )
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise UsageError(f"{path} is there already. Name another folder, or give --overwrite.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from capfilt import __version__
-from capfilt.export.images import CuratedImage, ExportSample
+from capfilt.export.images import CuratedImage, ExportSample, WrittenFile, written_file
 from capfilt.settings.export import ExportSettings
 
 PICTURES = "images"
@@ -24,7 +24,7 @@ PROMPT = "Describe this picture in one sentence."
 """What stands for the person in LLaVA's conversations. Its first stage of training passes it over."""
 
 
-def write_llava(folder: Path, samples: Iterable[ExportSample], settings: ExportSettings) -> list[dict[str, Any]]:
+def write_llava(folder: Path, samples: Iterable[ExportSample], settings: ExportSettings) -> list[WrittenFile]:
     """llava.json: a conversation for every sample; its `image` is a path below images/."""
     num_samples = 0
     with _json_file(folder / LLAVA) as file:
@@ -37,10 +37,10 @@ def write_llava(folder: Path, samples: Iterable[ExportSample], settings: ExportS
             _write(file, {"id": sample.key, "image": path, "conversations": turns}, first=num_samples == 0)
             num_samples += 1
         file.write("\n]\n")
-    return [_entry(folder / LLAVA, num_samples)]
+    return [written_file(folder, LLAVA, num_samples)]
 
 
-def write_coco(folder: Path, samples: Iterable[ExportSample], settings: ExportSettings) -> list[dict[str, Any]]:
+def write_coco(folder: Path, samples: Iterable[ExportSample], settings: ExportSettings) -> list[WrittenFile]:
     """annotations.json: `images` numbered from 1, and `annotations`, one for every sample."""
     captions, images = folder / ".annotations", 0
     num_samples = 0
@@ -65,7 +65,7 @@ def write_coco(folder: Path, samples: Iterable[ExportSample], settings: ExportSe
             shutil.copyfileobj(written, file, 1 << 20)
         file.write("\n]}\n")
     captions.unlink()
-    return [_entry(folder / COCO, num_samples)]
+    return [written_file(folder, COCO, num_samples)]
 
 
 def _with_pictures(folder: Path, samples: Iterable[ExportSample]) -> Iterator[tuple[ExportSample, str]]:
@@ -96,7 +96,3 @@ def _write(file: Any, entry: dict[str, Any], *, first: bool) -> None:
 
 def _dumped(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def _entry(path: Path, num_samples: int) -> dict[str, Any]:
-    return {"name": path.name, "num_samples": num_samples, "num_bytes": path.stat().st_size}

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from capfilt import __version__
 from capfilt.data.manifest import checked_shards
@@ -20,7 +19,7 @@ from capfilt.data.whole_folders import whole_folder, write_json
 from capfilt.engines.base import SHARDS
 from capfilt.errors import UsageError
 from capfilt.export.annotations import COCO, LLAVA, PICTURES, write_coco, write_llava
-from capfilt.export.images import CuratedImage, ExportSample, curated_images, export_samples
+from capfilt.export.images import CuratedImage, ExportSample, WrittenFile, curated_images, export_samples
 from capfilt.export.tables import write_datasets, write_img2dataset
 from capfilt.export.tars import write_tars
 from capfilt.progress import NullProgress, Progress, as_bytes, counted
@@ -89,12 +88,12 @@ def export_folder(
         cut = {} if folder_format in UNCUT_FORMATS else asdict(settings)
         about = {"format": folder_format, "capfilt": __version__, "selection": selection, **cut}
         about["captions"] = settings.captions
-        write_json(folder / MARK, about | counts | {"files": files})
+        write_json(folder / MARK, about | counts | {"files": [asdict(file) for file in files]})
     progress.finish()
     return FolderSummary(
         output=output, format=folder_format, **counts, num_files=len(files),
-        num_bytes=sum(file["num_bytes"] for file in files), seconds=time.monotonic() - started,
-        first_file=files[0]["name"], last_file=files[-1]["name"],
+        num_bytes=sum(file.num_bytes for file in files), seconds=time.monotonic() - started,
+        first_file=files[0].name, last_file=files[-1].name,
     )  # fmt: skip
 
 
@@ -113,14 +112,14 @@ class _Counted:
                 yield sample
 
 
-FOLDERS: dict[str, Callable[[Path, Iterable[ExportSample], ExportSettings], list[dict[str, Any]]]] = {
+FOLDERS: dict[str, Callable[[Path, Iterable[ExportSample], ExportSettings], list[WrittenFile]]] = {
     "webdataset": write_tars,
     "datasets": write_datasets,
     "img2dataset": write_img2dataset,
     "llava": write_llava,
     "coco": write_coco,
 }
-"""Format → what fills an empty folder, and gives name, samples and bytes of each file that is to be read."""
+"""Format → what fills an empty folder, and gives the files that are to be read."""
 
 
 def how_to_read(summary: FolderSummary) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -82,6 +83,21 @@ class ExportSample:
             "clip_scores": [caption.clip_score for caption in self.captions],
             "itm_scores": [caption.itm_score for caption in self.captions],
         }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A file of an export that is meant to be read: a shard, or the one JSON file."""
+
+    name: str
+    """In the export's folder."""
+    num_samples: int
+    num_bytes: int
+
+
+def written_file(folder: Path, name: str, num_samples: int) -> WrittenFile:
+    """Of a file that is there."""
+    return WrittenFile(name, num_samples, (folder / name).stat().st_size)
 
 
 def curated_images(run: RunDir, shards: Iterable[str], selection: str, progress: Progress) -> Iterator[CuratedImage]:

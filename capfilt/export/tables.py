@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt import __version__
-from capfilt.export.images import ExportSample, cut
+from capfilt.export.images import ExportSample, WrittenFile, cut, written_file
 from capfilt.settings.export import ExportSettings
 
 _GROUP_ROWS, _GROUP_BYTES = 100, 32 << 20
@@ -61,13 +61,13 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema = R
     return num_rows
 
 
-def write_img2dataset(folder: Path, samples: Iterable[ExportSample], settings: ExportSettings) -> list[dict[str, Any]]:
+def write_img2dataset(folder: Path, samples: Iterable[ExportSample], settings: ExportSettings) -> list[WrittenFile]:
     """00000.parquet, …, with img2dataset's columns and the pictures' bytes, as they are stored, in `jpg`."""
     rows = ((sample, sample.row() | {"jpg": sample.image.sample.image}) for sample in samples)
     return _write_files(folder, "{:05d}.parquet", rows, _WITH_BYTES, settings)
 
 
-def write_datasets(folder: Path, samples: Iterable[ExportSample], settings: ExportSettings) -> list[dict[str, Any]]:
+def write_datasets(folder: Path, samples: Iterable[ExportSample], settings: ExportSettings) -> list[WrittenFile]:
     """data/train-00000.parquet, …, with `image` and `text`, and the card that tells `datasets` so.
 
     Parquet rather than a folder of pictures or tars: features are typed, a stream reads a group of rows at a time, and
@@ -77,7 +77,7 @@ def write_datasets(folder: Path, samples: Iterable[ExportSample], settings: Expo
     rows = ((sample, _dataset_row(sample)) for sample in samples)
     schema = _WITH_IMAGE.with_metadata({"huggingface": json.dumps({"info": {"features": _features(_WITH_IMAGE)}})})
     files = _write_files(folder, "data/train-{:05d}.parquet", rows, schema, settings)
-    (folder / "README.md").write_text(_card(sum(file["num_samples"] for file in files)), encoding="utf-8")
+    (folder / "README.md").write_text(_card(sum(file.num_samples for file in files)), encoding="utf-8")
     return files
 
 
@@ -87,12 +87,12 @@ def _write_files(
     rows: Iterator[tuple[ExportSample, dict[str, Any]]],
     schema: pa.Schema,
     settings: ExportSettings,
-) -> list[dict[str, Any]]:
-    files = []
-    for number, part in enumerate(cut(rows, lambda entry: len(entry[0].image.sample.image), settings)):
-        path = folder / name.format(number)
-        num_rows = write_rows(path, (row for _, row in part), schema)
-        files.append({"name": name.format(number), "num_samples": num_rows, "num_bytes": path.stat().st_size})
+) -> list[WrittenFile]:
+    files = list[WrittenFile]()
+    for part in cut(rows, lambda entry: len(entry[0].image.sample.image), settings):
+        file = name.format(len(files))
+        num_rows = write_rows(folder / file, (row for _, row in part), schema)
+        files.append(written_file(folder, file, num_rows))
     return files
 
 

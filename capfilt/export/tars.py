@@ -17,7 +17,7 @@ from typing import Any
 
 from capfilt.data.tars import BLOCK, write_tar
 from capfilt.data.whole_folders import write_json
-from capfilt.export.images import ExportSample, cut
+from capfilt.export.images import ExportSample, WrittenFile, cut, written_file
 from capfilt.export.tables import write_rows
 from capfilt.settings.export import ExportSettings
 
@@ -25,18 +25,19 @@ _TEXT_BLOCKS = 6
 """Of a sample's three headers, its caption and its metadata, about."""
 
 
-def write_tars(folder: Path, samples: Iterable[ExportSample], settings: ExportSettings) -> list[dict[str, Any]]:
-    """Write the tars and what lies beside them; gives name, samples and bytes of each tar."""
-    files = []
-    for number, part in enumerate(cut(samples, _num_bytes, settings)):
-        path, rows = folder / f"{number:05d}.tar", list[dict[str, Any]]()
+def write_tars(folder: Path, samples: Iterable[ExportSample], settings: ExportSettings) -> list[WrittenFile]:
+    """Write the tars and what lies beside them; gives the tars."""
+    tars = list[WrittenFile]()
+    for part in cut(samples, _num_bytes, settings):
+        path, rows = folder / f"{len(tars):05d}.tar", list[dict[str, Any]]()
         write_tar(path, _members(part, rows))
         write_rows(path.with_suffix(".parquet"), rows)
-        files.append({"name": path.name, "num_samples": len(rows), "num_bytes": path.stat().st_size})
-    shards = [{"url": file["name"], "nsamples": file["num_samples"], "filesize": file["num_bytes"]} for file in files]
-    write_json(folder / "shardindex.json", {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards})
-    write_json(folder / "sizes.json", {file["name"]: file["num_samples"] for file in files})
-    return files
+        tars.append(written_file(folder, path.name, len(rows)))
+    shards = [{"url": tar.name, "nsamples": tar.num_samples, "filesize": tar.num_bytes} for tar in tars]
+    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
+    write_json(folder / "shardindex.json", index)
+    write_json(folder / "sizes.json", {tar.name: tar.num_samples for tar in tars})
+    return tars
 
 
 def _num_bytes(sample: ExportSample) -> int:

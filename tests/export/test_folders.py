@@ -19,7 +19,7 @@ from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.data.sealed import read_sealed, sealed_bytes
 from capfilt.export.folders import FOLDERS, export_folder
-from capfilt.settings.export import UNCUT_FORMATS, ExportSettings
+from capfilt.settings.export import DEFAULT_CAPTIONS, FOLDER_FORMATS, UNCUT_FORMATS, ExportSettings
 from tests.cli.conftest import capfilt
 from tests.data import conftest as small
 from tests.export.runs import kept_of, make_scored_run, pictures_of
@@ -52,6 +52,11 @@ def test_imported_again_it_is_the_same(run: RunDir, tmp_path: Path) -> None:
     assert [(row["key"], row["text"]) for row in human] == [
         (key, row["text"]) for key, rows in kept.items() for row in rows
     ]
+
+
+def test_settings_and_writers_know_the_same_formats() -> None:
+    assert list(FOLDERS) == list(FOLDER_FORMATS)
+    assert {*UNCUT_FORMATS, *DEFAULT_CAPTIONS} <= set(FOLDERS)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
