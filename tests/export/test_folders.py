@@ -231,6 +231,13 @@ def test_a_damaged_shard_gives_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "tars").iterdir())
 
 
+def test_a_pair_without_its_picture_is_damage(tmp_path: Path) -> None:
+    run = make_scored_run(tmp_path / "run", change=lambda row: {"key": "\x1b[31mgone"} if row["key"][-1] == "1" else {})
+    done = capfilt("export", run.path, "-o", tmp_path / "x", "--format", "coco")
+    assert (done.code, "lacks 1 samples of its manifest" in done.err) == (5, True), done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_only_an_export_is_replaced(run: RunDir, tmp_path: Path) -> None:
     place = tmp_path / "here"
     export = ("export", run.path, "-o", place, "--format")
