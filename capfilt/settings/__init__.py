@@ -8,6 +8,7 @@ from capfilt.settings.albef import AlbefTrainSettings
 from capfilt.settings.checks import DECODINGS, DEVICES, DTYPES, EMBEDDED
 from capfilt.settings.curation import CaptionSettings, DownloadSettings, FilterSettings, RankSettings
 from capfilt.settings.engines import ENGINES, RaySettings
+from capfilt.settings.export import ExportSettings
 from capfilt.settings.fine_tuning import Blip2CaptionsSettings, Blip2TuningSettings, Blip2VqaSettings
 from capfilt.settings.generation import GenerationSettings
 from capfilt.settings.training import (
@@ -39,6 +40,7 @@ __all__ = [
     "CaptionSettings",
     "ClipTrainSettings",
     "DownloadSettings",
+    "ExportSettings",
     "FilterSettings",
     "FrozenEncoderSettings",
     "GenerationSettings",

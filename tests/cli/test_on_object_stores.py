@@ -89,6 +89,14 @@ def test_every_command(address: str, tars: Path, models: Models, recipe: Path, t
         assert [done.code for done in found] == [0, 0], found
         mine, theirs = (done.json() for done in found)
         assert mine | {"seconds": 0} == theirs | {"seconds": 0}
+    for place, name in ((disk, "here"), (address, "there")):
+        done = capfilt("export", place, "--format", "webdataset", "--samples-per-shard", 10, "-o", tmp_path / name)
+        assert done.code == 0, done.err
+    here, there = ({path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("here", "there"))
+    assert there == here
+    assert "00000.tar" in here
+    done = capfilt("export", address)
+    assert (done.code, "Name a folder: --output DIR" in done.err) == (2, True), done.err
     again = capfilt("run", recipe, address, "--dry-run", "--probe", 4)
     assert "36 images in 4 shards" in again.out
     assert "an object store" in again.out

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import duckdb
 import pandas as pd
+import polars
 import pytest
+from pyspark.sql import SparkSession
 
 from capfilt.data.manifest import SCHEMAS, iterate_manifest, read_manifest
 from capfilt.data.rundir import RunDir
@@ -38,6 +42,37 @@ def test_duckdb_and_pandas_open_it(make_run: Callable[..., RunDir]) -> None:
     assert list(frame.columns) == SCHEMAS["manifest"].names
     assert len(frame) == table.num_rows
     assert frame["kept"].dtype == bool
+
+
+def test_polars_opens_it(make_run: Callable[..., RunDir]) -> None:
+    run = make_run(2, 3)
+    table = read_manifest([run])
+    frame = polars.scan_parquet(run.path / "manifest" / "*.parquet")
+    assert frame.collect_schema().names() == SCHEMAS["manifest"].names
+    counts = frame.group_by("drop_reason").len().collect()
+    assert dict(counts.iter_rows()) == Counter(table["drop_reason"].to_pylist())
+    best = frame.filter(polars.col("kept")).sort("shard", "key", "caption_index").select("key", "text").collect()
+    assert best.rows(named=True) == table.filter(table["kept"]).select(["key", "text"]).to_pylist()
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="Spark runs on Java")
+def test_spark_queries_it(make_run: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process, without its pages, bound to this machine."""
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+    run = make_run(2, 3)
+    table = read_manifest([run])
+    session = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
+    spark = session.config("spark.sql.shuffle.partitions", "1").getOrCreate()
+    try:
+        frame = spark.read.parquet(str(run.path / "manifest"))
+        assert frame.columns == SCHEMAS["manifest"].names
+        frame.createOrReplaceTempView("pairs")
+        counts = spark.sql("SELECT drop_reason, COUNT(*), MAX(itm_score) FROM pairs GROUP BY drop_reason").collect()
+        assert {row[0]: row[1] for row in counts} == Counter(table["drop_reason"].to_pylist())
+        kept = spark.sql("SELECT key, text FROM pairs WHERE kept ORDER BY shard, key, caption_index").collect()
+        assert [row.asDict() for row in kept] == table.filter(table["kept"]).select(["key", "text"]).to_pylist()
+    finally:
+        spark.stop()
 
 
 def test_what_is_missing_is_said(make_run: Callable[..., RunDir], stages: SimpleNamespace, tmp_path) -> None:

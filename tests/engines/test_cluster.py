@@ -15,7 +15,6 @@ import pytest
 
 from capfilt.curation.annotate import annotate
 from capfilt.curation.download import download
-from capfilt.curation.export import export_pairs
 from capfilt.curation.selection import reselect
 from capfilt.data.commit import file_sha256
 from capfilt.data.rundir import RunDir
@@ -23,6 +22,7 @@ from capfilt.data.verify import verify_run
 from capfilt.engines.base import SHARDS
 from capfilt.engines.cluster import RayEngine
 from capfilt.errors import CapfiltError, UsageError
+from capfilt.export.pairs import export_pairs
 from capfilt.report.stats import compute_stats
 from capfilt.settings import DownloadSettings, RaySettings
 from capfilt.world.site import SiteSettings, WorldSite

@@ -14,12 +14,12 @@ import pytest
 
 from capfilt.cli.engines import engine_from
 from capfilt.curation.annotate import annotate
-from capfilt.curation.export import export_pairs
 from capfilt.curation.selection import reselect
 from capfilt.data.verify import verify_run
 from capfilt.engines.base import SHARDS
 from capfilt.engines.local import LocalEngine
 from capfilt.errors import CapfiltError, UsageError
+from capfilt.export.pairs import export_pairs
 from capfilt.progress import Progress
 from capfilt.report.stats import compute_stats
 from tests.curation.downloads import wait_for

@@ -97,10 +97,11 @@ STAGES = {
 """The folder of its model, and options, of which that is the last."""
 READING: dict[str, list[object]] = {
     "select": ["--threshold", 0.4], "verify": ["--deep"], "stats": [],
-    "export": ["--dropped", "--output"], "report": ["--output"],
+    "export": ["--dropped", "--output"], "export tars": ["--format", "webdataset", "--output"],
+    "export datasets": ["--format", "datasets", "--output"], "report": ["--output"],
 }  # fmt: skip
-"""Of some a file is the last argument."""
-FILES = {"export": "pairs.csv", "report": "report.html"}
+"""The first word is the command. Of some a file is the last argument, or a folder."""
+FILES = {"export": "pairs.csv", "export tars": "tars", "export datasets": "hf", "report": "report.html"}
 
 
 def test_curation(models: Models, runs: list[RunDir], tmp_path: Path, figure: Figure) -> None:
@@ -114,7 +115,7 @@ def test_curation(models: Models, runs: list[RunDir], tmp_path: Path, figure: Fi
         peaks = []
         for run in runs:
             file = [tmp_path / f"{run.path.name}-{FILES[name]}"] if name in FILES else []
-            peaks.append(peaks_mb(name, run.path, *options, *file))
+            peaks.append(peaks_mb(name.split()[0], run.path, *options, *file))
         check(name, peaks, figure)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.curation.annotate import annotate
-from capfilt.curation.export import export_pairs
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.engines.local import LocalEngine
+from capfilt.export.pairs import export_pairs
 from tests.cli.conftest import capfilt
 from tests.curation.small_runs import make_run, save_models
 from tests.hostile_texts import FORMULAS, run_with_texts

@@ -1,7 +1,8 @@
-"""The pairs of a run in a file that other tools open: CSV or JSON lines.
+"""The pairs of a run in a file that other tools open: CSV, JSON lines or Parquet.
 
 In: a run with a manifest. Out: a row for every kept pair, or for every pair, in the manifest's order, with its columns.
 Texts are as they came; in CSV those that a spreadsheet would take for a formula are made plain (`data.spreadsheets`).
+The Parquet file has `url` and `text`, so that img2dataset downloads from it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 from uuid import uuid4
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from capfilt.data.manifest import checked_shards, read_pairs
 from capfilt.data.rundir import RunDir
@@ -29,7 +30,8 @@ from capfilt.data.whole_files import refuse_existing, whole_file
 from capfilt.engines.base import SHARDS, Engine
 from capfilt.engines.local import LocalEngine
 from capfilt.errors import UsageError
-from capfilt.progress import Progress, counted
+from capfilt.export.images import shortest
+from capfilt.progress import NullProgress, Progress, counted
 
 _BATCH_ROWS, _PIECE = 1000, 1 << 20
 
@@ -53,20 +55,21 @@ def export_pairs(
     run: RunDir,
     output: Path,
     *,
+    file_format: str | None = None,
     dropped: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     engine: Engine | None = None,
 ) -> ExportSummary:
-    """Write the kept pairs of `run`, with `dropped` the others too, in the format that the file's ending names.
+    """Write the kept pairs of `run`, with `dropped` the others too, in a format of WRITERS; unset: the file's ending.
 
     `engine` has the shards written out, each to a file beside `output` until its turn comes.
 
-    Raises UsageError for an ending that is not known, a file that is there already, or a run without a manifest.
+    Raises UsageError for a format that is not known, a file that is there already, or a run without a manifest.
     """
-    started, ending = time.monotonic(), output.suffix.lower()
+    started, ending = time.monotonic(), file_format or output.suffix.lower().removeprefix(".")
     if ending not in WRITERS:
-        raise UsageError(f"{output} ends in {output.suffix or 'nothing'}; expected one of {', '.join(WRITERS)}.")
+        raise UsageError(f"{output} is to be {ending or 'of no format'}; expected one of {', '.join(WRITERS)}.")
     refuse_existing(output, overwrite=overwrite)
     shards, selection = checked_shards(run)
     num_pairs, num_kept, num_written, parts = 0, 0, 0, dict[int, Path]()
@@ -83,6 +86,28 @@ def export_pairs(
                     shutil.copyfileobj(part, file, _PIECE)
                 path.unlink()
                 num_written += 1
+    return ExportSummary(output=output, num_pairs=num_pairs, num_kept=num_kept, seconds=time.monotonic() - started)
+
+
+def export_parquet(
+    run: RunDir, output: Path, *, dropped: bool = False, overwrite: bool = False, progress: Progress | None = None
+) -> ExportSummary:
+    """The same as one Parquet file, with the manifest's types; errors as `export_pairs`."""
+    started, progress = time.monotonic(), progress or NullProgress()
+    refuse_existing(output, overwrite=overwrite)
+    shards, selection = checked_shards(run)
+    progress.start("export", len(shards), SHARDS)
+    num_pairs = num_kept = 0
+    with whole_file(output) as file, pq.ParquetWriter(
+        file.buffer, SCHEMAS["manifest"], compression="zstd", write_page_checksum=True
+    ) as writer:  # fmt: skip
+        for shard in shards:
+            table = read_pairs(run, shard, selection, kept_only=not dropped)
+            writer.write_table(table)
+            num_pairs += table.num_rows
+            num_kept += sum(table["kept"].to_pylist())
+            progress.advance(1)
+    progress.finish()
     return ExportSummary(output=output, num_pairs=num_pairs, num_kept=num_kept, seconds=time.monotonic() - started)
 
 
@@ -131,8 +156,7 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     for batch in table.to_batches(_BATCH_ROWS):
         for row in batch.to_pylist():
             for name in singles:
-                if row[name] is not None:
-                    row[name] = float(str(np.float32(row[name])))
+                row[name] = shortest(row[name])
             yield row
 
 
@@ -156,10 +180,10 @@ def _json_writer(file: TextIO) -> Callable[[dict[str, Any]], object]:
 
 
 WRITERS: dict[str, Callable[[TextIO], Callable[[dict[str, Any]], object]]] = {
-    ".csv": _csv_writer,
-    ".jsonl": _json_writer,
+    "csv": _csv_writer,
+    "jsonl": _json_writer,
 }
-"""Ending → what gives the function that writes a row."""
+"""Format → what gives the function that writes a row."""
 
-HEADS = {".csv": _csv_head()}
-"""Ending → what stands before the rows, if anything."""
+HEADS = {"csv": _csv_head()}
+"""Format → what stands before the rows, if anything."""
