@@ -35,7 +35,7 @@ def stats(
             "--section",
             metavar="NAME",
             help="A section in full, or several: run, shards, download, hosts, pairs, captions, scores, threshold, "
-            "words, quarantine, or all of them. Without, the dashboard.",
+            "words, quarantine, time, or all of them. Without, the dashboard.",
             show_default=False,
         ),
     ] = [],  # noqa: B006 - Typer copies it

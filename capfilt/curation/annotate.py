@@ -10,7 +10,7 @@ A stage's fingerprint covers its version, its settings, the sha256 of every file
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -27,6 +27,7 @@ from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import COMMANDS, STAGES, RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
 from capfilt.data.shards import read_samples
+from capfilt.data.timings import Timing, note_timing
 from capfilt.engines.base import Engine
 from capfilt.engines.local import LocalEngine
 from capfilt.errors import FingerprintMismatchError, UsageError
@@ -50,11 +51,15 @@ class StageSummary:
     num_samples: int = 0
     """Samples in, those of earlier commands included."""
     num_quarantined: int = 0
+    num_new_samples: int = 0
+    seconds: float = 0.0
+    """That its model worked, in all workers together."""
 
     @classmethod
-    def of(cls, record: CommitRecord, *, is_new: bool) -> StageSummary:
+    def of(cls, record: CommitRecord, *, is_new: bool, seconds: float = 0.0) -> StageSummary:
         """That of one shard."""
-        return cls(1, int(is_new), record.rows_in, record.rows_quarantined)
+        num_new = record.rows_in if is_new else 0
+        return cls(1, int(is_new), record.rows_in, record.rows_quarantined, num_new, seconds)
 
     def merge(self, other: StageSummary) -> None:
         """Add other shards'."""
@@ -136,13 +141,24 @@ def annotate(
         require_images(run)
         work = _AnnotateShards(run, asked, models, _count_images(run, shards), _has_lost_scores(run, shards))
         summary, refused = AnnotateSummary(), ""
-        for _, (done, why) in (engine or LocalEngine()).run(work, shards, progress):
-            summary.merge(done)
-            refused = refused or why
+        try:
+            for _, (done, why) in (engine or LocalEngine()).run(work, shards, progress):
+                summary.merge(done)
+                refused = refused or why
+        finally:
+            summary.seconds = time.monotonic() - started
+            _note_timing(run, summary)
     if refused:
         raise FingerprintMismatchError(f"The scores that lacked are there again; no manifest was made. {refused}")
-    summary.seconds = time.monotonic() - started
     return summary
+
+
+def _note_timing(run: RunDir, summary: AnnotateSummary) -> None:
+    """How long the models worked on the images that no earlier command had done."""
+    new = {name: stage for name, stage in summary.stages.items() if name in MODELS and stage.num_new_samples}
+    stages = {name: stage.seconds for name, stage in new.items()}
+    num = max((stage.num_new_samples for stage in new.values()), default=0)
+    note_timing(run, Timing(stages=stages, num=num, seconds=summary.seconds))
 
 
 def _has_lost_scores(run: RunDir, shards: Sequence[str]) -> bool:
@@ -211,16 +227,17 @@ class _Annotator:
         """What was made of a shard, and why its manifest was left as it was, where it was."""
         look = self._look(shard) if self._looks is None else next(self._looks)
         assert look.shard == shard
+        seconds: dict[str, float] = {}
         if look.todo:
-            _annotate_shard(self._plan, look, progress)
+            seconds = _annotate_shard(self._plan, look, progress)
         else:
             progress.advance(look.num_images, already=True)
-        return look.summary or _summary_of(self._plan, shard, look.todo), look.refused
+        return look.summary or _summary_of(self._plan, shard, look.todo, seconds), look.refused
 
     def _look(self, shard: str) -> _Look:
         num_images = read_commit_record(self._plan.run.stage_file("shards", shard)).rows_kept
         todo, refused = _find_todo(self._plan, shard)
-        return _Look(shard, num_images, todo, refused, None if todo else _summary_of(self._plan, shard, []))
+        return _Look(shard, num_images, todo, refused, None if todo else _summary_of(self._plan, shard, [], {}))
 
 
 @dataclass(frozen=True)
@@ -286,19 +303,19 @@ class _Plan:
         return lanes
 
 
-def _summary_of(plan: _Plan, shard: str, new: Sequence[str]) -> AnnotateSummary:
-    """What the stages of a shard hold, of which `new` were made now."""
+def _summary_of(plan: _Plan, shard: str, new: Sequence[str], seconds: Mapping[str, float]) -> AnnotateSummary:
+    """What the stages of a shard hold, of which `new` were made now, by models that worked so many seconds."""
     summary = AnnotateSummary()
     for stage in plan.stages:
         record = read_commit_record(plan.run.read_file(stage, shard))
-        summary.stages[stage] = StageSummary.of(record, is_new=stage in new)
+        summary.stages[stage] = StageSummary.of(record, is_new=stage in new, seconds=seconds.get(stage, 0.0))
         if stage == "manifest":
             summary.num_pairs, summary.num_kept = (int(record.extra[n]) for n in ("table_rows", "pairs_kept"))
     return summary
 
 
-def _annotate_shard(plan: _Plan, look: _Look, progress: Progress) -> None:
-    """Bring one shard up to date; every stage is committed before the next shard begins."""
+def _annotate_shard(plan: _Plan, look: _Look, progress: Progress) -> dict[str, float]:
+    """Bring one shard up to date; every stage is committed before the next shard begins. Gives stage → seconds."""
     shard, todo, num_images = look.shard, look.todo, look.num_images
     lanes = plan.lanes(todo, shard)
     if lanes:
@@ -315,6 +332,7 @@ def _annotate_shard(plan: _Plan, look: _Look, progress: Progress) -> None:
         progress.advance(num_images, already=True)
     if "manifest" in todo:
         commit_manifest(plan.run, shard, plan.fields("manifest", shard))
+    return {lane.stage: lane.seconds for lane in lanes}
 
 
 def _find_todo(plan: _Plan, shard: str) -> tuple[list[str], str]:

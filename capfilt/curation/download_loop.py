@@ -32,6 +32,7 @@ from capfilt.data.reasons import Quarantined
 from capfilt.data.retries import retried_keys
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
+from capfilt.data.timings import Timing, note_timing
 from capfilt.engines.base import Engine
 from capfilt.engines.local import LocalEngine
 from capfilt.errors import CapfiltError, CommittedError
@@ -81,6 +82,32 @@ def download_shards(
 
     Raises CapfiltError when some failed for good.
     """
+    started = time.monotonic()
+    try:
+        failed = _download_shards(run, settings, plan, urls, missing, staging, progress, engine)
+    finally:
+        done = set(run.committed("shards"))
+        num = sum(plan.size_of(number) for number in missing if shard_name(number) in done)
+        seconds = time.monotonic() - started
+        note_timing(run, Timing(stages={"shards": seconds}, num=num, seconds=seconds))
+    if failed:
+        raise CapfiltError(
+            "\n  ".join([f"{len(failed)} of {len(missing)} shards could not be downloaded: ", *failed[:10]])
+            + "\nThe others are committed. Repeat the command to try these again."
+        )
+
+
+def _download_shards(
+    run: RunDir,
+    settings: DownloadSettings,
+    plan: ShardPlan,
+    urls: UrlTable,
+    missing: Sequence[int],
+    staging: Path,
+    progress: Progress,
+    engine: Engine | None,
+) -> list[str]:
+    """What went wrong with the shards that could not be downloaded."""
     wanted = {number - plan.first for number in missing}
     num_rows, failed = sum(plan.size_of(number) for number in missing), list[str]()
     if engine is None or isinstance(engine, LocalEngine):  # whose processes go from part to part
@@ -97,11 +124,7 @@ def download_shards(
             work = _DownloadParts(run, settings, plan, shared, num_rows)
             for _, problems in engine.run(work, list(shared), progress):
                 failed += problems
-    if failed:
-        raise CapfiltError(
-            "\n  ".join([f"{len(failed)} of {len(missing)} shards could not be downloaded: ", *failed[:10]])
-            + "\nThe others are committed. Repeat the command to try these again."
-        )
+    return failed
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -85,6 +86,8 @@ class Lane(ABC):
     def __init__(self, model: Any) -> None:
         self.model = model
         self.was_halved = False
+        self.seconds = 0.0
+        """That `work` took, so far."""
         self.prepare: Callable[[Any], Any] | None = model.prepare
         """An RGB picture as the model wants it; called in a decoding thread. None where it needs no picture."""
         self.prepared_as = None if model.preparation is None else (model.preparation, model.device.type)
@@ -230,6 +233,7 @@ def _work(lane: Lane, items: Sequence[Item]) -> None:
 
 def _fits(lane: Lane, items: Sequence[Item]) -> bool:
     """Whether the lane did its work; False where memory ran out and fewer items at a time may do."""
+    started = time.monotonic()
     try:
         lane.work(items)
     except RuntimeError as error:
@@ -241,6 +245,8 @@ def _fits(lane: Lane, items: Sequence[Item]) -> bool:
                 "--device cpu, a smaller model, or --dtype bfloat16; what is committed stays."
             ) from error
         return False
+    finally:
+        lane.seconds += time.monotonic() - started
     return True
 
 

@@ -40,10 +40,12 @@ class Disk:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def write_new(self, name: str, text: str) -> None:
-        if not (self.path / name).exists():
-            with whole_file(self.path / name) as file:
+        file_path = self.path / name
+        if not file_path.exists():
+            file_path.parent.mkdir(exist_ok=True)
+            with whole_file(file_path) as file:
                 file.write(text)
-            sync_directory(self.path)
+            sync_directory(file_path.parent)
 
     def remove_empty(self, *, with_directory: bool) -> None:
         with self.lock():

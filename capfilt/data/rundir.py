@@ -220,6 +220,10 @@ class RunDir:
         """Give the files of an attempt their names. CommittedError where another was first."""
         self._store.publish(attempt)
 
+    def write_note(self, name: str, text: str) -> None:
+        """Write a small file that no stage depends on, FOLDER/NAME. OSError or StoreError where that fails."""
+        self._store.write_new(name, text)
+
     def open_tar(self, shard: str, sha256: str, *, anew: bool = False) -> AbstractContextManager[BinaryIO]:
         """The tar of a shard, to read wherever one likes in it; `anew`: not what was kept of an earlier reading.
 

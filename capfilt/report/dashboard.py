@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from capfilt.data.texts import clean_for_terminal
-from capfilt.progress import bar, counted, format_bytes
+from capfilt.progress import bar, counted, format_bytes, format_rate, format_seconds
 from capfilt.report.histogram import Spread
 from capfilt.report.sparks import fitted, mark_at, resampled, sparks
 from capfilt.report.stats import RunStats
@@ -36,7 +36,10 @@ def dashboard(stats: RunStats, width: int, *, plain: bool = False) -> Renderable
     is_wide = width >= TWO_COLUMNS
     room = (width // 2 - 2 if is_wide else width) - _MARGIN
     draw = _Drawer(stats, max(room, 20), plain=plain)
-    left = [("Run", draw.run()), ("Shards", draw.shards()), ("Download", draw.download()), ("Images", draw.images())]
+    left = [
+        ("Run", draw.run()), ("Shards", draw.shards()), ("Download", draw.download()), ("Images", draw.images()),
+        ("Time", draw.times()),
+    ]  # fmt: skip
     right = [("Captions", draw.captions()), ("Scores", draw.scores()), ("Pairs", draw.pairs())]
     if not is_wide:
         return Group(*_drawn([*left, *right]))
@@ -205,6 +208,16 @@ class _Drawer:
         share = stats.num_images_kept / images if images else 0.0
         lines.append(Text(f"{stats.num_images_kept:,} of {images:,} images ({share:.1%}) have a kept pair"))
         return [*lines, *self._curves()]
+
+    def times(self) -> list[Text]:
+        """How long the stages took, and how fast they were."""
+        return [
+            Text.assemble(
+                f"{stage:<{_LABEL}}{found.num:,} {'rows' if stage == 'shards' else 'images'} "
+                f"in {format_seconds(found.seconds)}  ", (f"{format_rate(found.per_second)} a second", "bold"),
+            )
+            for stage, found in self._stats.times.items()
+        ]  # fmt: skip
 
     def _curves(self) -> list[Text]:
         curves = {

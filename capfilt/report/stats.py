@@ -16,6 +16,7 @@ from typing import Any
 from capfilt.data.retries import LastAttempts, expected_shards, retry_shards
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import SUCCESS
+from capfilt.data.timings import read_timings
 from capfilt.engines.base import SHARDS, Engine
 from capfilt.engines.local import LocalEngine
 from capfilt.errors import UsageError
@@ -116,6 +117,17 @@ class TopCaptionStats:
 
 
 @dataclass
+class TimeStats:
+    """How long a stage took, as far as commands wrote it down."""
+
+    num: int
+    """Images, or rows of the URL table."""
+    seconds: float
+    """That its model, or its servers, worked on them, in all workers together."""
+    per_second: float
+
+
+@dataclass
 class RunStats:
     """Everything `capfilt stats` shows; a folder of tars that is no run has the stage `shards` alone."""
 
@@ -135,6 +147,8 @@ class RunStats:
     """Threshold, captions kept, and so on, of the manifest; several where it is not of one choice."""
     quarantine: dict[str, dict[str, int]]
     """Stage → reason → rows."""
+    times: dict[str, TimeStats] = field(default_factory=dict)
+    """By stage."""
 
     @property
     def has_manifest(self) -> bool:
@@ -161,9 +175,24 @@ def compute_stats(run: RunDir, engine: Engine | None = None, progress: Progress 
     sums.sizes = [one for one in sums.sizes if one.shard not in again]
     found = stats_of(sums, name=str(run.path), num_shards=num_shards)
     found.generation = run.generation
+    found.times = _times(run)
     found.shards_by_stage = {stage: len(names) for stage, names in committed.items()}
     found.expected_by_stage = {stage: num_shards if stage == "shards" else num_annotated for stage in STAGES}
     return found
+
+
+def _times(run: RunDir) -> dict[str, TimeStats]:
+    """Sums of what the commands noted, in the order of the stages."""
+    sums: dict[str, list[float]] = {}
+    for timing in read_timings(run):
+        for stage, seconds in timing.stages.items():
+            found = sums.setdefault(stage, [0, 0.0])
+            found[0] += timing.num
+            found[1] += seconds
+    return {
+        stage: TimeStats(int(sums[stage][0]), sums[stage][1], sums[stage][0] / sums[stage][1])
+        for stage in STAGES if stage in sums and sums[stage][1] > 0
+    }  # fmt: skip
 
 
 def stats_of(sums: ShardSums, *, name: str, num_shards: int) -> RunStats:

@@ -236,6 +236,16 @@ def _wrapped(items: Iterable[str]) -> Iterator[str]:
         yield "  " + line.rstrip()
 
 
+def _time_lines(stats: RunStats, plain: bool) -> Iterator[str]:
+    if not stats.times:
+        return
+    yield ""
+    yield rule("Time of models and downloads, of all workers together", plain=plain)
+    for stage, found in stats.times.items():
+        unit = "rows" if stage == "shards" else "images"
+        yield f"  {stage:<9} {found.num:>11,} {unit:<6} {found.seconds:>11,.1f} s  {found.per_second:>9,.1f} a second"
+
+
 def _quarantine_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     later = {stage: reasons for stage, reasons in stats.quarantine.items() if stage != "shards"}
     if not later:
@@ -250,6 +260,6 @@ def _quarantine_lines(stats: RunStats, plain: bool) -> Iterator[str]:
 SECTIONS: dict[str, Callable[[RunStats, bool], Iterator[str]]] = {
     "run": _run_lines, "shards": _shard_lines, "download": _download_lines, "hosts": _host_lines, "pairs": _pair_lines,
     "captions": _caption_lines, "scores": _score_lines, "threshold": _threshold_lines, "words": _word_lines,
-    "quarantine": _quarantine_lines,
+    "quarantine": _quarantine_lines, "time": _time_lines,
 }  # fmt: skip
 """Name → lines; a section that has nothing to say gives none."""
