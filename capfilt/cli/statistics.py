@@ -52,6 +52,10 @@ def stats(
         str | None,
         typer.Option(metavar="NAME", help="A generation of the other run; alone, of this one.", show_default=False),
     ] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The dashboard as a picture too.", show_default=False),
+    ] = None,
     watch: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", min=0.1, help="Look again so often, until the run is complete or Ctrl-C."),
@@ -70,6 +74,10 @@ def stats(
     ways = sum((watch is not None, is_compared, sections is not None))
     if ways > 1 or (as_json and (watch is not None or sections is not None)):
         raise UsageError("--section, --compare, --watch and --json were given together; expected one of them.")
+    if svg is not None:
+        from capfilt.data.whole_files import refuse_existing
+
+        refuse_existing(svg, overwrite=True)
     if is_compared:
         _compare(run, generation, compare or run, compare_generation, asked, as_json=as_json)
         return
@@ -82,6 +90,8 @@ def stats(
         return
     if watch is None:
         show_stats(found, sections)
+    if svg is not None:
+        _write_picture(found, svg)
     _advise(found, run, generation)
 
 
@@ -140,6 +150,14 @@ def _compare(
         return
     for line in comparison_lines(found, plain=_is_plain()):
         say(line)
+
+
+def _write_picture(found: RunStats, file: Path) -> None:
+    from capfilt.data.whole_files import whole_file
+    from capfilt.report.dashboard import dashboard_svg
+
+    with whole_file(file) as opened:
+        opened.write(dashboard_svg(found))
 
 
 def _advise(found: RunStats, run: AnyPath, generation: str | None) -> None:

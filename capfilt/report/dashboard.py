@@ -7,6 +7,7 @@ hosts and names come from the web and are cleaned here; `stats_view` has every s
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -25,6 +26,7 @@ TWO_COLUMNS = 116
 """Columns of the terminal from which on the sections stand side by side."""
 _MARGIN, _LABEL = 2, 15
 _LONGEST_SPARKS = 44
+_PICTURE_COLUMNS = 132
 _SOURCE_STYLES = {"web": "cyan", "synthetic": "magenta"}
 _DIM, _GOOD, _BAD = "dim", "green", "yellow"
 
@@ -56,6 +58,17 @@ def dashboard_lines(stats: RunStats, width: int, *, plain: bool = False) -> list
     with console.capture() as capture:
         console.print(dashboard(stats, width, plain=plain))
     return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def dashboard_svg(stats: RunStats) -> str:
+    """The same as a picture of a terminal, SVG that loads nothing: it names fonts that readers have."""
+    console = Console(
+        width=_PICTURE_COLUMNS, file=io.StringIO(), record=True, force_terminal=True, color_system="truecolor",
+        markup=False, emoji=False, highlight=False,
+    )  # fmt: skip
+    console.print(dashboard(stats, _PICTURE_COLUMNS))
+    drawn = console.export_svg(title=f"capfilt stats {clean_for_terminal(stats.run)}", unique_id="capfilt")
+    return re.sub(r"@font-face\s*\{[^}]*\}", "", drawn)
 
 
 def _drawn(sections: Iterable[Section]) -> Iterator[RenderableType]:

@@ -33,11 +33,9 @@ def fitted(counts: Sequence[int], width: int) -> tuple[int, int, list[int]]:
 
 
 def mark_at(share: float, width: int, label: str, *, plain: bool = False) -> str:
-    """A line below a row of `width` cells whose ends are 0 and 1: a mark at `share`, its label beside it."""
+    """A line below a row of `width` cells whose ends are 0 and 1: a mark at `share`, its label behind it."""
     place = round(min(max(share, 0.0), 1.0) * (width - 1))
-    mark = PLAIN_MARK if plain else MARK
-    fits_right = place + 2 + len(label) <= width
-    return " " * place + f"{mark} {label}" if fits_right else f"{label} {mark}".rjust(place + 1)
+    return " " * place + f"{PLAIN_MARK if plain else MARK} {label}"
 
 
 def resampled(values: Sequence[float], width: int) -> list[float]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.cells import cell_len
@@ -134,7 +136,22 @@ def test_sparks() -> None:
     assert fitted([0, 0, 1, 2, 3, 4, 5, 0], 2) == (3, 2, [6, 9])
     assert fitted([0, 0], 5)[2] == []
     assert mark_at(0.5, 11, "0.5") == "     ▲ 0.5"
-    assert mark_at(1.0, 11, "1", plain=True) == "        1 ^"
+    assert mark_at(1.0, 11, "1", plain=True) == "          ^ 1"
     assert resampled([0.0, 0.5, 1.0], 2) == [0.0, 1.0]
     assert resampled([0.0, 0.5, 1.0], 9)[::4] == [0.0, 0.5, 1.0]
     assert resampled([], 4) == []
+
+
+def test_a_picture_of_it_loads_nothing_and_says_the_same(run: RunDir, tmp_path: Path) -> None:
+    assert capfilt("stats", run.path, "--svg", tmp_path / "stats.svg").code == 0
+    text = (tmp_path / "stats.svg").read_text(encoding="utf-8")
+    tree = ElementTree.fromstring(text)
+    assert tree.tag == "{http://www.w3.org/2000/svg}svg"
+    said = " ".join(" ".join(element.itertext()) for element in tree.iter()).replace("\xa0", " ")
+    for figure in ("40.0%", "25.0%", "self-BLEU"):
+        assert figure in said
+    assert not re.search(
+        r"url\((?!#)|href|@import|https?://(?!www\.w3\.org)", text.replace("https://www.textualize.io", "")
+    )
+    refused = capfilt("stats", run.path, "--svg", tmp_path / "none" / "stats.svg")
+    assert refused.code == 2
