@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capfilt.cli import evaluate_scores
+from capfilt.cli.commands import CapfiltTyper
 from capfilt.cli.console import clean, note, open_progress, say, say_json
 from capfilt.cli.options import (
     AsJson,
@@ -35,12 +36,7 @@ if TYPE_CHECKING:
 
 MAX_SHOWN = 10
 
-app = typer.Typer(
-    name="evaluate",
-    help="How good models are: captions, answers, retrieval, scores.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = CapfiltTyper(name="evaluate", help="How good models are: captions, answers, retrieval, scores.")
 
 Images = Annotated[Path | None, typer.Option("--images", metavar="DIR", help="Folder of the images.")]
 SaveResults = Annotated[

@@ -9,13 +9,10 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from capfilt.cli import (
     annotate,
@@ -27,14 +24,16 @@ from capfilt.cli import (
     inspection,
     recipe,
     rehearsal,
+    run,
     sharing,
     train,
 )
+from capfilt.cli.commands import MAX_LINE_CHARS, CapfiltTyper
 from capfilt.cli.console import clean, note
 from capfilt.cli.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, MESSAGES
 from capfilt.errors import CapfiltError
 
-MAX_LINE_CHARS, MAX_MESSAGE_LINES = 2000, 40
+MAX_MESSAGE_LINES = 40
 
 FAILURES: tuple[tuple[type[BaseException], str, int | None], ...] = (
     (CapfiltError, "{error}", None),  # the class carries its exit code
@@ -48,40 +47,10 @@ FAILURES: tuple[tuple[type[BaseException], str, int | None], ...] = (
 )
 """Exception → message and exit code, first match; what is not listed is a defect of capfilt."""
 
-PARSER_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
-"""What Typer's parser raises for an option that does not exist, and the like; Typer gives it no public name."""
-
-
-class CleanGroup(TyperGroup):
-    """A group whose parser's errors, which repeat what was typed, are fit to print."""
-
-    def make_context(self, *args: Any, **options: Any) -> Any:
-        """As the base class."""
-        with _clean_messages():
-            return super().make_context(*args, **options)
-
-    def invoke(self, ctx: Any) -> Any:
-        """As the base class; commands inside the group are parsed here."""
-        with _clean_messages():
-            return super().invoke(ctx)
-
-
-@contextmanager
-def _clean_messages() -> Iterator[None]:
-    try:
-        yield
-    except PARSER_ERROR as error:
-        error.message = clean(getattr(error, "message", ""), MAX_LINE_CHARS)  # type: ignore[attr-defined]
-        raise
-
-
-app = typer.Typer(
+app = CapfiltTyper(
     name="capfilt",
-    cls=CleanGroup,
     help="Curate image-text data from the web with BLIP's CapFilt method, and train on the result.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: half the time to the first line
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(rehearsal.demo)
@@ -91,7 +60,8 @@ app.command("import")(ingest.import_)
 app.command("caption")(annotate.caption)
 app.command("rank")(annotate.rank)
 app.command("filter")(annotate.filter_)
-app.command("run")(recipe.run)
+app.command("run")(run.run)
+app.add_typer(recipe.app, name="recipe")
 app.command("select")(annotate.select)
 app.command("stats")(inspection.stats)
 app.command("verify")(inspection.verify)

@@ -8,6 +8,7 @@ from typing import Annotated, Unpack
 import typer
 
 from capfilt.cli import train_blip2
+from capfilt.cli.commands import CapfiltTyper
 from capfilt.cli.console import command, open_progress, say_result
 from capfilt.cli.options import Output, Runs
 from capfilt.cli.training_options import (
@@ -30,7 +31,7 @@ from capfilt.settings import (
 )
 from capfilt.trainings import UNUSED_BY_BLIP, UNUSED_BY_CAPTIONER, UNUSED_BY_FILTER
 
-app = typer.Typer(help="Train on curated runs.", no_args_is_help=True, rich_markup_mode=None)
+app = CapfiltTyper(help="Train on curated runs.")
 
 MaxTextTokens = Annotated[int, typer.Option(min=4, help="Longest text in tokens.")]
 CaptionsPerImage = Annotated[int, typer.Option(min=1, help="LM: kept captions of an image in a step.")]

@@ -1,0 +1,115 @@
+"""What every command and group has: examples in its help, and what was meant where a name does not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from capfilt.cli.console import clean
+from capfilt.cli.examples import EXAMPLES
+from capfilt.settings.values import did_you_mean
+
+MAX_LINE_CHARS = 2000
+
+PARSER_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+"""What Typer's parser raises for an option that does not exist, and the like; Typer gives it no public name."""
+
+
+class CapfiltCommand(TyperCommand):
+    """A command whose help ends with examples."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """The examples, then what the base class writes."""
+        _write_examples(ctx, formatter)
+        super().format_epilog(ctx, formatter)
+
+
+class CapfiltGroup(TyperGroup):
+    """A group of commands; what its parser says of a mistake is fit to print, and names what was meant."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """As the base class."""
+        with _helpful_messages():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """As the base class; commands inside the group are parsed here."""
+        with _helpful_messages():
+            return super().invoke(ctx)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As the base class; of a command that does not exist, the error names the nearest one."""
+        try:
+            return super().resolve_command(ctx, args)
+        except PARSER_ERROR as error:
+            if not hasattr(error, "option_name"):
+                error.message = f"{error}{did_you_mean(args[0], _paths(self))}"  # type: ignore[attr-defined]
+            raise
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """The examples, then what the base class writes."""
+        _write_examples(ctx, formatter)
+        super().format_epilog(ctx, formatter)
+
+
+class CapfiltTyper(typer.Typer):
+    """A `typer.Typer` whose commands are `CapfiltCommand`s."""
+
+    def __init__(self, *, cls: type[CapfiltGroup] = CapfiltGroup, **options: Any) -> None:
+        # plain help: half the time to the first line
+        super().__init__(cls=cls, no_args_is_help=True, rich_markup_mode=None, suggest_commands=False, **options)
+
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        """As the base class."""
+        return super().command(name, cls=CapfiltCommand, **options)
+
+
+def words_of(ctx: Any) -> str:
+    """The words of a command after `capfilt`: "train stage1"."""
+    return ctx.command_path.partition(" ")[2]
+
+
+def _paths(group: TyperGroup) -> Iterator[str]:
+    """The commands of a group, those of groups inside with both words."""
+    for name, command in group.commands.items():
+        yield name
+        if isinstance(command, TyperGroup):
+            yield from (f"{name} {inner}" for inner in command.commands)
+
+
+def _write_examples(ctx: Any, formatter: Any) -> None:
+    if examples := EXAMPLES.get(words_of(ctx), ()):
+        with formatter.section("Examples"):
+            for command, sentence in examples:
+                formatter.write_text(sentence)
+                with formatter.indentation():
+                    write_lines(formatter, [command])
+
+
+def write_lines(formatter: Any, lines: Iterable[str]) -> None:
+    """Lines that are not to be wrapped."""
+    for line in lines:
+        formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+@contextmanager
+def _helpful_messages() -> Iterator[None]:
+    """What the parser says: without what a terminal acts upon, with the nearest option of the command."""
+    try:
+        yield
+    except PARSER_ERROR as error:
+        said = clean(getattr(error, "message", ""), MAX_LINE_CHARS)
+        if getattr(error, "possibilities", None) is not None:
+            error.possibilities = None  # type: ignore[attr-defined]
+            said += f".{_nearest_option(error)}"
+        error.message = said  # type: ignore[attr-defined]
+        raise
+
+
+def _nearest_option(error: Any) -> str:
+    options = [name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts]
+    return did_you_mean(error.option_name, [name for name in options if name.startswith("--")])
