@@ -73,7 +73,7 @@ def test_commands_that_messages_name_exist() -> None:
     assert sorted(entry for entry in named if entry[1] not in commands) == []
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "stress", "check", "bench", "assets", "help"])
+@pytest.mark.parametrize("target", ["demo", "test", "stress", "check", "bench", "assets", "docs", "help"])
 def test_make_has_its_targets(target: str) -> None:
     assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from capfilt.cli.console import clean
 from capfilt.cli.examples import EXAMPLES
+from capfilt.cli.parameters import command_lines, first_sentence, is_argument, shown, usage_words
 from capfilt.settings.values import did_you_mean
 
 MAX_LINE_CHARS = 2000
@@ -21,6 +22,14 @@ PARSER_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 class CapfiltCommand(TyperCommand):
     """A command whose help ends with examples."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What follows the command's name."""
+        return ["[OPTIONS]", *(usage_words(one) for one in self.get_params(ctx) if is_argument(one))]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments and options."""
+        _write_parameters(self, ctx, formatter)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """The examples, then what the base class writes."""
@@ -49,6 +58,12 @@ class CapfiltGroup(TyperGroup):
             if not hasattr(error, "option_name"):
                 error.message = f"{error}{did_you_mean(args[0], _paths(self))}"  # type: ignore[attr-defined]
             raise
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Commands, each with the first sentence of its help, then options."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, first_sentence(inner.help or "")) for name, inner in self.commands.items()])
+        _write_parameters(self, ctx, formatter)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """The examples, then what the base class writes."""
@@ -81,19 +96,23 @@ def _paths(group: TyperGroup) -> Iterator[str]:
             yield from (f"{name} {inner}" for inner in command.commands)
 
 
+def _write_parameters(command: Any, ctx: Any, formatter: Any) -> None:
+    parameters = [one for one in command.get_params(ctx) if not one.hidden]
+    for title, wanted in (("Arguments", True), ("Options", False)):
+        if rows := [(one.name, one.text) for one in map(shown, parameters) if one.name.startswith("-") is not wanted]:
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
 def _write_examples(ctx: Any, formatter: Any) -> None:
     if examples := EXAMPLES.get(words_of(ctx), ()):
         with formatter.section("Examples"):
             for command, sentence in examples:
                 formatter.write_text(sentence)
                 with formatter.indentation():
-                    write_lines(formatter, [command])
-
-
-def write_lines(formatter: Any, lines: Iterable[str]) -> None:
-    """Lines that are not to be wrapped."""
-    for line in lines:
-        formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+                    indent = " " * formatter.current_indent
+                    for line in command_lines(command, formatter.width - len(indent)):
+                        formatter.write(f"{indent}{line}\n")
 
 
 @contextmanager

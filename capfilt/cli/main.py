@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from itertools import pairwise
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -28,7 +28,7 @@ from capfilt.cli import (
     sharing,
     train,
 )
-from capfilt.cli.commands import MAX_LINE_CHARS, CapfiltTyper
+from capfilt.cli.commands import MAX_LINE_CHARS, CapfiltGroup, CapfiltTyper
 from capfilt.cli.console import clean, note
 from capfilt.cli.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, MESSAGES
 from capfilt.errors import CapfiltError
@@ -47,11 +47,45 @@ FAILURES: tuple[tuple[type[BaseException], str, int | None], ...] = (
 )
 """Exception → message and exit code, first match; what is not listed is a defect of capfilt."""
 
+EXIT_CODES = {
+    0: "done; of `verify`, `doctor` and the like: nothing wrong was found",
+    1: "incomplete, or another failure that the message explains",
+    2: "usage: an option, a path, a column, a recipe",
+    3: "the run holds results of other parameters",
+    4: "another command works on the run",
+    5: "damage on disk",
+    EXIT_INTERRUPTED: "interrupted (Ctrl-C)",
+    EXIT_TERMINATED: "terminated",
+}
+"""What commands end with; capfilt/errors.py has the errors behind them."""
+ENVIRONMENT = {
+    "CAPFILT_DEBUG": "1 shows the traceback of an error.",
+    "CAPFILT_CACHE_DIR": "Where tars of runs on object stores are kept; unset: ~/.cache/capfilt.",
+    "CAPFILT_CACHE_BYTES": "How much of them at most; unset: 20 GiB.",
+    "HF_HUB_OFFLINE": "1: models are taken from the cache and folders alone.",
+    "RAY_ADDRESS": "The Ray cluster of --engine ray, where --address names none.",
+}
+"""Environment variables that are looked at."""
+
+
+class MainGroup(CapfiltGroup):
+    """The whole command line: its help names exit codes and environment variables too."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Examples, exit codes, environment variables."""
+        super().format_epilog(ctx, formatter)
+        for title, rows in (("Exit codes", EXIT_CODES), ("Environment", ENVIRONMENT)):
+            with formatter.section(title):
+                formatter.write_dl([(str(name), sentence) for name, sentence in rows.items()])
+        formatter.write("\nEvery command has --help.\n")
+
+
 app = CapfiltTyper(
     name="capfilt",
+    cls=MainGroup,
     help="Curate image-text data from the web with BLIP's CapFilt method, and train on the result.",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.command("demo")(rehearsal.demo)
 app.command("download")(ingest.download)
@@ -74,7 +108,7 @@ app.command("explain")(explain.explain)
 app.command("doctor")(health.doctor)
 
 
-@app.callback(epilog="CAPFILT_DEBUG=1 shows the traceback of an error.")
+@app.callback()
 def start(
     version: Annotated[
         bool,
