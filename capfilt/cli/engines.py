@@ -9,6 +9,7 @@ import typer
 
 from capfilt.errors import UsageError
 from capfilt.settings import ENGINES, RaySettings
+from capfilt.settings.checks import not_one_of
 
 if TYPE_CHECKING:
     from capfilt.engines.base import Engine
@@ -39,7 +40,7 @@ def engine_from(values: Mapping[str, Any]) -> Engine:
     """
     name, options = values["engine"], {option: values[option] for option in _OPTIONS}
     if name not in ENGINES:
-        raise UsageError(f"--engine is {name}; expected one of {', '.join(ENGINES)}.")
+        raise UsageError(not_one_of("--engine", name, ENGINES))
     if name == "ray":
         from capfilt.engines.cluster import RayEngine
 

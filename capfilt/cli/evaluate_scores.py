@@ -13,6 +13,7 @@ from capfilt.cli.options import AsJson, BatchSize, Device, Dtype, Generation, Re
 from capfilt.data.paths import AnyPath, path_of
 from capfilt.errors import UsageError
 from capfilt.settings import DTYPES, FilterSettings, RankSettings
+from capfilt.settings.checks import require_one_of
 
 if TYPE_CHECKING:
     from capfilt.curation.scorers import Scorer
@@ -57,8 +58,7 @@ def retrieval(
     as_json: AsJson = False,
 ) -> None:
     """Recall of images and texts: R@1, R@5, R@10 both ways, by ITC alone and after ITM."""
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    require_one_of("dtype", dtype, DTYPES)
     FilterSettings(first_token=first_token, device=device, resizer=resizer or FilterSettings.resizer)  # checks them
     if save_scores is not None and not k_test:
         raise UsageError("--save-scores writes the candidates of ITM, and --k-test 0 has none. Give --k-test 256.")

@@ -45,11 +45,15 @@ def typed_text(text: str, hint: Any) -> object:
 def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
     """A sentence, after a space, with the nearest of the `known` names (all that are as near), `before` set before
     each; or nothing. Capitals do not count."""
+    listed = " or ".join(before + name for name in nearest_of(word, known))
+    return f" Did you mean {listed}?" if listed else ""
+
+
+def nearest_of(word: str, known: Iterable[str]) -> list[str]:
+    """The nearest of the `known` names, all that are as near; none where nothing is like it. Capitals do not count."""
     names = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), names, n=3, cutoff=0.5)
-    alike = [name for name in near if _likeness(word, name) == _likeness(word, near[0])]
-    listed = " or ".join(before + names[name] for name in sorted(alike))
-    return f" Did you mean {listed}?" if listed else ""
+    return [names[name] for name in sorted(near) if _likeness(word, name) == _likeness(word, near[0])]
 
 
 def _likeness(word: str, name: str) -> float:
