@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from capfilt.cli.completion import short
 from capfilt.cli.console import clean
 from capfilt.cli.examples import EXAMPLES
 from capfilt.cli.parameters import command_lines, first_sentence, is_argument, shown, usage_words
@@ -22,6 +23,10 @@ PARSER_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 class CapfiltCommand(TyperCommand):
     """A command whose help ends with examples."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """As the base class, each text in one line."""
+        return _shortened(super().shell_complete(ctx, incomplete))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """What follows the command's name."""
@@ -49,6 +54,10 @@ class CapfiltGroup(TyperGroup):
         """As the base class; commands inside the group are parsed here."""
         with _helpful_messages():
             return super().invoke(ctx)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """As the base class, each text in one line."""
+        return _shortened(super().shell_complete(ctx, incomplete))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """As the base class; of a command that does not exist, the error names the nearest one."""
@@ -81,6 +90,12 @@ class CapfiltTyper(typer.Typer):
     def command(self, name: str | None = None, **options: Any) -> Any:
         """As the base class."""
         return super().command(name, cls=CapfiltCommand, **options)
+
+
+def _shortened(items: list[Any]) -> list[Any]:
+    for item in items:
+        item.help = short(item.help) if item.help else item.help
+    return items
 
 
 def words_of(ctx: Any) -> str:

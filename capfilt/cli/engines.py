@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from capfilt.cli.completion import one_of
 from capfilt.errors import UsageError
 from capfilt.settings import ENGINES, RaySettings
 from capfilt.settings.checks import not_one_of
@@ -14,7 +15,15 @@ from capfilt.settings.checks import not_one_of
 if TYPE_CHECKING:
     from capfilt.engines.base import Engine
 
-EngineName = Annotated[str, typer.Option("--engine", metavar="NAME", help="local, or ray: workers of a Ray cluster.")]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        metavar="NAME",
+        help="local, or ray: workers of a Ray cluster.",
+        autocompletion=one_of(*ENGINES),
+    ),
+]
 Address = Annotated[
     str | None,
     typer.Option("--address", metavar="ADDRESS", help="Ray: the cluster, as ray.init takes it; unset: this machine."),

@@ -10,6 +10,7 @@ import typer
 
 from capfilt.cli import evaluate_scores
 from capfilt.cli.commands import CapfiltTyper
+from capfilt.cli.completion import one_of
 from capfilt.cli.console import clean, note, open_progress, say, say_json
 from capfilt.cli.options import (
     AsJson,
@@ -62,7 +63,11 @@ def captions(
         list[str] | None, typer.Option(metavar="NAME", help="Split of a Karpathy file, also several. Unset: test.")
     ] = None,
     tokenizer: Annotated[
-        str, typer.Option(help="ptb (the field's, in Java) or plain (its figures compare with no published ones).")
+        str,
+        typer.Option(
+            help="ptb (the field's, in Java) or plain (its figures compare with no published ones).",
+            autocompletion=one_of("ptb", "plain"),
+        ),
     ] = "ptb",
     save_results: SaveResults = None,
     prompt: Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from capfilt.cli.completion import recipe_names
 from capfilt.cli.console import command, note, open_progress, say, say_json
 from capfilt.cli.dry_run import show_plan
 from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
@@ -22,7 +23,9 @@ def run(
     recipe: Annotated[
         str,
         typer.Argument(
-            metavar="RECIPE", help="A recipe file, or the name of a bundled one: capfilt, blip, blip2, quickstart, …"
+            metavar="RECIPE",
+            help="A recipe file, or the name of a bundled one: capfilt, blip, blip2, quickstart, …",
+            autocompletion=recipe_names,
         ),
     ],
     run: Annotated[
