@@ -3,6 +3,7 @@ file, each with its line."""
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -237,18 +238,30 @@ def _check_results(found: TrainingSection, before: list[str], section: _Section)
         section.note("init", f"init is not given; expected a BLIP model, or {fitting}.")
 
 
+_HEADER = re.compile(r"\s*\[+\s*([^\]]+?)\s*\]+\s*(#.*)?$")
+_KEY = re.compile(r"""\s*([\w"'.\- ]+?)\s*=""")
+
+
 def line_of(text: str, section: str | None, key: str) -> int:
     """Line (from 1) where `key` stands in `[section]`; that of the section where the key is not written."""
-    header = re.compile(r"\s*\[+\s*([^\]]+?)\s*\]+\s*(#.*)?$")
-    wanted = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*(=|\.)""")
-    current: str | None = None
-    section_line = 1
+    wanted = [*section.split("."), key] if section is not None else key.split(".")
+    current: list[str] = []
+    nearest, depth = 1, 0
     for number, line in enumerate(text.splitlines(), start=1):
-        match = header.match(line)
-        if match:
-            current = str(match.group(1))
-            if current == section or (section is None and key in (current, current.split(".")[0])):
-                section_line = number
-        elif current == section and wanted.match(line):
+        if header := _HEADER.match(line):
+            path = current = _parts(header.group(1))
+        elif entry := _KEY.match(line):
+            path = current + _parts(entry.group(1))
+        else:
+            continue
+        if path[: len(wanted)] == wanted:
             return number
-    return section_line
+        shared = len(os.path.commonprefix([path, wanted]))
+        if shared > depth:
+            nearest, depth = number, shared
+    return nearest
+
+
+def _parts(name: str) -> list[str]:
+    """The parts of a dotted name, without their quotes."""
+    return [part.strip().strip("\"'") for part in name.split(".")]
