@@ -20,7 +20,7 @@ export WANDB_MODE := disabled
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stress check format bench assets install lock clean
+.PHONY: help demo test stress check format bench assets docs install lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench: $(INSTALLED) ## time captioning, ranking, filtering beside transformers a
 
 assets: $(INSTALLED) ## rebuild the embedded models from nothing (resumable, up to three hours on two cores)
 	$(BIN)/python -m capfilt.assets
+
+docs: $(INSTALLED) ## make docs/cli.md anew, from the commands
+	$(BIN)/python -m capfilt.cli.reference
 
 install: $(INSTALLED) ## build .venv and nothing else
 

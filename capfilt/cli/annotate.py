@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from capfilt.cli.completion import names_of_setting, one_of
 from capfilt.cli.console import command, note, open_progress, say_result
 from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
 from capfilt.cli.options import (
@@ -42,7 +43,12 @@ def caption(
             show_default=False,
         ),
     ] = None,
-    decoding: Annotated[str, typer.Option(help="nucleus, greedy, beam or top-k.")] = CaptionSettings.decoding,
+    decoding: Annotated[
+        str,
+        typer.Option(
+            help="nucleus, greedy, beam or top-k.", autocompletion=names_of_setting(CaptionSettings, "decoding")
+        ),
+    ] = CaptionSettings.decoding,
     top_p: Annotated[
         float, typer.Option(help="Nucleus: smallest set of tokens with this probability.")
     ] = CaptionSettings.top_p,
@@ -127,7 +133,11 @@ def filter_(
     ] = FilterSettings.filter_model,
     threshold: Threshold = FilterSettings.threshold,
     first_token: Annotated[
-        str, typer.Option(help="First text token: enc (as trained) or cls (as transformers feeds it).")
+        str,
+        typer.Option(
+            help="First text token: enc (as trained) or cls (as transformers feeds it).",
+            autocompletion=names_of_setting(FilterSettings, "first_token"),
+        ),
     ] = FilterSettings.first_token,
     resizer: Resizer = FilterSettings.resizer,
     batch_size: BatchSize = FilterSettings.batch_size,
@@ -154,7 +164,11 @@ def select(
     keep: Annotated[int | None, typer.Option(min=1, help="Ranked captions kept for each image; unset: as now.")] = None,
     sources: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="web, synthetic or web,synthetic: captions taken at all; unset: as now."),
+        typer.Option(
+            metavar="NAMES",
+            help="web, synthetic or web,synthetic: captions taken at all; unset: as now.",
+            autocompletion=one_of("web", "synthetic", "web,synthetic"),
+        ),
     ] = None,
     engine: EngineName = "local",
     address: Address = None,

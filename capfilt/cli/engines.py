@@ -7,13 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from capfilt.cli.completion import one_of
 from capfilt.errors import UsageError
 from capfilt.settings import ENGINES, RaySettings
+from capfilt.settings.checks import not_one_of
 
 if TYPE_CHECKING:
     from capfilt.engines.base import Engine
 
-EngineName = Annotated[str, typer.Option("--engine", metavar="NAME", help="local, or ray: workers of a Ray cluster.")]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        metavar="NAME",
+        help="local, or ray: workers of a Ray cluster.",
+        autocompletion=one_of(*ENGINES),
+    ),
+]
 Address = Annotated[
     str | None,
     typer.Option("--address", metavar="ADDRESS", help="Ray: the cluster, as ray.init takes it; unset: this machine."),
@@ -39,7 +49,7 @@ def engine_from(values: Mapping[str, Any]) -> Engine:
     """
     name, options = values["engine"], {option: values[option] for option in _OPTIONS}
     if name not in ENGINES:
-        raise UsageError(f"--engine is {name}; expected one of {', '.join(ENGINES)}.")
+        raise UsageError(not_one_of("--engine", name, ENGINES))
     if name == "ray":
         from capfilt.engines.cluster import RayEngine
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capfilt.cli import evaluate_scores
+from capfilt.cli.commands import CapfiltTyper
+from capfilt.cli.completion import one_of
 from capfilt.cli.console import clean, note, open_progress, say, say_json
 from capfilt.cli.options import (
     AsJson,
@@ -35,12 +37,7 @@ if TYPE_CHECKING:
 
 MAX_SHOWN = 10
 
-app = typer.Typer(
-    name="evaluate",
-    help="How good models are: captions, answers, retrieval, scores.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = CapfiltTyper(name="evaluate", help="How good models are: captions, answers, retrieval, scores.")
 
 Images = Annotated[Path | None, typer.Option("--images", metavar="DIR", help="Folder of the images.")]
 SaveResults = Annotated[
@@ -66,7 +63,11 @@ def captions(
         list[str] | None, typer.Option(metavar="NAME", help="Split of a Karpathy file, also several. Unset: test.")
     ] = None,
     tokenizer: Annotated[
-        str, typer.Option(help="ptb (the field's, in Java) or plain (its figures compare with no published ones).")
+        str,
+        typer.Option(
+            help="ptb (the field's, in Java) or plain (its figures compare with no published ones).",
+            autocompletion=one_of("ptb", "plain"),
+        ),
     ] = "ptb",
     save_results: SaveResults = None,
     prompt: Annotated[

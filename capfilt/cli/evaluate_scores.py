@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from capfilt.cli.completion import names_of_setting, one_of
 from capfilt.cli.console import command, note, open_progress, say, say_json
 from capfilt.cli.options import AsJson, BatchSize, Device, Dtype, Generation, References, Resizer, refuse_idle
 from capfilt.data.paths import AnyPath, path_of
 from capfilt.errors import UsageError
 from capfilt.settings import DTYPES, FilterSettings, RankSettings
+from capfilt.settings.checks import require_one_of
 
 if TYPE_CHECKING:
     from capfilt.curation.scorers import Scorer
@@ -23,7 +25,13 @@ if TYPE_CHECKING:
 ImagesDir = Annotated[
     Path | None, typer.Option("--images", metavar="DIR", help="Folder of the images.", show_default=False)
 ]
-FirstToken = Annotated[str, typer.Option(help="ITM: enc ([ENC], as trained) or cls (as transformers feeds it).")]
+FirstToken = Annotated[
+    str,
+    typer.Option(
+        help="ITM: enc ([ENC], as trained) or cls (as transformers feeds it).",
+        autocompletion=names_of_setting(FilterSettings, "first_token"),
+    ),
+]
 
 
 def retrieval(
@@ -43,7 +51,11 @@ def retrieval(
     first_token: FirstToken = "enc",
     resizer: Annotated[
         str | None,
-        typer.Option(help="torchvision or pillow. Unset: pillow for stage 1, else torchvision.", show_default=False),
+        typer.Option(
+            help="torchvision or pillow. Unset: pillow for stage 1, else torchvision.",
+            show_default=False,
+            autocompletion=names_of_setting(FilterSettings, "resizer"),
+        ),
     ] = None,
     save_scores: Annotated[
         Path | None,
@@ -52,13 +64,16 @@ def retrieval(
     batch_size: BatchSize = None,
     device: Device = "auto",
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16 or auto; reduced precision may swap close candidates.")
+        str,
+        typer.Option(
+            help="float32, bfloat16, float16 or auto; reduced precision may swap close candidates.",
+            autocompletion=names_of_setting(FilterSettings, "dtype"),
+        ),
     ] = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Recall of images and texts: R@1, R@5, R@10 both ways, by ITC alone and after ITM."""
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    require_one_of("dtype", dtype, DTYPES)
     FilterSettings(first_token=first_token, device=device, resizer=resizer or FilterSettings.resizer)  # checks them
     if save_scores is not None and not k_test:
         raise UsageError("--save-scores writes the candidates of ITM, and --k-test 0 has none. Give --k-test 256.")
@@ -164,7 +179,9 @@ def filter_(
         Path | None, typer.Option(metavar="FILE", help="Flickr8k's token file, for --judgments.", show_default=False)
     ] = None,
     images: ImagesDir = None,
-    score: Annotated[str, typer.Option(help="itm (a BLIP filter's) or clip.")] = "itm",
+    score: Annotated[
+        str, typer.Option(help="itm (a BLIP filter's) or clip.", autocompletion=one_of("itm", "clip"))
+    ] = "itm",
     threshold: Annotated[
         float | None, typer.Option(help="Lowest score kept. Unset: 0.5 for itm, none for clip.", show_default=False)
     ] = None,

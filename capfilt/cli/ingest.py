@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from capfilt.cli.completion import reasons
 from capfilt.cli.console import command, note, open_progress, say_result
 from capfilt.cli.engines import Address, CpusPerWorker, EngineName, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Run, settings_from
@@ -94,6 +95,7 @@ def retry(
             help="Reason whose rows are tried, as in `capfilt stats`; repeatable. Unset: "
             "those that may pass (time-outs, broken connections, servers that are busy or down).",
             show_default=False,
+            autocompletion=reasons,
         ),
     ] = None,
     num_processes: NumProcesses = DownloadSettings.num_processes,

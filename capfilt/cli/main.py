@@ -9,13 +9,10 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from capfilt.cli import (
     annotate,
@@ -27,15 +24,17 @@ from capfilt.cli import (
     inspection,
     recipe,
     rehearsal,
+    run,
     sharing,
     statistics,
     train,
 )
+from capfilt.cli.commands import MAX_LINE_CHARS, CapfiltGroup, CapfiltTyper
 from capfilt.cli.console import clean, note
 from capfilt.cli.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, MESSAGES
 from capfilt.errors import CapfiltError
 
-MAX_LINE_CHARS, MAX_MESSAGE_LINES = 2000, 40
+MAX_MESSAGE_LINES = 40
 
 FAILURES: tuple[tuple[type[BaseException], str, int | None], ...] = (
     (CapfiltError, "{error}", None),  # the class carries its exit code
@@ -49,41 +48,45 @@ FAILURES: tuple[tuple[type[BaseException], str, int | None], ...] = (
 )
 """Exception → message and exit code, first match; what is not listed is a defect of capfilt."""
 
-PARSER_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
-"""What Typer's parser raises for an option that does not exist, and the like; Typer gives it no public name."""
+EXIT_CODES = {
+    0: "done; of `verify`, `doctor` and the like: nothing wrong was found",
+    1: "incomplete, or another failure that the message explains",
+    2: "usage: an option, a path, a column, a recipe",
+    3: "the run holds results of other parameters",
+    4: "another command works on the run",
+    5: "damage on disk",
+    EXIT_INTERRUPTED: "interrupted (Ctrl-C)",
+    EXIT_TERMINATED: "terminated",
+}
+"""What commands end with; capfilt/errors.py has the errors behind them."""
+ENVIRONMENT = {
+    "CAPFILT_DEBUG": "1 shows the traceback of an error.",
+    "CAPFILT_CACHE_DIR": "Where tars of runs on object stores are kept; unset: ~/.cache/capfilt.",
+    "CAPFILT_CACHE_BYTES": "How much of them at most; unset: 20 GiB.",
+    "HF_HUB_OFFLINE": "1: models are taken from the cache and folders alone.",
+    "RAY_ADDRESS": "The Ray cluster of --engine ray, where --address names none.",
+}
+"""Environment variables that are looked at."""
 
 
-class CleanGroup(TyperGroup):
-    """A group whose parser's errors, which repeat what was typed, are fit to print."""
+class MainGroup(CapfiltGroup):
+    """The whole command line: its help names exit codes and environment variables too."""
 
-    def make_context(self, *args: Any, **options: Any) -> Any:
-        """As the base class."""
-        with _clean_messages():
-            return super().make_context(*args, **options)
-
-    def invoke(self, ctx: Any) -> Any:
-        """As the base class; commands inside the group are parsed here."""
-        with _clean_messages():
-            return super().invoke(ctx)
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Examples, exit codes, environment variables."""
+        super().format_epilog(ctx, formatter)
+        for title, rows in (("Exit codes", EXIT_CODES), ("Environment", ENVIRONMENT)):
+            with formatter.section(title):
+                formatter.write_dl([(str(name), sentence) for name, sentence in rows.items()])
+        formatter.write("\nEvery command has --help.\n")
 
 
-@contextmanager
-def _clean_messages() -> Iterator[None]:
-    try:
-        yield
-    except PARSER_ERROR as error:
-        error.message = clean(getattr(error, "message", ""), MAX_LINE_CHARS)  # type: ignore[attr-defined]
-        raise
-
-
-app = typer.Typer(
+app = CapfiltTyper(
     name="capfilt",
-    cls=CleanGroup,
+    cls=MainGroup,
     help="Curate image-text data from the web with BLIP's CapFilt method, and train on the result.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: half the time to the first line
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.command("demo")(rehearsal.demo)
 app.command("download")(ingest.download)
@@ -92,7 +95,8 @@ app.command("import")(ingest.import_)
 app.command("caption")(annotate.caption)
 app.command("rank")(annotate.rank)
 app.command("filter")(annotate.filter_)
-app.command("run")(recipe.run)
+app.command("run")(run.run)
+app.add_typer(recipe.app, name="recipe")
 app.command("select")(annotate.select)
 app.command("stats")(statistics.stats)
 app.command("verify")(inspection.verify)
@@ -105,7 +109,7 @@ app.command("explain")(explain.explain)
 app.command("doctor")(health.doctor)
 
 
-@app.callback(epilog="CAPFILT_DEBUG=1 shows the traceback of an error.")
+@app.callback()
 def start(
     version: Annotated[
         bool,

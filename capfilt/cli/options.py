@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from capfilt.cli.completion import names_of_setting
 from capfilt.data.paths import AnyPath, path_of
 from capfilt.errors import UsageError
+from capfilt.settings import CaptionSettings
 
 if TYPE_CHECKING:
     from capfilt.data.rundir import RunDir
@@ -43,12 +45,26 @@ BatchSize = Annotated[
         help="Images at a time; does not change the results (on a GPU, but for rounding). Unset: 32; CUDA: what fits.",
     ),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 where it is fast), float32, bfloat16 or float16.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", help="auto, cpu, cuda or mps.", autocompletion=names_of_setting(CaptionSettings, "device")
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="auto (bfloat16 where it is fast), float32, bfloat16 or float16.",
+        autocompletion=names_of_setting(CaptionSettings, "dtype"),
+    ),
+]
 Resizer = Annotated[
     str,
     typer.Option(
-        "--resizer", help="What resizes pictures: torchvision (as transformers does) or pillow (as BLIP did)."
+        "--resizer",
+        help="What resizes pictures: torchvision (as transformers does) or pillow (as BLIP did).",
+        autocompletion=names_of_setting(CaptionSettings, "resizer"),
     ),
 ]
 Threshold = Annotated[float, typer.Option("--threshold", help="Pairs with a lower ITM score are dropped.")]

@@ -8,9 +8,12 @@ from typing import Annotated, Unpack
 import typer
 
 from capfilt.cli import train_blip2
+from capfilt.cli.commands import CapfiltTyper
+from capfilt.cli.completion import names_of_setting
 from capfilt.cli.console import command, open_progress, say_result
 from capfilt.cli.options import Output, Runs
 from capfilt.cli.training_options import (
+    EncoderDtype,
     SharedOptions,
     TrainedGeneration,
     open_runs,
@@ -30,7 +33,7 @@ from capfilt.settings import (
 )
 from capfilt.trainings import UNUSED_BY_BLIP, UNUSED_BY_CAPTIONER, UNUSED_BY_FILTER
 
-app = typer.Typer(help="Train on curated runs.", no_args_is_help=True, rich_markup_mode=None)
+app = CapfiltTyper(help="Train on curated runs.")
 
 MaxTextTokens = Annotated[int, typer.Option(min=4, help="Longest text in tokens.")]
 CaptionsPerImage = Annotated[int, typer.Option(min=1, help="LM: kept captions of an image in a step.")]
@@ -184,7 +187,6 @@ def albef(
     say_result(summary, training_line("albef", summary, output), next_command, as_json=shared["as_json"])
 
 
-EncoderDtype = Annotated[str, typer.Option(help="Frozen image encoder: auto, float32, bfloat16 or float16.")]
 FeatureCacheDir = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Keep the image encoder's features there, for this and later trainings."),
@@ -209,7 +211,11 @@ def stage1(
         ),
     ] = Stage1Settings.image_encoder,
     image_encoder_layer: Annotated[
-        str, typer.Option(help="Block that gives the features: auto (as in BLIP-2), second-last or last.")
+        str,
+        typer.Option(
+            help="Block that gives the features: auto (as in BLIP-2), second-last or last.",
+            autocompletion=names_of_setting(Stage1Settings, "image_encoder_layer"),
+        ),
     ] = Stage1Settings.image_encoder_layer,
     image_size_px: Annotated[
         int | None, typer.Option(min=1, help="Side of the images; unset: the image encoder's own.", show_default=False)
@@ -326,7 +332,9 @@ def llm(
     ],
     tokenizer: Tokenizer,
     output: Output,
-    architecture: Annotated[str, typer.Option(help="opt or t5.")] = LlmTrainSettings.architecture,
+    architecture: Annotated[
+        str, typer.Option(help="opt or t5.", autocompletion=names_of_setting(LlmTrainSettings, "architecture"))
+    ] = LlmTrainSettings.architecture,
     width: Size = LlmTrainSettings.width,
     depth: Size = LlmTrainSettings.depth,
     feed_forward: Size = LlmTrainSettings.feed_forward,

@@ -11,6 +11,7 @@ import typer
 from capfilt.cli.console import command, open_progress, say_result
 from capfilt.cli.options import Output, Runs
 from capfilt.cli.training_options import (
+    EncoderDtype,
     SharedOptions,
     TrainedGeneration,
     open_runs,
@@ -47,7 +48,6 @@ TrainImageEncoder = Annotated[
 ImageEncoder = Annotated[
     str, typer.Option(metavar="PATH|ID", help="Image encoder, for a .pth of LAVIS's that was saved without.")
 ]
-EncoderDtype = Annotated[str, typer.Option(help="Frozen image encoder: auto, float32, bfloat16 or float16.")]
 FeatureCacheDir = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Keep the frozen image encoder's features there, for later trainings too."),

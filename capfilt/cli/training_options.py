@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar, get_type_h
 
 import typer
 
+from capfilt.cli.completion import names_of_setting
 from capfilt.cli.options import AsJson, Device, is_given, option_of
 from capfilt.data.paths import AnyPath
 from capfilt.errors import UsageError
 from capfilt.progress import format_seconds
-from capfilt.settings import TrainSettings
+from capfilt.settings import FrozenEncoderSettings, TrainSettings
 from capfilt.settings.values import did_you_mean, typed_text
 
 if TYPE_CHECKING:
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
 TrainedGeneration = Annotated[
     str | None,
     typer.Option("--generation", metavar="NAME", help="Train on the pairs that this generation of the runs keeps."),
+]
+
+
+EncoderDtype = Annotated[
+    str,
+    typer.Option(
+        help="Frozen image encoder: auto, float32, bfloat16 or float16.",
+        autocompletion=names_of_setting(FrozenEncoderSettings, "encoder_dtype"),
+    ),
 ]
 
 
@@ -39,11 +49,21 @@ class SharedOptions(TypedDict):
     save_every_steps: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")]
     seed: Annotated[int, typer.Option(help="Fixes initialisation, order and draws.")]
     device: Device
-    autocast: Annotated[str, typer.Option(help="Precision of matrix products: float32, bfloat16, float16 or auto.")]
+    autocast: Annotated[
+        str,
+        typer.Option(
+            help="Precision of matrix products: float32, bfloat16, float16 or auto.",
+            autocompletion=names_of_setting(TrainSettings, "autocast"),
+        ),
+    ]
     compile: Annotated[bool, typer.Option("--compile", help="Compile the layers with torch.compile.")]
     recompute: Annotated[bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, more time.")]
     sharding: Annotated[
-        str, typer.Option(help="Of several processes (torchrun): none, each has all weights; full, its share of them.")
+        str,
+        typer.Option(
+            help="Of several processes (torchrun): none, each has all weights; full, its share of them.",
+            autocompletion=names_of_setting(TrainSettings, "sharding"),
+        ),
     ]
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write curves for TensorBoard too.")]
     assignments: Annotated[

@@ -32,6 +32,7 @@ from capfilt.engines.local import LocalEngine
 from capfilt.errors import FingerprintMismatchError, UsageError
 from capfilt.progress import Progress
 from capfilt.settings import FilterSettings, RankSettings
+from capfilt.settings.values import did_you_mean
 
 MANIFEST_VERSION = 1
 """Version of the stage: a change of what it writes counts it up."""
@@ -284,7 +285,9 @@ class _SelectShards:
 def _checked_sources(sources: Sequence[str]) -> tuple[str, ...]:
     """Those asked for, in the order of SOURCES."""
     if not sources or set(sources) - set(SOURCES):
-        raise UsageError(f"sources is {', '.join(sources) or 'empty'}; expected some of {', '.join(SOURCES)}.")
+        nearest = "".join(did_you_mean(source, SOURCES) for source in sources if source not in SOURCES)
+        expected = f"some of {', '.join(SOURCES)}.{nearest}"
+        raise UsageError(f"sources is {', '.join(sources) or 'empty'}; expected {expected}")
     return tuple(source for source in SOURCES if source in sources)
 
 

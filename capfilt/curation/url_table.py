@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,10 +29,17 @@ from capfilt.curation.table_formats import FORMATS, MIXED, TableFormat
 from capfilt.data.retries import RETRY_OF
 from capfilt.data.schemas import SCHEMAS
 from capfilt.errors import UsageError
+from capfilt.settings.values import nearest_of
 
 URL, CAPTION, REASON, DETAIL = "url", "caption", "reason", "detail"
 RESERVED = frozenset(SCHEMAS["shards"].names) | {URL, CAPTION, REASON, DETAIL, RETRY_OF, "exif", "md5", "sha512"}
 """Names that a carried column cannot have: the columns of a shard's own file, and img2dataset's."""
+
+_USUAL_NAMES = {
+    "url": ("image_url", "img_url", "imageurl", "image_link", "link", "uri", "href", "src"),
+    "text": ("caption", "captions", "alt_text", "alttext", "alt", "title", "description", "sentence", "top_caption"),
+}
+"""Column that is looked for unless another is named → how it is called in published tables."""
 
 _PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs",
@@ -225,14 +233,24 @@ def _require_columns(columns: dict[str, pa.DataType], wanted: dict[str, str], na
     if missing:
         found = ", ".join(list(columns)[:40]) or "none"
         lacking = " and ".join(repr(column) for column in missing.values())
-        options = " ".join(f"{option} NAME" for option in missing)
-        raise UsageError(f"{name} has no column {lacking}. Columns found: {found}. Name one of them: {options}")
+        near = {option: _nearest(column, columns) for option, column in missing.items()}
+        options = " ".join(f"{option} {column or 'NAME'}" for option, column in near.items())
+        advice = f"Did you mean {options}?" if all(near.values()) else f"Name one of them: {options}"
+        raise UsageError(f"{name} has no column {lacking}. Columns found: {found}. {advice}")
     for option, column in wanted.items():
         kind = columns[column]
         if not (_is_text(kind) or pa.types.is_null(kind)):
             raise UsageError(
                 f"Column {column!r} of {name} holds {kind}; expected text. Name another column: {option} NAME"
             )
+
+
+def _nearest(column: str, columns: dict[str, pa.DataType]) -> str:
+    """The column of text with the nearest name, as a shell takes it; or one that usually holds the same; or nothing."""
+    usual = _USUAL_NAMES.get(column, ())
+    known = [name for name, kind in columns.items() if _is_text(kind) and _is_utf8(name)]
+    found = nearest_of(column, known) or [name for name in known if name.lower() in usual]
+    return shlex.quote(found[0]) if found else ""
 
 
 def _choose_extra(files: list[dict[str, pa.DataType]], taken: set[str]) -> tuple[dict[str, pa.DataType], list[str]]:

@@ -19,6 +19,7 @@ from capfilt.data.paths import AnyPath
 from capfilt.data.rundir import RunDir
 from capfilt.data.text_lines import read_lines
 from capfilt.errors import UsageError
+from capfilt.settings.values import did_you_mean
 
 DEFAULT_SPLITS = ("test",)
 """Of a Karpathy file, which holds train, restval (of COCO), val and test."""
@@ -124,7 +125,9 @@ def read_karpathy(
         found[key] = CaptionedImage(key, _stripped(texts), find_image(images_dir, names, entry.where))
     if absent := [split for split in splits if not counts[split]]:
         there = ", ".join(f"{split} ({count:,})" for split, count in counts.items()) or "none"
-        raise UsageError(f"{path} has no image of the split {', '.join(absent)}; it has: {there}.")
+        raise UsageError(
+            f"{path} has no image of the split {', '.join(absent)}; it has: {there}.{did_you_mean(absent[0], counts)}"
+        )
     return list(found.values())
 
 

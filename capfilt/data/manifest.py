@@ -19,6 +19,7 @@ from capfilt.data.retries import stage_shards
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS, WEB_CAPTION_INDEX
 from capfilt.errors import CapfiltError, UsageError
+from capfilt.settings.values import did_you_mean
 
 __all__ = ["SCHEMAS", "WEB_CAPTION_INDEX", "checked_shards", "iterate_manifest", "read_manifest", "read_pairs"]
 
@@ -36,8 +37,8 @@ def iterate_manifest(
     names = list(columns) if columns is not None else SCHEMAS["manifest"].names
     unknown = sorted(set(names) - set(SCHEMAS["manifest"].names))
     if unknown:
-        known = ", ".join(SCHEMAS["manifest"].names)
-        raise UsageError(f"The manifest has no column {', '.join(unknown)}; it has {known}.")
+        known, nearest = ", ".join(SCHEMAS["manifest"].names), did_you_mean(unknown[0], SCHEMAS["manifest"].names)
+        raise UsageError(f"The manifest has no column {', '.join(unknown)}; it has {known}.{nearest}")
     for run in (_opened(item) for item in run_dirs):
         shards, selection = checked_shards(run)
         read = partial(_read_shard, run, selection, names, kept_only=kept_only)

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from capfilt.data.bounded_parquet import BoundedParquet
 from capfilt.data.paths import MAX_FILE_BYTES, AnyPath, is_local, read_bytes, read_end
 from capfilt.errors import CorruptionError, UsageError
+from capfilt.settings.values import did_you_mean
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -90,8 +91,8 @@ def read_sealed(path: AnyPath, columns: Sequence[str] | None = None) -> tuple[pa
             record, seal = _record_and_seal(path, file.metadata)
             unknown = sorted(set(columns or ()) - set(file.schema.names))
             if unknown:
-                known = ", ".join(file.schema.names)
-                raise UsageError(f"{path} has no column {', '.join(unknown)}; it has {known}.")
+                known, nearest = ", ".join(file.schema.names), did_you_mean(unknown[0], file.schema.names)
+                raise UsageError(f"{path} has no column {', '.join(unknown)}; it has {known}.{nearest}")
             table = file.read(MAX_TABLE_BYTES, columns)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, f"it is not readable as Parquet ({error})") from None

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from capfilt.data.json_lists import Id
 from capfilt.errors import CapfiltError, MissingPackageError, UsageError
+from capfilt.settings.checks import require_one_of
 
 TOKENIZERS = ("ptb", "plain")
 METRICS = ("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L")
@@ -55,8 +56,7 @@ def check_tokenizer(tokenizer: str) -> None:
 
     MissingPackageError without pycocoevalcap.
     """
-    if tokenizer not in TOKENIZERS:
-        raise UsageError(f"tokenizer is {tokenizer!r}; expected one of {', '.join(TOKENIZERS)}.")
+    require_one_of("tokenizer", tokenizer, TOKENIZERS)
     if find_spec("pycocoevalcap") is None:
         raise MissingPackageError("pycocoevalcap", "eval", "Scoring captions")
     if tokenizer == "ptb":
@@ -72,8 +72,7 @@ def score_captions(
     """
     if captions.keys() != references.keys() or not captions or not all(references.values()):
         raise ValueError("captions and references must have the same ids, and every id a reference")
-    if tokenizer not in TOKENIZERS:
-        raise UsageError(f"tokenizer is {tokenizer!r}; expected one of {', '.join(TOKENIZERS)}.")
+    require_one_of("tokenizer", tokenizer, TOKENIZERS)
     if find_spec("pycocoevalcap") is None:
         raise MissingPackageError("pycocoevalcap", "eval", "Scoring captions")
     from pycocoevalcap.bleu.bleu import Bleu

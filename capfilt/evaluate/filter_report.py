@@ -21,6 +21,7 @@ from capfilt.evaluate.labelled_scores import NUM_BINS, ScoreFigures, measure_sco
 from capfilt.evaluate.pair_scores import score_pairs
 from capfilt.evaluate.pictures import SourcePictures
 from capfilt.progress import Progress
+from capfilt.settings.checks import require_one_of
 
 ALL = "all"
 """Name of the group that holds every pair."""
@@ -43,8 +44,7 @@ class FilterOptions:
     num_bins: int = NUM_BINS
 
     def __post_init__(self) -> None:
-        if self.score not in ("itm", "clip"):
-            raise UsageError(f"score is {self.score!r}; expected itm or clip.")
+        require_one_of("score", self.score, ("itm", "clip"))
         if not 0 < self.target_precision <= 1:
             raise UsageError(f"target_precision is {self.target_precision}; expected more than 0, at most 1.")
         if not 1 <= self.num_bins <= 1000:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from capfilt.settings.checks import require
+from capfilt.settings.checks import require, require_some_of
 from capfilt.settings.training import TrainSettings
 
 
@@ -83,9 +83,7 @@ class AlbefTrainSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = ("itc", "itm", "mlm")
-        odd = not self.losses or any(name not in known for name in self.losses)
-        require(not odd, "losses", self.losses, f"some of {', '.join(known)}")
+        require_some_of("losses", self.losses, ("itc", "itm", "mlm"))
         require(0 < self.mlm_share < 1, "mlm_share", self.mlm_share, "more than 0, less than 1")
         require(0 <= self.momentum < 1, "momentum", self.momentum, "0 (none) or more, less than 1")
         require(self.queue_size >= 1, "queue_size", self.queue_size, "at least 1")

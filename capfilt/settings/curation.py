@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from capfilt.settings.checks import DECODINGS, DEVICES, DTYPES, RESIZERS, require
+from capfilt.settings.checks import DECODINGS, DTYPES, RESIZERS, require, require_device, require_one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class CaptionSettings:
     """auto (bfloat16 on a GPU and on a CPU that is fast at it, else float32), float32, bfloat16 or float16."""
 
     def __post_init__(self) -> None:
-        require(self.decoding in DECODINGS, "decoding", self.decoding, f"one of {', '.join(DECODINGS)}")
+        require_one_of("decoding", self.decoding, DECODINGS)
         require(self.num_captions >= 1, "num_captions", self.num_captions, "at least 1")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
         require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
@@ -127,9 +127,9 @@ class CaptionSettings:
         require(self.num_beams >= 1, "num_beams", self.num_beams, "at least 1")
         require(1 <= self.min_length <= self.max_length, "min_length", self.min_length, "1 to max_length")
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
-        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        require(self.resizer in RESIZERS, "resizer", self.resizer, f"one of {', '.join(RESIZERS)}")
+        require_device(self.device)
+        require_one_of("dtype", self.dtype, DTYPES)
+        require_one_of("resizer", self.resizer, RESIZERS)
         single = self.decoding in ("greedy", "beam")
         require(not single or self.num_captions == 1, "num_captions", self.num_captions, f"1 with {self.decoding}")
 
@@ -159,8 +159,8 @@ class RankSettings:
     def __post_init__(self) -> None:
         require(self.keep >= 1, "keep", self.keep, "at least 1")
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
-        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        require_device(self.device)
+        require_one_of("dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +189,8 @@ class FilterSettings:
 
     def __post_init__(self) -> None:
         require(0 <= self.threshold <= 1, "threshold", self.threshold, "0 to 1")
-        require(self.first_token in ("enc", "cls"), "first_token", self.first_token, "enc or cls")
-        require(self.resizer in RESIZERS, "resizer", self.resizer, f"one of {', '.join(RESIZERS)}")
+        require_one_of("first_token", self.first_token, ("enc", "cls"))
+        require_one_of("resizer", self.resizer, RESIZERS)
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
-        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        require_device(self.device)
+        require_one_of("dtype", self.dtype, DTYPES)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from capfilt.settings.checks import DTYPES, require
+from capfilt.settings.checks import DTYPES, require, require_one_of
 from capfilt.settings.training import FrozenEncoderSettings
 
 
@@ -44,7 +44,7 @@ class Blip2TuningSettings(FrozenEncoderSettings):
         require(self.image_size_px >= 0, "image_size_px", self.image_size_px, "at least 1, or 0 for the model's own")
         decay = self.image_encoder_decay
         require(0 < decay <= 1, "image_encoder_decay", decay, "more than 0, at most 1 (none)")
-        require(self.llm_dtype in DTYPES, "llm_dtype", self.llm_dtype, f"one of {', '.join(DTYPES)}")
+        require_one_of("llm_dtype", self.llm_dtype, DTYPES)
         if self.train_image_encoder:
             is_plain = self.encoder_dtype in ("auto", "float32")
             require(is_plain, "encoder_dtype", self.encoder_dtype, "auto or float32 where the image encoder trains")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from capfilt.settings.checks import DEVICES, DTYPES, require
+from capfilt.settings.checks import DTYPES, require, require_device, require_one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,5 +58,5 @@ class GenerationSettings:
         beams, penalty = self.num_beams, self.length_penalty
         require(not draws or beams in (None, 1), "num_beams", beams, "no beams with top_p: it draws")
         require(not draws or penalty is None, "length_penalty", penalty, "none with top_p: it draws")
-        require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
-        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        require_device(self.device)
+        require_one_of("dtype", self.dtype, DTYPES)

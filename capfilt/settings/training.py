@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from capfilt.settings.checks import DEVICES, DTYPES, require
+from capfilt.settings.checks import DTYPES, require, require_device, require_one_of, require_some_of
 
 IMAGE_ENCODER_LAYERS = ("auto", "second-last", "last")
 
@@ -69,9 +69,9 @@ class TrainSettings:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         lowest = self.min_learning_rate
         require(0 <= lowest <= self.learning_rate, "min_learning_rate", lowest, "0 to learning_rate")
-        require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "adamw or muon")
-        require(self.autocast in DTYPES, "autocast", self.autocast, f"one of {', '.join(DTYPES)}")
-        require(self.sharding in ("none", "full"), "sharding", self.sharding, "none or full")
+        require_one_of("optimizer", self.optimizer, ("adamw", "muon"))
+        require_one_of("autocast", self.autocast, DTYPES)
+        require_one_of("sharding", self.sharding, ("none", "full"))
         require(all(w > 0 for w in self.run_weights), "run_weights", self.run_weights, "more than 0 each")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.beta2 < 1, "beta2", self.beta2, "0 or more, less than 1")
@@ -80,7 +80,7 @@ class TrainSettings:
         require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "more than 0, at most 1")
         require(self.save_every_steps >= 1, "save_every_steps", self.save_every_steps, "at least 1")
         require(self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "at least 1")
-        require(self.device.split(":")[0] in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
+        require_device(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +155,7 @@ class BlipTrainSettings(TrainSettings):
         super().__post_init__()
         for name in ("dropout", "label_smoothing"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more, less than 1")
-        known = ("itc", "itm", "lm")
-        odd = not self.losses or any(name not in known for name in self.losses)
-        require(not odd, "losses", self.losses, f"some of {', '.join(known)}")
+        require_some_of("losses", self.losses, ("itc", "itm", "lm"))
         require(0 <= self.momentum < 1, "momentum", self.momentum, "0 (none) or more, less than 1")
         require(self.queue_size >= 1, "queue_size", self.queue_size, "at least 1")
         require(0 <= self.alpha <= 1, "alpha", self.alpha, "0 to 1")
@@ -222,7 +220,7 @@ class FrozenEncoderSettings(TrainSettings):
         super().__post_init__()
         require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, less than 1")
         for name in ("encoder_dtype", "feature_cache_dtype"):
-            require(getattr(self, name) in DTYPES, name, getattr(self, name), f"one of {', '.join(DTYPES)}")
+            require_one_of(name, getattr(self, name), DTYPES)
         directory, varied = self.feature_cache_dir, self.random_crop < 1.0 or self.random_flip
         if directory is not None:
             require(bool(directory), "feature_cache_dir", directory, "a directory, or to be left out")
@@ -260,9 +258,8 @@ class QFormerSettings(FrozenEncoderSettings):
         super().__post_init__()
         require(self.num_queries >= 1, "num_queries", self.num_queries, "at least 1")
         require(self.cross_attention_every >= 1, "cross_attention_every", self.cross_attention_every, "at least 1")
-        layer, size = self.image_encoder_layer, self.image_size_px
-        layers = ", ".join(IMAGE_ENCODER_LAYERS)
-        require(layer in IMAGE_ENCODER_LAYERS, "image_encoder_layer", layer, f"one of {layers}")
+        size = self.image_size_px
+        require_one_of("image_encoder_layer", self.image_encoder_layer, IMAGE_ENCODER_LAYERS)
         require(size is None or size >= 1, "image_size_px", size, "at least 1")
 
     def refuse_given(self, *names: str) -> None:
@@ -288,9 +285,7 @@ class Stage1Settings(QFormerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = ("itc", "itm", "itg")
-        odd = not self.losses or any(name not in known for name in self.losses)
-        require(not odd, "losses", self.losses, f"some of {', '.join(known)}")
+        require_some_of("losses", self.losses, ("itc", "itm", "itg"))
         require(self.max_text_tokens >= 4, "max_text_tokens", self.max_text_tokens, "at least 4")
         if self.init:
             self.refuse_given("num_queries", "cross_attention_every", "embed_dim", "init_cross_attention")
@@ -316,7 +311,7 @@ class Stage2Settings(QFormerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.llm_dtype in DTYPES, "llm_dtype", self.llm_dtype, f"one of {', '.join(DTYPES)}")
+        require_one_of("llm_dtype", self.llm_dtype, DTYPES)
         share = self.whole_caption_share
         require(0 <= share <= 1, "whole_caption_share", share, "0 to 1")
 
@@ -390,8 +385,7 @@ class LlmTrainSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = ("opt", "t5")
-        require(self.architecture in known, "architecture", self.architecture, f"one of {', '.join(known)}")
+        require_one_of("architecture", self.architecture, ("opt", "t5"))
         require(self.width >= 32 and self.width % 32 == 0, "width", self.width, "a multiple of 32")
         require(self.depth >= 1, "depth", self.depth, "at least 1")
         require(self.feed_forward >= 1, "feed_forward", self.feed_forward, "at least 1")

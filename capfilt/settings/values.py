@@ -16,7 +16,7 @@ _EXPECTED = {str: "a text in quotes", int: "a whole number", float: "a number", 
 
 def typed(value: object, hint: Any) -> object:
     """`value` of a TOML file as the type `hint`; TypeError carries what was expected."""
-    hint = _without_none(hint)
+    hint = without_none(hint)
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise TypeError("a list in brackets")
@@ -30,7 +30,7 @@ def typed(value: object, hint: Any) -> object:
 
 def typed_text(text: str, hint: Any) -> object:
     """`text` of the command line as the type `hint`, the items of a tuple between commas; TypeError as `typed`."""
-    hint = _without_none(hint)
+    hint = without_none(hint)
     if get_origin(hint) is tuple:
         item_hint = get_args(hint)[0]
         return tuple(typed_text(item.strip(), item_hint) for item in text.split(",") if item.strip())
@@ -42,13 +42,25 @@ def typed_text(text: str, hint: Any) -> object:
         return typed(text, hint)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest of the `known` names, or nothing."""
-    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {nearest[0]}?" if nearest else ""
+def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
+    """A sentence, after a space, with the nearest of the `known` names (all that are as near), `before` set before
+    each; or nothing. Capitals do not count."""
+    listed = " or ".join(before + name for name in nearest_of(word, known))
+    return f" Did you mean {listed}?" if listed else ""
 
 
-def _without_none(hint: Any) -> Any:
+def nearest_of(word: str, known: Iterable[str]) -> list[str]:
+    """The nearest of the `known` names, all that are as near; none where nothing is like it. Capitals do not count."""
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), names, n=3, cutoff=0.5)
+    return [names[name] for name in sorted(near) if _likeness(word, name) == _likeness(word, near[0])]
+
+
+def _likeness(word: str, name: str) -> float:
+    return difflib.SequenceMatcher(a=name, b=word.lower()).ratio()
+
+
+def without_none(hint: Any) -> Any:
     """The type of a setting that may also be None."""
     if get_origin(hint) in (Union, types.UnionType):
         return next(option for option in get_args(hint) if option is not type(None))

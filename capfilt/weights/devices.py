@@ -12,6 +12,7 @@ import torch
 
 from capfilt.errors import UsageError
 from capfilt.settings import DEVICES
+from capfilt.settings.checks import not_one_of
 
 DEFAULT_BATCH_SIZE = 32
 """On a CPU, where larger batches gain nothing."""
@@ -36,8 +37,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        known = ", ".join(DEVICES)
-        raise UsageError(f"device is {name!r}; expected one of {known}, or one of several (cuda:1).") from None
+        raise UsageError(f"{not_one_of('device', name, DEVICES)} One of several is named cuda:1.") from None
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     has_it = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)

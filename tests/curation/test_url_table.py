@@ -152,7 +152,7 @@ def test_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
         (
             "t.csv",
             b"link,alt\na,b\n",
-            "no column 'url' and 'text'. Columns found: link, alt. Name one of them: --url-column",
+            "no column 'url' and 'text'. Columns found: link, alt. Did you mean --url-column link --caption-column alt",
         ),
         ("t.csv", b"url,alt\na,b\n", "no column 'text'.*--caption-column"),
         ("t.csv", b"", "cannot be read as CSV"),

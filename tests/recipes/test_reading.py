@@ -10,6 +10,7 @@ import pytest
 
 from capfilt.errors import UsageError
 from capfilt.recipes import Recipe, bundled_recipes, find_recipe, read_recipe
+from capfilt.recipes.reading import line_of
 from capfilt.settings import EMBEDDED, BlipTrainSettings, Stage1Settings, TrainSettings
 from capfilt.trainings import MODEL_SETTINGS, TRAININGS, Stage2Section
 from capfilt.weights import find
@@ -137,6 +138,32 @@ def test_a_mistake_is_refused_with_its_line(tmp_path: Path, old: str, new: str, 
         read_recipe(path)
     assert f"{path}:{line}:" in str(caught.value)
     assert said in str(caught.value)
+
+
+FORMS = """\
+caption.top_p = 1
+"filter" = {threshold = 1}
+rank . "keep" = 2
+
+[train]
+stage1.losses = ["itc"]   # [train.stage2]
+  [ train . "stage2" ] # x = 1
+  llm = "[caption]"
+  'dropout'=0
+"""
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "line"),
+    [
+        ("caption", "top_p", 1), ("caption", "top_k", 1), (None, "caption", 1), ("filter", "threshold", 2),
+        ("rank", "keep", 3), (None, "train.stage1", 6), ("train.stage1", "losses", 6), ("train.stage1", "init", 6),
+        (None, "train.stage2", 7), ("train.stage2", "llm", 8), ("train.stage2", "dropout", 9),
+        ("train.stage2", "init", 7), (None, "nothing", 1),
+    ],
+)  # fmt: skip
+def test_lines_are_found_in_every_form_of_toml(section: str | None, key: str, line: int) -> None:
+    assert line_of(FORMS, section, key) == line
 
 
 def test_stages_that_lack_what_they_start_from_are_refused(tmp_path: Path) -> None:
