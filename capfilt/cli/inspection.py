@@ -35,7 +35,7 @@ def stats(
     from capfilt.report.stats_view import stats_lines
 
     engine_asked = engine_from(locals())
-    found = compute_stats(_open(run, generation), engine_asked, open_progress())
+    found = compute_stats(open_run(run, generation), engine_asked, open_progress())
     if as_json:
         say_json(found)
         return
@@ -65,7 +65,7 @@ def verify(
     from capfilt.data.verify import verify_run
 
     asked = engine_from(locals())
-    report = verify_run(_open(run, generation), deep, open_progress(), engine=asked)
+    report = verify_run(open_run(run, generation), deep, open_progress(), engine=asked)
     if as_json:
         say_json(report)
     else:
@@ -83,7 +83,7 @@ def verify(
     raise typer.Exit(report.exit_code)
 
 
-def _open(run: AnyPath, generation: str | None) -> RunDir:
+def open_run(run: AnyPath, generation: str | None) -> RunDir:
     """The run; a generation that it has not is refused."""
     from capfilt.data.rundir import RunDir
 

@@ -28,6 +28,7 @@ from capfilt.cli import (
     recipe,
     rehearsal,
     sharing,
+    show,
     train,
 )
 from capfilt.cli.console import clean, note
@@ -94,6 +95,7 @@ app.command("filter")(annotate.filter_)
 app.command("run")(recipe.run)
 app.command("select")(annotate.select)
 app.command("stats")(inspection.stats)
+app.command("show")(show.show)
 app.command("verify")(inspection.verify)
 app.command("export")(sharing.export)
 app.command("report")(sharing.report)
