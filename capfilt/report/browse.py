@@ -296,6 +296,11 @@ class Listed:
         self._is_whole |= wanted is None or len(found) < wanted
 
 
+def has_one(deck: Deck) -> bool:
+    """Whether a list of samples has one and no more; of a walk, that may be long, that is not looked for."""
+    return isinstance(deck, Listed) and deck.after(deck.after(None)) is None
+
+
 def iterate(deck: Deck) -> Iterator[Place]:
     """The places of a deck from the first one on."""
     place = deck.after(None)

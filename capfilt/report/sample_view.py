@@ -17,8 +17,6 @@ from capfilt.data.texts import clean_for_terminal
 from capfilt.report.browse import BrowsedSample
 from capfilt.report.shard_pairs import NO_ROW
 
-MIN_COLUMNS = 20
-"""Narrower terminals are written to as if they were so wide."""
 MAX_TEXT_CHARS = 400
 _TABLE_COLUMNS = 64
 """Where there are fewer, a caption's text stands below its figures."""
@@ -70,7 +68,7 @@ def caption_lines(sample: BrowsedSample, look: Look) -> Iterator[str]:
     rows = [_Row(row, is_partial, look) for row in sorted(sample.captions, key=_best_first)]
     shown = [column for column in _COLUMNS if any(row.cells[column] for row in rows)]
     widths = {column: max(len(column), *(len(row.cells[column]) for row in rows)) for column in shown}
-    if look.columns >= _TABLE_COLUMNS:
+    if is_wide(look):
         yield "  " + "  ".join(_aligned(column, column, widths[column]) for column in shown) + "  text"
     for row in rows:
         yield from row.lines(shown, widths)
@@ -91,6 +89,11 @@ _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 _NUMBERS = frozenset({"CLIP", "rank", "ITM"})
 
 
+def is_wide(look: Look) -> bool:
+    """Whether there is room for things beside each other."""
+    return look.columns >= _TABLE_COLUMNS
+
+
 class _Row:
     """A caption in the table."""
 
@@ -103,7 +106,7 @@ class _Row:
 
     def lines(self, shown: Iterable[str], widths: Mapping[str, int]) -> Iterator[str]:
         """The row in the table; in a narrow terminal its figures, and the text below them."""
-        if self.look.columns < _TABLE_COLUMNS:
+        if not is_wide(self.look):
             named = [
                 f"{column} {self.cells[column]}" if column in _NUMBERS else self._painted(self.cells[column])
                 for column in shown
