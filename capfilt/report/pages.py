@@ -21,7 +21,6 @@ from capfilt.report.terminal_pictures import Pictures
 MAX_PICTURE_PX = 1024
 """Longest side of what is handed on to be drawn."""
 MIN_PICTURE_ROWS, MAX_LISTED_ROWS = 3, 24
-_GAP_PX = 8
 _LOOK_AGAIN_SECONDS = 0.4
 
 KEYS = (
@@ -125,7 +124,7 @@ def _drawable(picture: Image.Image) -> Image.Image:
 def _joined(picture: Image.Image, overlay: Image.Image, *, beside: bool) -> Image.Image:
     """Two pictures of one size as one: beside each other, or one under the other."""
     width, height = picture.size
-    gap = max(1, min(width, height) // 20, _GAP_PX if min(width, height) > 200 else 1)
+    gap = max(1, min(width, height) // 20)
     joined = Image.new("RGB", (2 * width + gap, height) if beside else (width, 2 * height + gap))
     joined.paste(picture, (0, 0))
     joined.paste(overlay, (width + gap, 0) if beside else (0, height + gap))

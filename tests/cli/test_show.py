@@ -8,16 +8,22 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import termios
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.cells import cell_len
 
 from capfilt.data.commit import read_table
 from capfilt.data.images import decode_image
 from capfilt.data.rundir import RunDir
 from capfilt.data.shards import read_sample
+from capfilt.report.gradcam import overlay
+from capfilt.world.language import full_caption
+from capfilt.world.scenes import draw_scene, render
 from tests.cli.conftest import capfilt
 from tests.curation.small_runs import make_run
 from tests.data import conftest as small
@@ -312,9 +318,66 @@ def test_a_pipe_gets_pictures_when_they_are_asked_for(soft: Path) -> None:
     assert "▀" in capfilt("show", soft, "--limit", 1, "--pictures", "blocks").out
 
 
-def test_a_run_on_an_object_store(address: str, soft: Path, tmp_path: Path) -> None:
-    import tarfile
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of the world with people's captions, which the embedded models understand."""
+    folder = tmp_path_factory.mktemp("world")
+    scenes = [draw_scene(number, "test") for number in range(3)]
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for number, scene in enumerate(scenes):
+            Image.fromarray(render(scene, 200, 120)).save(folder / f"{number}.png")
+            (folder / f"{number}.json").write_text(
+                json.dumps({"captions": [full_caption(scene, np.random.default_rng(0)), "a red ball", "..."]})
+            )
+            for name in (f"{number}.png", f"{number}.json"):
+                tar.add(folder / name, name)
+    done = capfilt("import", folder / "a.tar", folder / "run", "--human")
+    assert done.code == 0, done.err
+    return folder / "run"
 
+
+def test_a_caption_is_explained(world: Path, tmp_path: Path) -> None:
+    sample = json.loads(capfilt("show", world, "--limit", 1, "--json").out)
+    picture = decode_image(read_sample(RunDir.open(world), "00000", sample["key"]).image)
+    picture.save(tmp_path / "a.png")
+    for options, text in (((), sample["captions"][0]["text"]), (("--caption", 1), "a red ball")):
+        done = capfilt(
+            "show", world, "--limit", 1, "--pictures", "kitty", "--explain", "embedded", "--device", "cpu", *options
+        )
+        assert done.code == 0, done.err
+        alone = capfilt("explain", "embedded", tmp_path / "a.png", text, "--output", tmp_path / "e.png", "--json")
+        (known,) = alone.json()["texts"]
+        assert f"match probability {known['probability']:.3f}: {text}" in done.out
+        strongest = max(known["words"], key=lambda word: word["share"])
+        assert f"strongest words: {strongest['word']} {strongest['share']:.0%}" in done.out
+        ((_, joined),) = kitty_pictures(done.out)
+        left, right = joined.crop((0, 0, 200, 120)), joined.crop((joined.width - 200, 0, joined.width, 120))
+        drawn = Image.fromarray(overlay(picture, np.array(known["average"])))
+        assert difference(left, picture) == 0
+        assert difference(right, drawn) < 2 < difference(right, picture)
+    without_words = capfilt("show", world, "--limit", 1, "--explain", "embedded", "--caption", 2)
+    assert without_words.code == 0
+    assert "holds no words" in without_words.out
+    nothing = capfilt("show", world, "--limit", 1, "--explain", "embedded", "--caption", 7)
+    assert "There is no such caption" in nothing.out
+    assert capfilt("show", world, "--explain", world).code == 2
+
+
+def test_explanations_come_and_go(world: Path) -> None:
+    with Session("show", world, "--explain", "embedded", "--device", "cpu", rows=40, answer=answers) as session:
+        assert "strongest words" in session.wait_for(READY)
+        session.press("e")
+        assert "strongest words" not in session.wait_for(READY)
+        session.press("n")
+        assert "strongest words" not in session.wait_for(READY)
+        session.press("e")
+        assert "strongest words" in session.wait_for(READY)
+        session.press("q")
+        assert session.end() == 0
+        assert termios.tcgetattr(session.slave) == session.before
+
+
+def test_a_run_on_an_object_store(address: str, soft: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         picture = tmp_path / "a.png"
         draw_picture(4, width_px=120, height_px=100).save(picture)
