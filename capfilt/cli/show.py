@@ -13,12 +13,14 @@ import typer
 from capfilt.cli.console import clean, command, note, open_progress, say_json_line
 from capfilt.cli.explain import probability_of, strongest_of
 from capfilt.cli.inspection import open_run
+from capfilt.cli.interrupts import undone_at_once
 from capfilt.cli.options import AsJson, Device, Generation, Run, refuse_idle
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from capfilt.report.browse import Browser, Deck
+    from capfilt.report.browse import Browser
+    from capfilt.report.decks import Deck
     from capfilt.report.pages import Explain, Explained
 
 
@@ -85,7 +87,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Samples with pictures, captions, scores and verdicts; what is asked of pairs is true of one and the same pair."""
-    from capfilt.report.browse import Browser, SampleQuery, iterate, open_deck
+    from capfilt.report.browse import Browser, SampleQuery
+    from capfilt.report.decks import iterate, open_deck
 
     if as_json:
         refuse_idle(context, ["pictures", "explain", "caption", "device"], "with --json")
@@ -115,10 +118,10 @@ def show(
 def _show(browser: Browser, deck: Deck, pictures: str, explain: Explain | None, caption: int | None) -> None:
     """Turned by keys where somebody can press them and there is more than one; else one after another."""
     from capfilt.progress import is_live, speaks_unicode, terminal_columns
-    from capfilt.report.browse import has_one
+    from capfilt.report.decks import has_one
     from capfilt.report.pages import Pager, Pages, list_pages
     from capfilt.report.sample_view import Look
-    from capfilt.report.terminal import is_a_persons, open_terminal
+    from capfilt.report.terminal import Terminal, is_a_persons
     from capfilt.report.terminal_pictures import choose_pictures
 
     screen = sys.stdout
@@ -127,7 +130,9 @@ def _show(browser: Browser, deck: Deck, pictures: str, explain: Explain | None, 
     with ExitStack() as stack:
         terminal = None
         if is_a_persons(sys.stdin, screen, os.environ):
-            terminal = stack.enter_context(open_terminal(sys.stdin.fileno(), screen))
+            terminal = Terminal(sys.stdin.fileno(), screen)
+            stack.enter_context(undone_at_once(terminal.give_back))
+            stack.enter_context(terminal)
         pages = Pages(browser, deck, choose_pictures(pictures, terminal, screen), explain, caption)
         if terminal is not None and not has_one(deck):
             Pager(pages, terminal, look).run()

@@ -13,7 +13,8 @@ from PIL import Image
 
 from capfilt.data.images import ImageRefused
 from capfilt.errors import UsageError
-from capfilt.report.browse import BrowsedSample, Browser, Deck
+from capfilt.report.browse import BrowsedSample, Browser
+from capfilt.report.decks import Deck
 from capfilt.report.sample_view import Look, caption_lines, head_lines, is_wide, wrap
 from capfilt.report.terminal import END, Terminal
 from capfilt.report.terminal_pictures import Pictures
@@ -156,19 +157,19 @@ class Pager:
 
     def run(self) -> None:
         """Show pages until the end."""
-        with self._terminal.own_screen():
-            drawn_for = None
-            while True:
-                size = self._terminal.size()
-                if drawn_for != size:
-                    self._draw(*size)
-                    drawn_for = size
-                key = self._terminal.read_key(_LOOK_AGAIN_SECONDS)
-                if key in ("q", "Q", END):
-                    return
-                if key is not None:
-                    self._act(key)
-                    drawn_for = None
+        self._terminal.open_own_screen()
+        drawn_for = None
+        while True:
+            size = self._terminal.size()
+            if drawn_for != size:
+                self._draw(*size)
+                drawn_for = size
+            key = self._terminal.read_key(_LOOK_AGAIN_SECONDS)
+            if key in ("q", "Q", END):
+                return
+            if key is not None:
+                self._act(key)
+                drawn_for = None
 
     def _act(self, key: str) -> None:
         self._message, showed_help = "", self._shows_help

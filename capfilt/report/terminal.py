@@ -10,15 +10,14 @@ import fcntl
 import os
 import re
 import select
-import signal
 import struct
 import termios
 import time
 import tty
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, Self, TextIO
 
 ANSWER_SECONDS = 0.5
 """Waited for an answer: what is farther away than this is taken for a terminal that knows no pictures."""
@@ -39,7 +38,7 @@ _NAMES = {
     b"\x1b[5~": "page up", b"\x1b[6~": "page down", b"\r": "enter", b"\n": "enter", b"\x7f": "backspace",
     b"\x04": END,
 }  # fmt: skip
-_ENTER_SCREEN, _LEAVE_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[0m\x1b[?25h\x1b[?1049l"
+_ENTER_SCREEN, _LEAVE_SCREEN = "\x1b[?1049h\x1b[?25l", b"\x1b\\\x1b[0m\x1b[?25h\x1b[?1049l"
 
 
 class Cell(NamedTuple):
@@ -60,17 +59,42 @@ class Answers:
 
 
 class Terminal:
-    """Keys and screen; made by `open_terminal`."""
+    """Keys and screen. Within its context keys come one by one, and are not shown; then the terminal is as it was.
+
+    What ends the process without leaving the context must call `give_back`.
+    """
 
     def __init__(self, keys: int, screen: TextIO) -> None:
         self._keys, self._screen = keys, screen
+        self._before = termios.tcgetattr(keys)
         self._read, self._has_ended = b"", False
-        self.owes_an_answer = False
+        self._owes_an_answer = self._has_own_screen = False
+
+    def __enter__(self) -> Self:
+        self._screen.flush()
+        tty.setcbreak(self._keys, termios.TCSANOW)
+        changed = termios.tcgetattr(self._keys)
+        changed[6][termios.VSUSP] = b"\0"  # stopped, it would leave the shell a terminal that shows nothing
+        termios.tcsetattr(self._keys, termios.TCSANOW, changed)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Leave it as it was; nothing where that has been done."""
+        how = termios.TCSAFLUSH if self._owes_an_answer else termios.TCSADRAIN
+        with suppress(OSError, termios.error):  # it may be gone
+            if self._has_own_screen:
+                self._has_own_screen = False
+                os.write(self._screen.fileno(), _LEAVE_SCREEN)
+            termios.tcsetattr(self._keys, how, self._before)
 
     def write(self, text: str) -> None:
-        """Write to the screen."""
-        self._screen.write(text)
-        self._screen.flush()
+        """Write to the screen: not by its buffer, which would keep the rest of a picture that Ctrl-C came into."""
+        rest = memoryview(text.encode(self._screen.encoding, "replace"))
+        while rest:
+            rest = rest[os.write(self._screen.fileno(), rest) :]
 
     def size(self) -> tuple[int, int]:
         """(columns, rows)"""
@@ -80,11 +104,11 @@ class Terminal:
     def ask(self, seconds: float = ANSWER_SECONDS) -> Answers:
         """Ask it for its name, the size of its cells and what it can do."""
         self.write(_ASKED.decode("ascii"))
-        self.owes_an_answer, end = True, time.monotonic() + seconds
-        while self.owes_an_answer and len(self._read) < _MAX_ANSWER_BYTES:
+        self._owes_an_answer, end = True, time.monotonic() + seconds
+        while self._owes_an_answer and len(self._read) < _MAX_ANSWER_BYTES:
             if not self._fill(end - time.monotonic()):
                 break
-            self.owes_an_answer = _ATTRIBUTES.search(self._read) is None
+            self._owes_an_answer = _ATTRIBUTES.search(self._read) is None
         name, cell, attributes = (pattern.search(self._read) for pattern in (_NAME, _CELL, _ATTRIBUTES))
         for pattern in (_NAME, _CELL, _ATTRIBUTES):
             self._read = pattern.sub(b"", self._read)
@@ -98,8 +122,9 @@ class Terminal:
         """The next key by its name or character; None where none comes in time, and for what is no key of ours."""
         if not self._read and not self._fill(seconds):
             return END if self._has_ended else None
-        while _BEGUN_SEQUENCE.fullmatch(self._read) and self._fill(_SEQUENCE_SECONDS):
-            pass
+        while len(self._read) < _MAX_ANSWER_BYTES and _BEGUN_SEQUENCE.fullmatch(self._read):
+            if not self._fill(_SEQUENCE_SECONDS):
+                break
         found = _SEQUENCE.match(self._read)
         key = found[0] if found else self._read[:1]
         self._read = self._read[len(key) :]
@@ -118,43 +143,10 @@ class Terminal:
         self._read += found
         return bool(found)
 
-    @contextmanager
-    def own_screen(self) -> Iterator[None]:
-        """A screen beside the one with what was printed before, without a cursor."""
-        try:
-            self.write(_ENTER_SCREEN)
-            yield
-        finally:
-            with _signals_wait():
-                self.write(_LEAVE_SCREEN)
-
-
-@contextmanager
-def open_terminal(keys: int, screen: TextIO) -> Iterator[Terminal]:
-    """Keys come one by one, and are not shown, until the end of this; then the terminal is as it was."""
-    before = termios.tcgetattr(keys)
-    terminal = Terminal(keys, screen)
-    try:
-        tty.setcbreak(keys, termios.TCSANOW)
-        changed = termios.tcgetattr(keys)
-        changed[6][termios.VSUSP] = b"\0"  # stopped, it would leave the shell a terminal that shows nothing
-        termios.tcsetattr(keys, termios.TCSANOW, changed)
-        yield terminal
-    finally:
-        with _signals_wait():
-            how = termios.TCSAFLUSH if terminal.owes_an_answer else termios.TCSADRAIN
-            with suppress(termios.error):  # it may be gone
-                termios.tcsetattr(keys, how, before)
-
-
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """A second Ctrl-C ends the process at once; not before this is over."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def open_own_screen(self) -> None:
+        """A screen beside the one with what was printed before, without a cursor, until the terminal is given back."""
+        self._has_own_screen = True
+        self.write(_ENTER_SCREEN)
 
 
 def is_a_persons(keys: TextIO, screen: TextIO, environment: Mapping[str, str]) -> bool:

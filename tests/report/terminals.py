@@ -14,7 +14,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +23,7 @@ import pyte
 from PIL import Image
 
 SECONDS = 60
+COMMAND = ("-m", "capfilt")
 _LAUNCH = "import os, sys; os.login_tty(int(sys.argv[1])); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
 _OF_REAL_TERMINALS = (
     "TERM", "COLORTERM", "NO_COLOR", "TERM_PROGRAM", "LC_TERMINAL", "KITTY_WINDOW_ID", "TMUX", "STY", "ZELLIJ",
@@ -37,11 +38,12 @@ def clean_environment(**changes: str) -> dict[str, str]:
 
 
 class Session:
-    """A `capfilt` command in a pseudo-terminal of its own."""
+    """A `capfilt` command, or another program, in a pseudo-terminal of its own."""
 
     def __init__(
         self, *arguments: object, columns: int = 80, rows: int = 24, cell: tuple[int, int] = (0, 0),
-        term: str = "xterm", answer: Callable[[str], str] | None = None, **environment: str,
+        term: str = "xterm", answer: Callable[[str], str] | None = None, program: Sequence[str] = COMMAND,
+        **environment: str,
     ) -> None:  # fmt: skip
         self.columns, self.rows, self.text = columns, rows, ""
         self._answer = answer
@@ -49,7 +51,7 @@ class Session:
         self.master, self.slave = os.openpty()
         self.resize(columns, rows, cell)
         self.before = termios.tcgetattr(self.slave)
-        command = [sys.executable, "-c", _LAUNCH, str(self.slave), "-m", "capfilt", *map(str, arguments)]
+        command = [sys.executable, "-c", _LAUNCH, str(self.slave), *program, *map(str, arguments)]
         self.process = subprocess.Popen(
             command, pass_fds=[self.slave], env=clean_environment(TERM=term, **environment), stdin=subprocess.DEVNULL
         )

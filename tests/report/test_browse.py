@@ -15,7 +15,8 @@ from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.data.shards import read_sample
 from capfilt.errors import UsageError
-from capfilt.report.browse import Browser, SampleQuery, iterate, open_deck
+from capfilt.report.browse import Browser, SampleQuery
+from capfilt.report.decks import iterate, open_deck
 from tests.data import conftest as small
 
 NUM_SHARDS, NUM_SAMPLES = 3, 9
@@ -136,6 +137,12 @@ def test_walking_there_and_back(run: RunDir) -> None:
     last = deck.before(None)
     assert last is not None
     assert deck.position(last) == "9 of 9 in the shard"
+    deck = open_deck(Browser(run, SampleQuery(where="rank = 1", limit=40)))
+    first = deck.after(None)
+    assert first is not None
+    assert deck.position(first) == "1 of at most 40"
+    assert deck.before(None) is not None
+    assert deck.position(first) == "1 of 24", "now all are known"
 
 
 def test_the_last_sample_is_found_without_those_between(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
