@@ -105,6 +105,11 @@ def say_json(value: object) -> None:
     say(json.dumps(to_plain(value), ensure_ascii=True, indent=2, allow_nan=False))
 
 
+def say_json_line(value: object) -> None:
+    """`value` as JSON on one line of standard output."""
+    say(json.dumps(to_plain(value), ensure_ascii=True, allow_nan=False))
+
+
 def to_plain(value: Any) -> Any:
     """Dataclasses, paths and tuples as JSON's types; floats that are not finite as null."""
     if is_dataclass(value) and not isinstance(value, type):

@@ -92,6 +92,14 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("capfilt stats runs/mine --compare runs/other --json", "What is different in another run, for a program:"),
         ("capfilt stats cc3m-tars", "A folder of tars that is no run:"),
     ),
+    "show": (
+        ("capfilt show runs/mine", "A run's samples, one after another:"),
+        (
+            "capfilt show runs/mine --where \"itm_score between 0.4 and 0.6 and source = 'web'\"",
+            "Web captions around the threshold:",
+        ),
+        ("capfilt show runs/mine --reason low_itm --random 20 --explain embedded", "Dropped ones, and why:"),
+    ),
     "verify": (
         ("capfilt verify runs/mine", "Rows, records and manifests against each other:"),
         ("capfilt verify runs/mine --deep", "Every byte too:"),

@@ -78,8 +78,8 @@ def explain(
         })  # fmt: skip
         return
     for file, explanation in zip(files, found, strict=True):
-        say(f"{_probability(explanation, loaded)}  {clean(explanation.text)}")
-        say(f"strongest words: {_strongest(explanation)}")
+        say(f"{probability_of(explanation, loaded)}  {clean(explanation.text)}")
+        say(f"strongest words: {strongest_of(explanation)}")
         words = counted(len(explanation.words), "word")
         say(f"{clean(file)}: the average and {words}, layer {layer}")
 
@@ -120,16 +120,16 @@ def _draw(picture: Image.Image, explanation: Explanation, model: ExplainableMode
     panels = [Panel("average", explanation.average)]
     for word, share, map_IJ in zip(explanation.words, explanation.shares, explanation.maps, strict=True):
         panels.append(Panel(word_title(word, share), map_IJ))
-    heading = f"{_probability(explanation, model)}, layer {layer}: {explanation.text}"
+    heading = f"{probability_of(explanation, model)}, layer {layer}: {explanation.text}"
     return draw_panels(picture, panels, heading)
 
 
-def _probability(explanation: Explanation, model: ExplainableModel) -> str:
+def probability_of(explanation: Explanation, model: ExplainableModel) -> str:
     name = "probability per token" if model.kind == "captioner" else "match probability"
     return f"{name} {explanation.probability:.3f}"
 
 
-def _strongest(explanation: Explanation) -> str:
+def strongest_of(explanation: Explanation) -> str:
     if not any(explanation.shares):
         return "none, no word's look at the picture speaks for the text in this layer"
     order = sorted(range(len(explanation.words)), key=lambda number: -explanation.shares[number])

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from capfilt.cli.console import clean, command, note, open_progress, say, say_json
 from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Generation, Run, open_generation
-
-if TYPE_CHECKING:
-    pass
 
 MAX_FINDINGS_SHOWN = 50
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 EXIT_INTERRUPTED = 130
@@ -23,6 +25,17 @@ MESSAGES = {
 
 
 _RETRY_SECONDS = 0.02
+_undo_first: list[Callable[[], None]] = []
+
+
+@contextmanager
+def undone_at_once(undo: Callable[[], None]) -> Iterator[None]:
+    """Until the end of this, a signal that ends the process at once calls `undo` first."""
+    _undo_first.append(undo)
+    try:
+        yield
+    finally:
+        _undo_first.remove(undo)
 
 
 def handle_interrupts() -> None:
@@ -31,6 +44,8 @@ def handle_interrupts() -> None:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if caught:
+            for undo in _undo_first:
+                undo()
             # not by sys.stderr: the signal may have come while it was writing
             os.write(2, b"\ncapfilt: Stopped at once. What is committed is kept; the same command goes on.\n")
             os._exit(CODES[signal.Signals(number)])

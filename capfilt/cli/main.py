@@ -26,6 +26,7 @@ from capfilt.cli import (
     rehearsal,
     run,
     sharing,
+    show,
     statistics,
     train,
 )
@@ -99,6 +100,7 @@ app.command("run")(run.run)
 app.add_typer(recipe.app, name="recipe")
 app.command("select")(annotate.select)
 app.command("stats")(statistics.stats)
+app.command("show")(show.show)
 app.command("verify")(inspection.verify)
 app.command("export")(sharing.export)
 app.command("report")(sharing.report)
