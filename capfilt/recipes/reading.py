@@ -63,7 +63,8 @@ def read_recipe(recipe: str) -> Recipe:
     path = find_recipe(recipe)
     found, mistakes = examine_recipe(path)
     if found is None:
-        raise UsageError("\n".join(f"{path}:{mistake.line}: {mistake.said}" for mistake in mistakes))
+        said = [f"{mistake.line}: {mistake.said}".replace("\n", "\\n") for mistake in mistakes]
+        raise UsageError("\n".join(f"{path}:{one}" for one in said))
     return found
 
 
@@ -199,9 +200,8 @@ class _Section:
             except UsageError as error:
                 key = str(error).split(" ", 1)[0]
                 # With a wrong value left out, what is said of others that depend on it may be wrong too.
-                if not wrong or (
-                    key in given and not any(re.search(rf"\b{re.escape(w)}\b", str(error)) for w in wrong)
-                ):
+                depends = re.findall(r"\w+", str(error).partition("; expected ")[2])
+                if not wrong or (key in given and not set(wrong) & set(depends)):
                     self.note(key, str(error))
                 if key not in given:
                     return None

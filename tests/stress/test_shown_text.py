@@ -78,6 +78,9 @@ def commands_with(text: str, folder: Path, models: Path) -> list[tuple[object, .
     path.write_bytes(sealed_bytes(pa.Table.from_pylist(rows, schema=table.schema), record))
     recipe = folder / "odd.toml"
     recipe.write_text(f"description = {toml_string(storable)}\n[caption]\ncaptioner = {toml_string(name)}\n")
+    wrong = folder / "wrong.toml"
+    key = toml_string(storable)
+    wrong.write_text(f"{key} = {key}\n[caption]\n{key} = {key}\ndecoding = {key}\ntop_p = {key}\n")
     labels = folder / "labels.csv"
     cell = '"' + storable.replace('"', '""') + '"'
     labels.write_text(f"key,label,text\n{cell},{cell},{cell}\n", encoding="utf-8")
@@ -102,6 +105,8 @@ def commands_with(text: str, folder: Path, models: Path) -> list[tuple[object, .
         ("import", folder / f"{name}.tar", folder / "other"), ("download", folder / f"{name}.csv", folder / "third"),
         ("generate", name, picture), ("generate", models / "captioner", folder / name),
         ("train", "blip", run.path, "--output", folder / "blip", "--set", f"{name}=1"),
+        ("recipe", "check", recipe), ("recipe", "check", wrong), ("run", wrong, run.path), ("recipe", "show", recipe),
+        ("recipe", "show", recipe, "--json"), ("recipe", "show", name),
     ]  # fmt: skip
 
 
