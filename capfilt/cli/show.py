@@ -135,9 +135,9 @@ def _show(browser: Browser, deck: Deck, pictures: str, explain: Explain | None, 
         pages = Pages(browser, deck, choose_pictures(pictures, terminal, screen), explain, caption)
         if terminal is not None and not has_one(deck):
             Pager(pages, terminal, look).run()
-            return
-    list_pages(pages, look, shutil.get_terminal_size().lines, screen.write)
-    screen.flush()
+        else:
+            list_pages(pages, look, shutil.get_terminal_size().lines, screen.write)
+            screen.flush()
 
 
 def _explain_by(model: str, device: str) -> Explain:

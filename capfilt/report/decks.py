@@ -72,11 +72,11 @@ class Walk:
 class Listed:
     """Some places, taken as they are asked for."""
 
-    def __init__(self, places: Iterable[Place], most: int) -> None:
-        """`most`: how many there are at most."""
+    def __init__(self, places: Iterable[Place], most: int, *, is_exact: bool = False) -> None:
+        """`most`: how many there are at most, or `is_exact`."""
         self._found: list[Place] = []
         self._more: Iterator[Place] = iter(places)
-        self._most, self._is_whole = most, False
+        self._most, self._is_exact = most, is_exact
 
     def after(self, place: Any) -> int | None:
         """As `Deck`."""
@@ -97,14 +97,14 @@ class Listed:
 
     def position(self, place: Any) -> str:
         """As `Deck`."""
-        self._is_whole |= len(self._found) == self._most
-        return f"{place + 1:,} of {f'{len(self._found):,}' if self._is_whole else f'at most {self._most:,}'}"
+        return f"{place + 1:,} of {'' if self._is_exact else 'at most '}{self._most:,}"
 
     def _look_for(self, number: int | None) -> None:
         wanted = None if number is None else max(0, number + 1 - len(self._found))
         found = list(islice(self._more, wanted))
         self._found += found
-        self._is_whole |= wanted is None or len(found) < wanted
+        if wanted is None or len(found) < wanted or len(self._found) == self._most:
+            self._most, self._is_exact = len(self._found), True
 
 
 def has_one(deck: Deck) -> bool:
@@ -125,10 +125,10 @@ def open_deck(browser: Browser) -> Deck:
     query, walk = browser.query, Walk(browser)
     if query.keys:
         found = _of_keys(browser)[: query.limit]
-        return Listed(found, len(found))
+        return Listed(found, len(found), is_exact=True)
     if query.num_random is not None:
         drawn = _drawn(browser, query.num_random)
-        return Listed(drawn, len(drawn))
+        return Listed(drawn, len(drawn), is_exact=True)
     return walk if query.limit is None else Listed(islice(iterate(walk), query.limit), query.limit)
 
 

@@ -154,6 +154,7 @@ class Pager:
         self._explained = pages.can_explain
         self._first_line, self._most_lines = 0, 0
         self._message, self._shows_help = "", False
+        self._made: tuple[Any, Page] | None = None
 
     def run(self) -> None:
         """Show pages until the end."""
@@ -209,9 +210,7 @@ class Pager:
             lines = [line for keys, text in KEYS for line in wrap(f"{self._plain(keys)}: {text}", columns)]
             self._write(lines[: rows - 1], "", "any key goes back", columns, rows)
             return
-        if self._explained:
-            self._say("Explaining ...")
-        page = self._pages.page(self._place, look, explained=self._explained)
+        page = self._page(look)
         head = page.head[: max(1, rows // 3)]
         room = rows - 1 - len(head)
         drawn = None
@@ -225,6 +224,15 @@ class Pager:
         lines = [*head, *[""] * (drawn.rows if drawn else 0), *shown]
         picture = f"\x1b[{len(head) + 1};1H{drawn.text}" if drawn else ""
         self._write(lines, picture, self._message or self._hint(columns), columns, rows)
+
+    def _page(self, look: Look) -> Page:
+        """The page of now; made once, as a model may take its time."""
+        asked = (self._place, self._explained, look)
+        if self._made is None or self._made[0] != asked:
+            if self._explained:
+                self._say("Explaining ...")
+            self._made = asked, self._pages.page(self._place, look, explained=self._explained)
+        return self._made[1]
 
     def _hint(self, columns: int) -> str:
         """The keys, or those of them that there is room for."""

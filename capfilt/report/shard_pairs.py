@@ -7,6 +7,7 @@ there is one, else of what is there (web captions, captions, CLIP scores, ITM sc
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,20 @@ class ShardPairs:
 
     def captions(self, key: str) -> list[dict[str, Any]]:
         """The pairs of a sample, by their caption's number."""
-        return self.pairs.filter(pc.field("key") == key).sort_by("caption_index").to_pylist()
+        order, bounds, numbers = self._by_key
+        number = numbers.get(key)
+        if number is None:
+            return []
+        return self.pairs.take(order[bounds[number] : bounds[number + 1]]).sort_by("caption_index").to_pylist()
+
+    @cached_property
+    def _by_key(self) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """The pairs' places sorted by key, where each key begins there, and which key that is."""
+        encoded = self.pairs["key"].combine_chunks().dictionary_encode()
+        codes = encoded.indices.to_numpy()
+        order = np.argsort(codes, kind="stable")
+        bounds = np.searchsorted(codes[order], np.arange(len(encoded.dictionary) + 1))
+        return order, bounds, {key: number for number, key in enumerate(encoded.dictionary.to_pylist())}
 
 
 def read_shard_pairs(run: RunDir, shard: str, stages: Collection[str], last: LastAttempts) -> ShardPairs:

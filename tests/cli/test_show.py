@@ -366,6 +366,8 @@ def test_a_caption_is_explained(world: Path, tmp_path: Path) -> None:
 def test_explanations_come_and_go(world: Path) -> None:
     with Session("show", world, "--explain", "embedded", "--device", "cpu", rows=40, answer=answers) as session:
         assert "strongest words" in session.wait_for(READY)
+        session.press("j")
+        assert "Explaining" not in session.wait_for(READY), "it is explained once"
         session.press("e")
         assert "strongest words" not in session.wait_for(READY)
         session.press("n")

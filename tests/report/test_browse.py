@@ -143,6 +143,10 @@ def test_walking_there_and_back(run: RunDir) -> None:
     assert deck.position(first) == "1 of at most 40"
     assert deck.before(None) is not None
     assert deck.position(first) == "1 of 24", "now all are known"
+    deck = open_deck(Browser(run, SampleQuery(num_random=40)))
+    first = deck.after(None)
+    assert first is not None
+    assert deck.position(first) == "1 of 27"
 
 
 def test_the_last_sample_is_found_without_those_between(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,6 @@ from capfilt.data.schemas import SCHEMAS
 from capfilt.errors import UsageError
 from capfilt.report.conditions import Condition
 
-secret = pa.table({"value": [1]})  # a name that DuckDB would find in the module by itself
-
 
 @pytest.fixture
 def pairs() -> pa.Table:
@@ -50,7 +48,7 @@ def test_conditions_hold_where_they_are_true(pairs: pa.Table) -> None:
         "1 = 1; copy (select 1) to 'WRITTEN'", "true; attach 'WRITTEN' as other", "attach 'WRITTEN'",
         "1 = 1) union all (select 1", "true; set enable_external_access = true", "true; install httpfs",
         "exists (copy (select 1) to 'WRITTEN')", "true; export database 'WRITTEN'", "true; load 'WRITTEN'",
-        "exists (select * from read_blob('https://example.com/x'))", "(select count(*) from secret) > 0",
+        "exists (select * from read_blob('https://example.com/x'))", "(select count(*) from numbered) > 0",
         "getenv('HOME') is not null", "true; drop table manifest", "", " ", "nope > 1", "true, false", "$1",
         "sum(rank) > 1", "itm_score >", "text",
     ],
@@ -58,7 +56,7 @@ def test_conditions_hold_where_they_are_true(pairs: pa.Table) -> None:
 def test_anything_else_is_refused(sql: str, pairs: pa.Table, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    pq.write_table(secret, tmp_path / "there.parquet")
+    pq.write_table(pairs, tmp_path / "there.parquet")
     written = tmp_path / "written"
     asked = sql.replace("FILE", str(tmp_path / "there.parquet")).replace("WRITTEN", str(written))
     with pytest.raises(UsageError, match="The columns are shard, key, url"):

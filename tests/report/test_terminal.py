@@ -115,6 +115,19 @@ def test_a_second_signal_gives_it_back_too(number: signal.Signals) -> None:
         assert "\x1b[?25h\x1b[?1049l" in session.text
 
 
+def test_an_answer_that_comes_too_late_is_not_left_to_the_shell() -> None:
+    script = (
+        "import sys, time; from capfilt.report.terminal import Terminal\n"
+        "with Terminal(0, sys.stdout) as terminal:\n"
+        "    terminal.ask(0.1); terminal.write('READY'); time.sleep(1)"
+    )
+    with Session(program=("-c", script)) as session:
+        session.wait_for("READY")
+        session.press("\x1bP>|late(1)\x1b\\\x1b[?62;4c")
+        assert session.end() == 0
+        assert session.left_for_the_shell() == b""
+
+
 def test_a_written_picture_is_not_kept_back() -> None:
     script = (
         "import sys; from capfilt.report.terminal import Terminal\n"
