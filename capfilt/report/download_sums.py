@@ -76,14 +76,20 @@ class HostCounts:
 
     def add(self, rows: pa.Table) -> None:
         """Count `url` and `reason` of rows."""
-        host = pc.utf8_lower(pc.struct_field(pc.extract_regex(rows["url"], _HOST), "host"))
-        found = pa.table({"host": host, "reason": rows["reason"]}).filter(pc.not_equal(host, ""))
-        self._take(found.group_by(["host", "reason"]).aggregate([([], "count_all")]), "count_all")
+        matches = pc.extract_regex(rows["url"].combine_chunks(), _HOST)
+        hosts = pc.utf8_lower(pc.struct_field(matches, "host")).dictionary_encode()
+        reasons = rows["reason"].combine_chunks().dictionary_encode()
+        host, reason = (pc.fill_null(column.indices, -1).to_numpy().astype(np.int64) for column in (hosts, reasons))
+        num = len(reasons.dictionary) + 1
+        pairs, times = np.unique((host * num + reason + 1)[host >= 0], return_counts=True)
+        own = pa.array(pairs % num - 1, mask=pairs % num == 0)
+        found = {"host": hosts.dictionary.take(pairs // num), "reason": reasons.dictionary.take(own), "rows": times}
+        self._take(pa.table(found).filter(pc.not_equal(found["host"], "")))
 
     def merge(self, other: HostCounts) -> None:
         """Add what another one has counted."""
         for table in other._tables:
-            self._take(table, "rows")
+            self._take(table)
 
     def worst(self, num: int) -> list[tuple[str, int, dict[str, int]]]:
         """(host, rows, reason → rows) of the hosts with most failures."""
@@ -102,8 +108,8 @@ class HostCounts:
         self._condense()
         return pc.count_distinct(self._tables[0]["host"]).as_py() if self._tables else 0
 
-    def _take(self, table: pa.Table, counts: str) -> None:
-        self._tables.append(table.select(["host", "reason", counts]).rename_columns(["host", "reason", "rows"]))
+    def _take(self, table: pa.Table) -> None:
+        self._tables.append(table)
         if len(self._tables) > 1 and sum(one.num_rows for one in self._tables[1:]) > _MOST_LOOSE_ROWS:
             self._condense()
 

@@ -41,7 +41,9 @@ class CaptionSums:
         self.distinct.update({int(number): int(times[number]) for number in times.nonzero()[0]})
         num_images = len(image.dictionary)
         chosen = np.arange(num_images)[:: max(1, -(-num_images // max(num_sampled, 1)))]
-        is_chosen = np.isin(of_image, chosen)
+        is_taken = np.zeros(num_images, bool)
+        is_taken[chosen] = True
+        is_chosen = is_taken[of_image]
         captions: dict[int, list[str]] = {int(number): [] for number in chosen}
         texts = plain_texts(rows["text"].filter(pa.array(is_chosen))).to_pylist()
         for number, caption in zip(of_image[is_chosen].tolist(), texts, strict=True):

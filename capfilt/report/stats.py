@@ -28,7 +28,7 @@ from capfilt.report.pair_sums import CLIP_BINS, ITM_BINS, THRESHOLDS, CaptionSum
 from capfilt.report.shard_stats import Asked, ShardSize, ShardSums, sum_shard
 
 NUM_TOP_WORDS, NUM_WORST_HOSTS, NUM_OUTLIERS = 20, 20, 20
-NUM_SAMPLED_IMAGES = 1_000
+NUM_SAMPLED_IMAGES = 300
 """Images whose captions are compared; at least one of each shard."""
 MOST_OF_MEDIAN, LEAST_OF_MEDIAN = 2.0, 0.5
 """A shard with more or fewer images, or bytes, than that many medians stands out."""
