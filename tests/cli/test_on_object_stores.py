@@ -80,6 +80,7 @@ def test_every_command(address: str, tars: Path, models: Models, recipe: Path, t
     mine, theirs = (capfilt("stats", place, "--json").json() for place in (address, disk))
     assert mine.pop("run") == address
     assert theirs.pop("run") == str(disk)
+    assert set(mine.pop("times")) == set(theirs.pop("times")) == {"captions", "clip", "itm"}
     assert mine == theirs
     (tmp_path / "labels.csv").write_text("key,caption_index,label\n00,-1,1\n01,-1,0\n02,-1,1\n")
     for words in (
