@@ -203,7 +203,7 @@ def _rgb(picture: Picture) -> Image.Image:
         return ImageOps.exif_transpose(picture).convert("RGB")
     try:
         return decode_image(Path(picture).read_bytes())
-    except (ImageRefused, OSError) as error:
+    except (ImageRefused, OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UsageError(f"The picture {picture} cannot be used ({reason}). Mend it, or leave it out.") from None
 

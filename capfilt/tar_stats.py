@@ -35,7 +35,7 @@ _PAIRS = pa.schema([SCHEMAS["manifest"].field(name) for name in _PAIR_COLUMNS])
 
 def is_folder_of_tars(path: Path) -> bool:
     """Whether there are tars right in it."""
-    return path.is_dir() and next(path.glob("*.tar"), None) is not None
+    return path.is_dir() and any(tar.is_file() for tar in path.glob("*.tar"))
 
 
 def compute_tar_stats(folder: Path, engine: Engine | None = None, progress: Progress | None = None) -> RunStats:
@@ -43,7 +43,7 @@ def compute_tar_stats(folder: Path, engine: Engine | None = None, progress: Prog
 
     Raises UsageError where there is no tar, OSError where one cannot be read.
     """
-    tars = sorted(str(path) for path in folder.glob("*.tar"))
+    tars = sorted(str(path) for path in folder.glob("*.tar") if path.is_file())
     if not tars:
         raise UsageError(f"{folder} has no tars. Give a run, or a folder of WebDataset tars.")
     sums = ShardSums()

@@ -117,6 +117,8 @@ def test_what_cannot_be_is_said(models: Models, tmp_path: Path) -> None:
         captioner([picture, tmp_path / "text.jpg"])
     with pytest.raises(UsageError, match="No such file"):
         captioner([tmp_path / "none.jpg"])
+    with pytest.raises(UsageError, match="cannot be used"):
+        captioner(["a\0b.jpg"])
     with pytest.raises(UsageError, match="One picture was given"):
         captioner(str(tmp_path / "text.jpg"))
     with pytest.raises(UsageError, match="2 keys for 1 picture"):

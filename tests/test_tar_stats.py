@@ -28,6 +28,7 @@ def folder(tmp_path: Path) -> Path:
     """Two tars: pictures of two formats, captions in texts and in JSON, four broken samples, a cut end."""
     tars = tmp_path / "tars"
     tars.mkdir()
+    (tars / "folder.tar").mkdir()
     write_foreign(
         tars / "00000.tar",
         [
@@ -47,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_figures_are_those_of_an_import(folder: Path, tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run")
-    import_shards([str(path) for path in sorted(folder.glob("*.tar"))], run)
+    import_shards([str(path) for path in sorted(folder.glob("*.tar")) if path.is_file()], run)
     expected, found = compute_stats(run).download, compute_tar_stats(folder).download
     assert found.num_images == expected.num_images == 3
     assert found.by_reason == expected.by_reason

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from capfilt.cli.console import command, draw, note, open_progress, redraw, say, say_json
+from capfilt.cli.console import clean, command, draw, note, open_progress, redraw, say, say_json
 from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Generation, Run, open_generation
 from capfilt.data.paths import AnyPath, path_of
@@ -75,6 +75,8 @@ def stats(
     if ways > 1 or (as_json and (watch is not None or sections is not None)):
         raise UsageError("--section, --compare, --watch and --json were given together; expected one of them.")
     if svg is not None:
+        if is_compared:
+            raise UsageError("--svg is a picture of one run; it was given with --compare. Leave one of them out.")
         from capfilt.data.whole_files import refuse_existing
 
         refuse_existing(svg, overwrite=True)
@@ -85,13 +87,13 @@ def stats(
         found = _watch(run, generation, asked, watch)
     else:
         found = _look(run, generation, asked)
+    if svg is not None:
+        _write_picture(found, svg)
     if as_json:
         say_json(found)
         return
     if watch is None:
         show_stats(found, sections)
-    if svg is not None:
-        _write_picture(found, svg)
     _advise(found, run, generation)
 
 
@@ -125,11 +127,21 @@ def _watch(run: AnyPath, generation: str | None, engine: Engine | None, seconds:
     with redraw() as show:
         while True:
             started = time.monotonic()
-            found = _look(run, generation, engine, quietly=True)
+            found = _look(run, generation, engine, quietly=True) if _has_shards(run, generation) else None
+            if found is None:
+                show(lambda _: f"No shards in {clean(run)} yet")
+                time.sleep(seconds)
+                continue
             show(lambda width, found=found: _dashboard(found, width))
             if found.shards_by_stage == found.expected_by_stage:
                 return found
             time.sleep(max(seconds, _WATCH_SHARE * (time.monotonic() - started)))
+
+
+def _has_shards(run: AnyPath, generation: str | None) -> bool:
+    from capfilt.data.rundir import is_run
+
+    return not is_run(run) or bool(open_generation(run, generation).shard_names())
 
 
 def _compare(

@@ -6,6 +6,7 @@ A crash at any point leaves a stage of a shard committed or not; directories are
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import time
@@ -20,6 +21,8 @@ from capfilt.data.stores import Attempt
 from capfilt.data.whole_files import whole_file
 from capfilt.errors import CommittedError, RunLockedError, UsageError
 
+STAGES_OF_TARS = ("captions", "clip", "itm", "manifest")
+"""Folders of stages that shards are made into; those of generations have a name behind them."""
 _LOCKS = (".lock", ".workers", ".publish")
 _held_locks: dict[Path, int] = {}  # of this process, so that a command may take the lock again in its parts
 _joined: dict[Path, int] = {}  # descriptors of this process by which it is known as a worker
@@ -128,6 +131,7 @@ class Disk:
                 os.unlink(final)
                 sync_directory(final.parent)
             if attempt.tar:
+                self._keep_tar_in_use(attempt, final.with_suffix(".tar"))
                 _move(attempt.tar, final.with_suffix(".tar"))
             if attempt.quarantine:
                 _make_directory(quarantine.parent)
@@ -141,6 +145,18 @@ class Disk:
     def open_tar(self, shard: str, sha256: str, *, anew: bool = False) -> Iterator[BinaryIO]:
         with open(self.path / "shards" / f"{shard}.tar", "rb") as file:
             yield file
+
+    def _keep_tar_in_use(self, attempt: Attempt, tar: Path) -> None:
+        """Where a shard's record was lost and stages were made of its tar, other bytes do not replace that tar."""
+        made = any(
+            (folder / f"{attempt.shard}.parquet").exists()
+            for folder in self.path.iterdir() if folder.name.partition("@")[0] in STAGES_OF_TARS
+        )  # fmt: skip
+        if made and tar.exists():
+            with tar.open("rb") as file:
+                is_same = hashlib.file_digest(file, "sha256").hexdigest() == attempt.tar_sha256
+            if not is_same:
+                _move(tar, tar.with_suffix(".tar.old"))
 
     @contextmanager
     def _publishing(self) -> Iterator[None]:

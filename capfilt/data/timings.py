@@ -7,6 +7,7 @@ them. They are figures for people: nothing depends on them, and where one cannot
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -41,9 +42,9 @@ def note_timing(run: RunDir, timing: Timing) -> None:
 
 
 def read_timings(run: RunDir) -> Iterator[Timing]:
-    """Those of every command, the oldest first; what is no timing is passed over."""
+    """Those of the last MAX_FILES commands, the oldest first; what is no timing is passed over."""
     folder = run.path / FOLDER
-    for name in sorted(names_in(folder))[:MAX_FILES]:
+    for name in sorted(names_in(folder))[-MAX_FILES:]:
         if name.endswith(".json") and (found := _read(folder / name)) is not None:
             yield found
 
@@ -52,6 +53,8 @@ def _read(path: AnyPath) -> Timing | None:
     try:
         found = json.loads(read_bytes(path, MAX_BYTES))
         stages = {str(stage): float(seconds) for stage, seconds in found["stages"].items()}
-        return Timing(stages=stages, num=int(found["num"]), seconds=float(found["seconds"]))
-    except (OSError, CapfiltError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        timing = Timing(stages=stages, num=int(found["num"]), seconds=float(found["seconds"]))
+    except (OSError, CapfiltError, ArithmeticError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+    numbers = (timing.num, timing.seconds, *stages.values())
+    return timing if all(math.isfinite(number) and number >= 0 for number in numbers) else None

@@ -13,6 +13,7 @@ every key, to find keys that two shards share. What is looked at:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -62,6 +63,7 @@ def verify_run(
     shards = run.shard_names()
     lost = _check_strays(run, views, set(shards), report)
     begun = {(view.generation, stage) for view in views for stage in STAGES[1:] if _has_begun(view, stage)}
+    begun |= {(None, stage) for stage in _implied(stage for name, stage in begun if name is None)}
     work = _VerifyShards(run, views, deep, len(shards), begun)
     for shard, (part, digests) in (engine or LocalEngine()).run(work, shards, progress):
         report.merge(part)
@@ -115,7 +117,7 @@ def _verify_shard(run: RunDir, shard: str, deep: bool, report: Report) -> pa.Tab
         num_bytes = size_of(tar)
         if num_bytes is None or num_bytes != record.extra.get("tar_bytes"):
             size = "gone" if num_bytes is None else f"{num_bytes:,} bytes"
-            raise ValueError(f"{tar.name} is {size}; {record.extra.get('tar_bytes'):,} bytes were committed")
+            raise ValueError(f"{tar.name} is {size}; {record.extra.get('tar_bytes', 0):,} bytes were committed")
         if deep or is_local(tar):  # to look into an object is to fetch it
             _verify_members(run, shard, rows, record, deep=deep)
     except (ValueError, OSError, CorruptionError) as error:
@@ -247,6 +249,15 @@ def _has_begun(view: RunDir, stage: str) -> bool:
     return bool(view.committed(stage)) or (stage == "manifest" and view.generation is not None)
 
 
+def _implied(begun: Iterable[str]) -> list[str]:
+    """Stages that have begun as a later one was made of them; the manifest, as `filter` makes it with the scores.
+
+    Captions that people wrote come into a manifest without the stages between.
+    """
+    last = max((STAGES.index(stage) for stage in begun if stage != "manifest"), default=0)
+    return [*STAGES[1 : last + 1], *(["manifest"] if STAGES[last] == "itm" else [])]
+
+
 def _check_strays(run: RunDir, views: list[RunDir], shards: set[str], report: Report) -> set[str]:
     """Tars without a commit record are what a crash leaves; where stages were made of them, the record was lost.
 
@@ -294,9 +305,9 @@ def _check_plan(run: RunDir, shards: list[str], lost: set[str], report: Report) 
             problem = f"its plan has {plan[0]} shards and {plan[1]} rows; that of shard {first} has "
             problem += f"{num_shards} and {source_rows}"
             _add(report.findings, "shards", shard, [problem])
-    present = {int(shard) for shard in [*plans, *filter(is_shard_name, lost)]}
-    planned = min(num_shards, _MAX_SHARDS)
-    absent = sorted(set(range(max(planned, max(present, default=-1) + 1))) - present)
+    numbers = {int(shard) for shard in plans}
+    num_expected = max(min(num_shards, _MAX_SHARDS), max(numbers, default=-1) + 1)
+    absent = sorted(set(range(num_expected)) - numbers - {int(shard) for shard in filter(is_shard_name, lost)})
     for number in absent:
         _add(report.unfinished, "shards", f"{number:05d}", ["the shard is not there"])
     counts = report.counts.get("shards", StageCounts())

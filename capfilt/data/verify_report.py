@@ -87,8 +87,9 @@ class Report:
         if "shards" in folders:
             yield (
                 "A damaged or lost shard: put its .tar and .parquet back from a copy; or remove its .parquet, where "
-                f"there is one, and repeat {self._commands(['shards'])}. What other stages made of the same bytes "
-                "stays good."
+                f"there is one, and repeat {self._commands(['shards'])} as it was given (of a recipe: `capfilt run`). "
+                "What other stages made of the same bytes stays good; a tar that they were made of is kept as .tar.old "
+                "where other bytes come in its place. Files of a number that this run never had may be removed."
             )
         if others := folders - {"shards"}:
             yield f"A damaged file of another stage: remove its .parquet and repeat {self._commands(others)}."

@@ -241,10 +241,11 @@ class _Drawer:
         for source, curve in curves.items():
             cells = sparks(resampled(curve, self._width), 1.0, plain=self._plain)
             lines.append(_labelled(source, cells, "", _SOURCE_STYLES.get(source, "")))
-        thresholds = [one["threshold"] for one in self._stats.selections if "threshold" in one]
-        if lines and len(thresholds) == 1:
-            rates = ", ".join(f"{_at(curve, thresholds[0]):.1%}" for curve in curves.values())
-            marked = mark_at(thresholds[0], self._width, f"{thresholds[0]:g} ({rates})", plain=self._plain)
+        threshold = self._stats.threshold
+        if lines and threshold is not None:
+            kept = [self._stats.pairs[source].kept_at for source in curves]
+            rates = ", ".join("" if rate is None else f"{rate:.1%}" for rate in kept)
+            marked = mark_at(threshold, self._width, f"{threshold:g} ({rates})", plain=self._plain)
             lines.append(Text(" " * _LABEL + marked, "bold"))
         title = Text("kept rate at ITM thresholds 0 to 1, of pairs that nothing else drops", _DIM)
         return [title, *lines] if lines else []
@@ -255,6 +256,8 @@ class _Drawer:
     def _named_bars(self, label: str, counts: dict[str, int], unit: str) -> Text:
         filled = [number for number, times in enumerate(counts.values()) if times]
         names, times = list(counts), list(counts.values())
+        if not filled:
+            return _labelled(label, "", "", "")
         first, last = filled[0], filled[-1]
         cells = "".join(2 * cell for cell in sparks(times[first : last + 1], plain=self._plain))
         ends = names[first] if first == last else f"{names[first]} {'...' if self._plain else '…'} {names[last]}"
@@ -281,7 +284,3 @@ def _range(spread: Spread) -> str:
 
 def _byte_range(spread: Spread) -> str:
     return f"{format_bytes(spread.least)} to {format_bytes(spread.most)} (median {format_bytes(spread.median)})"
-
-
-def _at(curve: list[float], threshold: float) -> float:
-    return curve[round(min(max(threshold, 0.0), 1.0) * (len(curve) - 1))]

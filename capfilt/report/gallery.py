@@ -56,19 +56,20 @@ class Card:
 
 
 def choose_cards(run: RunDir, num_pairs: int, progress: Progress) -> tuple[float | None, list[Card]]:
-    """The threshold, and the images to show, the nearest to it first; without pictures yet.
+    """The threshold (None where shards have several), and the images, the nearest to it first; without pictures yet.
 
     Raises UsageError for a run without a manifest.
     """
-    chosen, threshold = _Chosen(num_pairs), None
+    chosen, thresholds = _Chosen(num_pairs), dict[str, float]()
     progress.start("report", len(run.shard_names()), "shards")
     for opened, shard, table in iterate_manifest([run]):
         found = read_commit_record(opened.read_file("manifest", shard)).fields.get("threshold")
-        threshold = float(found) if isinstance(found, int | float) else None
-        chosen.add(shard, table, threshold or 0.0)
+        thresholds[shard] = float(found) if isinstance(found, int | float) else 0.0
+        chosen.add(shard, table, thresholds[shard])
         progress.advance()
     progress.finish()
-    cards = [card for shard, keys in chosen.by_shard() for card in _cards_of(run, shard, keys, threshold or 0.0)]
+    cards = [card for shard, keys in chosen.by_shard() for card in _cards_of(run, shard, keys, thresholds[shard])]
+    threshold = next(iter(thresholds.values())) if len(set(thresholds.values())) == 1 else None
     return threshold, sorted(cards, key=lambda card: (card.distance, card.shard, card.key))
 
 
@@ -134,6 +135,7 @@ def add_pictures(
     for shard, wanted in by_shard.items():
         for sample in read_samples(run, shard, keys=wanted.keys()):
             card = wanted[sample.key]
+            progress.advance()
             try:
                 picture = decode_image(sample.image)
             except ImageRefused:
@@ -141,7 +143,6 @@ def add_pictures(
             card.picture = _thumbnail(picture)
             if explain is not None and id(card) in explained:
                 card.maps = [(said, _thumbnail(drawn)) for said, drawn in [explain(picture, card.nearest)]]
-            progress.advance()
     progress.finish()
 
 

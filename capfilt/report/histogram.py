@@ -25,8 +25,8 @@ class Histogram:
         return cls(list(_even_bounds(low, high, bins)), [0] * bins)
 
     def add(self, values: np.ndarray) -> None:
-        """Count `values`; those outside the bounds count in the first or last bin."""
-        bins = np.searchsorted(np.array(self.bounds[1:-1]), values, side="right")
+        """Count `values`; those outside the bounds count in the first or last bin, what is no number in none."""
+        bins = np.searchsorted(np.array(self.bounds[1:-1]), values[~np.isnan(values)], side="right")
         self._add_counts(np.bincount(bins, minlength=len(self.counts)))
 
     def merge(self, other: Histogram) -> None:

@@ -72,6 +72,8 @@ class PairSums:
     itm_score: Histogram = field(default_factory=lambda: Histogram.even(0, 1, ITM_BINS))
     num_candidates: int = 0
     """Pairs that nothing but the threshold drops."""
+    num_chosen: int = 0
+    """Of them, those that are kept."""
     num_passing: np.ndarray = field(default_factory=lambda: np.zeros(len(THRESHOLDS), np.int64))
     """Of them, those that each of THRESHOLDS keeps."""
 
@@ -88,6 +90,7 @@ class PairSums:
         self.itm_score.add(pc.drop_null(rows["itm_score"]).to_numpy())
         only_threshold = pc.or_(pc.is_null(rows["drop_reason"]), pc.equal(rows["drop_reason"], "low_itm"))
         scores = pc.drop_null(pc.filter(rows["itm_score"], pc.fill_null(only_threshold, True))).to_numpy()
+        self.num_chosen += pc.sum(pc.and_(rows["kept"], pc.is_valid(rows["itm_score"]))).as_py() or 0
         self.num_passing += _num_passing(scores)
         self.num_candidates += len(scores)
 
@@ -100,6 +103,7 @@ class PairSums:
         self.words.merge(other.words)
         self.clip_score.merge(other.clip_score)
         self.itm_score.merge(other.itm_score)
+        self.num_chosen += other.num_chosen
         self.num_passing += other.num_passing
         self.num_candidates += other.num_candidates
 

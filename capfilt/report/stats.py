@@ -88,6 +88,8 @@ class SourceStats:
     itm_score: Histogram = field(default_factory=lambda: Histogram.even(0, 1, ITM_BINS))
     kept_by_threshold: dict[str, float] = field(default_factory=dict)
     """ITM threshold → share kept of the pairs that nothing but the threshold drops."""
+    kept_at: float | None = None
+    """The share of them that the chosen threshold keeps."""
     num_words: int = 0
     """Different words of the kept captions."""
     top_words: dict[str, int] = field(default_factory=dict)
@@ -149,6 +151,12 @@ class RunStats:
     """Stage → reason → rows."""
     times: dict[str, TimeStats] = field(default_factory=dict)
     """By stage."""
+
+    @property
+    def threshold(self) -> float | None:
+        """Of the choice, where it is one."""
+        found = {one["threshold"] for one in self.selections if isinstance(one.get("threshold"), int | float)}
+        return float(found.pop()) if len(found) == 1 else None
 
     @property
     def has_manifest(self) -> bool:
@@ -294,6 +302,7 @@ def _source_stats(sums: PairSums) -> SourceStats:
         clip_score=sums.clip_score,
         itm_score=sums.itm_score,
         kept_by_threshold=dict(zip(map(str, THRESHOLDS), shares, strict=True)) if shares else {},
+        kept_at=sums.num_chosen / sums.num_candidates if sums.num_candidates else None,
         num_words=sums.words.num_words(),
         top_words=sums.words.top(NUM_TOP_WORDS),
     )

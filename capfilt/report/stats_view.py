@@ -38,7 +38,7 @@ def rule(title: str, *, plain: bool = False) -> str:
 
 def table_lines(rows: Iterable[tuple[str, int]], total: int, *, plain: bool) -> Iterator[str]:
     """Name, count, share and bar of each row."""
-    listed = list(rows)
+    listed = [(clean_for_terminal(name, 40), number) for name, number in rows]
     width = max((len(name) for name, _ in listed), default=0)
     for name, number in listed:
         share = number / total if total else 0.0
@@ -69,7 +69,7 @@ def _download_lines(stats: RunStats, plain: bool) -> Iterator[str]:
         yield "  rows without an image, by reason"
         for name, number in found.by_reason.items():
             sentence = REASON_SENTENCES.get(name, "")
-            yield f"  {name:<20} {number:>9,}  {number / found.num_rows:6.1%}  {sentence}"
+            yield f"  {clean_for_terminal(name, 40):<20} {number:>9,}  {number / found.num_rows:6.1%}  {sentence}"
     if found.width_px and found.height_px:
         yield ""
         yield f"  width {_spread(found.width_px, 'px')};  height {_spread(found.height_px, 'px')}"
@@ -93,7 +93,8 @@ def _host_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     yield ""
     yield rule(f"Hosts with most failures, of {stats.download.num_hosts:,}", plain=plain)
     for one in stats.download.worst_hosts:
-        reasons = ", ".join(f"{name} {number:,}" for name, number in list(one.by_reason.items())[:3])
+        listed = list(one.by_reason.items())[:3]
+        reasons = ", ".join(f"{clean_for_terminal(name, 40)} {number:,}" for name, number in listed)
         host = clean_for_terminal(one.host, 30)
         counts = f"{one.num_failed:>8,} of {one.num_rows:>8,}  {one.num_failed / one.num_rows:6.1%}"
         yield f"  {host:<30} {counts}  {reasons}"
@@ -122,7 +123,8 @@ def _pair_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     yield f"  {'source':<10} {'pairs':>10} {'kept':>10} {'share':>7}   dropped"
     for source, found in stats.pairs.items():
         share = found.num_kept / found.num_pairs if found.num_pairs else 0.0
-        dropped = ", ".join(f"{name} {number:,}" for name, number in found.by_drop_reason.items())
+        reasons = found.by_drop_reason.items()
+        dropped = ", ".join(f"{clean_for_terminal(name, 40)} {number:,}" for name, number in reasons)
         yield f"  {source:<10} {found.num_pairs:>10,} {found.num_kept:>10,} {share:>7.1%}   {dropped}"
     images = stats.download.num_images
     share = stats.num_images_kept / images if images else 0.0
@@ -202,9 +204,9 @@ def _threshold_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     yield ""
     yield rule("Kept rate against the ITM threshold, of the pairs that nothing else drops", plain=plain)
     yield "  threshold   " + "".join(f"{source:<{BAR_WIDTH + 8}}" for source in curves).rstrip()
-    chosen = {f"{one['threshold']:g}" for one in stats.selections if "threshold" in one}
+    chosen = "" if stats.threshold is None else f"{stats.threshold:g}"
     for threshold in next(iter(curves.values())):
-        is_chosen = f"{float(threshold):g}" in chosen
+        is_chosen = f"{float(threshold):g}" == chosen
         if threshold not in SHOWN_THRESHOLDS and not is_chosen:
             continue
         cells = []

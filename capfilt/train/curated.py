@@ -33,7 +33,8 @@ class CuratedDataset(IterableDataset[Any]):
     every epoch.
 
     Workers of a `DataLoader` read stretches of their own too. Told the loader's `batch_size`, they share an epoch so
-    that it has as many batches as `len(loader)` says, and `skip` passes over what was taken of it.
+    that it has as many batches as `len(loader)` says, and `skip` passes over what was taken of it. A loader with
+    `persistent_workers` keeps the epoch that it began with, whatever is set later.
 
     Example:
         data = CuratedDataset("runs/mine", transform=lambda sample: (to_tensor(sample["image"]), sample["text"]))

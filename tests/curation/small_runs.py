@@ -81,7 +81,7 @@ def make_run(
         numbers = range(first, first + num_samples)
         pictures = {n: encode_picture(n % num_pictures if num_pictures else n, *picture_size_px) for n in numbers}
         images = {f"{n:09d}": picture[: 200 if n in broken else None] for n, picture in pictures.items()}
-        _commit_shard(run, f"{number:05d}", images, num_shards * num_samples, num_shards, picture_size_px)
+        commit_shard(run, f"{number:05d}", images, num_shards * num_samples, num_shards, picture_size_px)
     return run
 
 
@@ -104,7 +104,7 @@ def encode_picture(seed: int, width_px: int = PICTURE_SIZE_PX[0], height_px: int
     return buffer.getvalue()
 
 
-def _commit_shard(
+def commit_shard(
     run: RunDir, shard: str, images: dict[str, bytes], source_rows: int, num_shards: int, size_px: tuple[int, int]
 ) -> None:
     width, height = size_px

@@ -69,7 +69,11 @@ def test_what_is_no_timing_is_passed_over(tmp_path: Path) -> None:
     note_timing(run, Timing(stages={"clip": 2.0}, num=4, seconds=5.0))
     note_timing(run, Timing(stages={}, num=0, seconds=5.0))
     folder = run.path / FOLDER
-    texts = ["", "[]", "{", '{"stages": 1}', '{"stages": {"clip": "x"}, "num": 1, "seconds": 1}']
+    texts = [
+        "", "[]", "{", '{"stages": 1}', '{"stages": {"clip": "x"}, "num": 1, "seconds": 1}',
+        '{"stages": {}, "num": 1e999, "seconds": 1}', '{"stages": {}, "num": 1, "seconds": Infinity}',
+        '{"stages": {"clip": -1}, "num": 1, "seconds": 1}',
+    ]  # fmt: skip
     for number, text in enumerate(texts):
         (folder / f"{number}.json").write_text(text)
     (folder / "9.json").write_text(json.dumps({"stages": {"clip": 1}, "num": 1, "seconds": 1, "pad": "x" * 20_000}))

@@ -13,12 +13,15 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from capfilt.data.commit import read_commit_record, read_table
+from capfilt.data.commit import commit_stage, input_digest, read_commit_record, read_table
+from capfilt.data.reasons import Quarantined
 from capfilt.data.rundir import STAGES, RunDir
 from capfilt.data.schemas import SCHEMAS
 from capfilt.data.sealed import read_sealed, sealed_bytes
 from capfilt.data.tars import index_tar
 from capfilt.data.verify import verify_run
+from tests.curation.small_runs import PICTURE_SIZE_PX, commit_shard, encode_picture, make_run
+from tests.stress.lives import live
 
 BAD = "00001"
 Damage = Callable[[RunDir], None]
@@ -320,3 +323,47 @@ def test_remedies_name_commands_and_generations(make_run: Callable[..., RunDir],
         "Unfinished: repeat `capfilt filter --generation warm` as it was given; it goes on where it was.",
         "Or give a generation up that is not wanted any more: remove the folders whose names end in @warm.",
     ]
+
+
+def test_a_tar_that_stages_were_made_of_is_kept_where_other_bytes_come(tmp_path: Path) -> None:
+    """Its record was lost, and the web, or an import, gives something else today."""
+    run = make_run(tmp_path / "run", num_shards=1, num_samples=2)
+    table = pa.table({"key": ["000000000"], "caption_index": pa.array([0], pa.int32()), "text": ["a dog"]})
+    commit_stage(
+        run, "captions", "00000", table, fields={}, input_digest=input_digest(run, "captions", "00000"), rows_in=2,
+        quarantine=[Quarantined(key="000000001", reason="scoring_failed")],
+    )  # fmt: skip
+    tar, before = run.tar_path("00000"), run.tar_path("00000").read_bytes()
+    images = {f"{number:09d}": encode_picture(number) for number in range(2)}
+    run.stage_file("shards", "00000").unlink()
+    commit_shard(run, "00000", images, 2, 1, PICTURE_SIZE_PX)
+    assert tar.read_bytes() == before
+    assert not list(tar.parent.glob("*.old")), "the same bytes are no other ones"
+    run.stage_file("shards", "00000").unlink()
+    commit_shard(run, "00000", {"000000000": encode_picture(7)}, 1, 1, PICTURE_SIZE_PX)
+    assert tar.read_bytes() != before
+    assert tar.with_suffix(".tar.old").read_bytes() == before
+
+
+def whole_run(template: Path) -> Path:
+    if not (template / "whole").exists():
+        live(template / "whole")
+    return template / "whole"
+
+
+def test_stages_that_later_ones_were_made_of_have_begun(template: Path, tmp_path: Path) -> None:
+    for lost in (["captions"], ["captions", "clip"], ["manifest"]):
+        run = RunDir.open(Path(shutil.copytree(whole_run(template), tmp_path / "-".join(lost))))
+        for stage in lost:
+            shutil.rmtree(run.path / stage)
+        report = verify_run(run)
+        assert report.exit_code == 1, lost
+        assert {finding.stage for finding in report.unfinished} >= set(lost)
+
+
+def test_a_stray_of_a_large_number_costs_nothing(template: Path, tmp_path: Path) -> None:
+    run = RunDir.open(Path(shutil.copytree(whole_run(template), tmp_path / "copy")))
+    shutil.copy(run.stage_file("clip", "00000"), run.path / "clip" / "20240101120000.parquet")
+    report = verify_run(run)
+    assert report.exit_code == 5
+    assert len(report.findings) + len(report.unfinished) < 5

@@ -52,6 +52,7 @@ def test_a_threshold_keeps_what_the_selection_keeps(judged: list[tuple[float, st
     assert sums.num_candidates == len(scores)
     expected = [sum(score >= threshold for score in scores) for threshold in THRESHOLDS]
     assert sums.num_passing.tolist() == expected
+    assert sums.num_chosen == sum(reason is None for _, reason in judged) + 2
     assert expected[90] == sum(score > 0.9 for score in scores)
 
 

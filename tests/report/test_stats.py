@@ -189,5 +189,5 @@ def test_spread_and_histogram() -> None:
     assert spread is not None
     assert (spread.num, spread.median, spread.mean) == (4, 6.0, 6.0)
     histogram = Histogram.even(0, 1, 2)
-    histogram.add(np.array([-3.0, 0.5, 1.0, 9.0]))
+    histogram.add(np.array([-3.0, 0.5, 1.0, 9.0, np.nan]))
     assert histogram.counts == [1, 3]
