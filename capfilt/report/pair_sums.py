@@ -33,13 +33,12 @@ class CaptionSums:
     def add(self, rows: pa.Table, num_sampled: int) -> None:
         """Count the captions of a shard; those of `num_sampled` of its images, evenly spread, are kept."""
         self.num_captions += rows.num_rows
-        image, text = (rows[name].combine_chunks().dictionary_encode() for name in ("key", "text"))
-        of_image = image.indices.to_numpy()
-        pairs = of_image.astype(np.int64) * max(len(text.dictionary), 1) + text.indices.to_numpy()
+        of_image, num_images = _images_of(rows["key"])
+        text = rows["text"].combine_chunks().dictionary_encode()
+        pairs = of_image * max(len(text.dictionary), 1) + text.indices.to_numpy()
         different = np.bincount(distinct(pairs) // max(len(text.dictionary), 1))
         times = np.bincount(different)
         self.distinct.update({int(number): int(times[number]) for number in times.nonzero()[0]})
-        num_images = len(image.dictionary)
         chosen = np.arange(num_images)[:: max(1, -(-num_images // max(num_sampled, 1)))]
         is_taken = np.zeros(num_images, bool)
         is_taken[chosen] = True
@@ -121,8 +120,7 @@ class ImageSums:
 
     def add(self, rows: pa.Table) -> None:
         """Count the images of a manifest's rows."""
-        image = rows["key"].combine_chunks().dictionary_encode()
-        codes, num = image.indices.to_numpy(), len(image.dictionary)
+        codes, num = _images_of(rows["key"])
         kept = rows["kept"].to_numpy()
         self.num_kept += int(np.count_nonzero(np.bincount(codes[kept], minlength=1)))
         scores = rows["clip_score"].to_numpy()
@@ -137,6 +135,16 @@ class ImageSums:
         self.num_kept += other.num_kept
         self.num_compared += other.num_compared
         self.num_synthetic_first += other.num_synthetic_first
+
+
+def _images_of(keys: pa.ChunkedArray) -> tuple[np.ndarray, int]:
+    """(number of each row's image, (N,); how many images). Rows of an image stand together, as every stage has them."""
+    array = keys.combine_chunks()
+    if not len(array):
+        return np.zeros(0, np.int64), 0
+    begins = pc.not_equal(array.slice(1), array.slice(0, len(array) - 1)).to_numpy(zero_copy_only=False)
+    codes = np.concatenate([[0], np.cumsum(begins)])
+    return codes, int(codes[-1]) + 1
 
 
 def _best(codes: np.ndarray, scores: np.ndarray, where: np.ndarray, num: int) -> np.ndarray:
