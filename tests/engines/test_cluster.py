@@ -108,8 +108,8 @@ def test_that_there_is_less_room_than_asked_for_is_said(cluster: str) -> None:
 
 def test_a_shard_that_does_not_end_is_set_aside(cluster: str) -> None:
     tally, done = Tally(), list[tuple[str, int]]()
-    engine = RayEngine(RaySettings(num_workers=2, cpus_per_worker=1, max_deaths=2, stall_seconds=2))
-    with pytest.raises(CapfiltError, match=r"1 of 12 shards were set aside.*00004.*did not get on for 2 s"):
+    engine = RayEngine(RaySettings(num_workers=2, cpus_per_worker=1, max_deaths=2, stall_seconds=4))
+    with pytest.raises(CapfiltError, match=r"1 of 12 shards were set aside.*00004.*did not get on for 4 s"):
         done.extend(engine.run(Sleeps(12 * UNITS, seconds=3.0, endless="00004"), NAMES, tally))
     assert sorted(name for name, _ in done) == [name for name in NAMES if name != "00004"]
     assert tally.done == 11 * UNITS

@@ -128,7 +128,8 @@ def test_death_at_every_call_and_again_in_the_resumption(tmp_path: Path, stage: 
             go_on(run)
             assert stage_files(run.path) == expected
             report = verify_run(run, deep=True)
-            assert (report.findings, report.unfinished) == ([], [])
+            unfinished = {finding.stage for finding in report.unfinished}
+            assert (report.findings, unfinished) == ([], {"manifest"} if stage == "itm" else set()), "which is due then"
             shutil.rmtree(run.path)
             if not again:
                 break
