@@ -26,6 +26,15 @@ MESSAGES = {
 
 _RETRY_SECONDS = 0.02
 _undo_first: list[Callable[[], None]] = []
+_raised: list[int] = []
+
+
+def exit_code_of_signal() -> int | None:
+    """Of the signal that was raised in this process; None where none was.
+
+    What code in other languages makes of it may be an error of its own: safetensors, seen amid the reading of weights.
+    """
+    return CODES[signal.Signals(_raised[0])] if _raised else None
 
 
 @contextmanager
@@ -55,10 +64,9 @@ def handle_interrupts() -> None:
     def end(frame: FrameType | None) -> None:
         if _is_importing(frame):
             signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
-        elif caught[0] == signal.SIGINT:
-            raise KeyboardInterrupt
         else:
-            raise SystemExit(EXIT_TERMINATED)
+            _raised.append(caught[0])
+            raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(EXIT_TERMINATED)
 
     signal.signal(signal.SIGALRM, lambda _, frame: end(frame))
     for number in CODES:

@@ -32,7 +32,7 @@ from capfilt.cli import (
 )
 from capfilt.cli.commands import MAX_LINE_CHARS, CapfiltGroup, CapfiltTyper
 from capfilt.cli.console import clean, note
-from capfilt.cli.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, MESSAGES
+from capfilt.cli.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, MESSAGES, exit_code_of_signal
 from capfilt.errors import CapfiltError
 
 MAX_MESSAGE_LINES = 40
@@ -139,7 +139,11 @@ def main() -> NoReturn:
             note(f"capfilt: {MESSAGES[EXIT_TERMINATED]}")
         sys.exit(_closed_quietly(ended.code))
     except BaseException as error:
-        sys.exit(report(error))
+        code = exit_code_of_signal()
+        if code is None or isinstance(error, KeyboardInterrupt):
+            sys.exit(report(error))
+        note(f"capfilt: {MESSAGES[code]} On the way out: {clean(_in_words(error), MAX_LINE_CHARS)}")
+        sys.exit(code)
     sys.exit(0)
 
 

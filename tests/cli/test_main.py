@@ -123,6 +123,19 @@ def test_a_signal_amid_an_import_waits_for_its_end(tmp_path: Path) -> None:
         assert done.stderr.endswith(ending)
 
 
+def test_an_error_that_others_make_of_a_signal_is_the_signal() -> None:
+    """As safetensors does, amid the reading of weights: the file was said to be damaged."""
+    code = "import signal, sys; from capfilt.cli import main, interrupts; interrupts.handle_interrupts()\n"
+    code += (
+        "def app():\n    try: signal.raise_signal(signal.{})\n    except BaseException: raise ValueError('no shape')\n"
+    )
+    code += "main.app = app; main.main()"
+    for name, expected in (("SIGINT", 130), ("SIGTERM", 143)):
+        done = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True, check=False)
+        assert done.returncode == expected
+        assert "the same command goes on. On the way out: no shape" in done.stderr
+
+
 def test_a_reader_that_goes_away_is_no_error(downloaded: Path) -> None:
     process = capfilt_process("stats", downloaded)
     assert process.stdout is not None
