@@ -155,10 +155,11 @@ def annotate(
 
 def _note_timing(run: RunDir, summary: AnnotateSummary) -> None:
     """How long the models worked on the images that no earlier command had done."""
-    new = {name: stage for name, stage in summary.stages.items() if name in MODELS and stage.num_new_samples}
-    stages = {name: stage.seconds for name, stage in new.items()}
-    num = max((stage.num_new_samples for stage in new.values()), default=0)
-    note_timing(run, Timing(stages=stages, num=num, seconds=summary.seconds))
+    stages = {
+        name: (stage.num_new_samples, stage.seconds)
+        for name, stage in summary.stages.items() if name in MODELS and stage.num_new_samples
+    }  # fmt: skip
+    note_timing(run, Timing(stages=stages, seconds=summary.seconds))
 
 
 def _has_lost_scores(run: RunDir, shards: Sequence[str]) -> bool:

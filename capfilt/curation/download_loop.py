@@ -17,6 +17,7 @@ import selectors
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,23 @@ def download_shards(
 
     Raises CapfiltError when some failed for good.
     """
-    started = time.monotonic()
-    try:
-        failed = _download_shards(run, settings, plan, urls, missing, staging, progress, engine)
-    finally:
-        done = set(run.committed("shards"))
-        num = sum(plan.size_of(number) for number in missing if shard_name(number) in done)
-        seconds = time.monotonic() - started
-        note_timing(run, Timing(stages={"shards": seconds}, num=num, seconds=seconds))
+    wanted = {number - plan.first for number in missing}
+    num_rows, failed = sum(plan.size_of(number) for number in missing), list[str]()
+    with _noted(run, plan, missing):
+        if engine is None or isinstance(engine, LocalEngine):  # whose processes go from part to part
+            parts = write_parts(urls, plan.sizes, wanted, staging)
+            progress.start("download", num_rows, "URLs")
+            failed += _Download(run, settings, plan, staging, progress, parts).run_all(len(missing))
+            progress.finish()
+        else:
+            part_rows = settings.num_processes * max(plan.sizes)  # what one worker downloads at a time
+            parts = write_parts(urls, plan.sizes, wanted, staging, part_rows)
+            with run.sharing() as share:
+                shared = {shard_name(p.numbers[0] + plan.first): _SharedPart(p.numbers, share(p.path)) for p in parts}
+                num_rows = sum(plan.sizes[number] for part in shared.values() for number in part.numbers)
+                work = _DownloadParts(run, settings, plan, shared, num_rows)
+                for _, problems in engine.run(work, list(shared), progress):
+                    failed += problems
     if failed:
         raise CapfiltError(
             "\n  ".join([f"{len(failed)} of {len(missing)} shards could not be downloaded: ", *failed[:10]])
@@ -97,34 +107,17 @@ def download_shards(
         )
 
 
-def _download_shards(
-    run: RunDir,
-    settings: DownloadSettings,
-    plan: ShardPlan,
-    urls: UrlTable,
-    missing: Sequence[int],
-    staging: Path,
-    progress: Progress,
-    engine: Engine | None,
-) -> list[str]:
-    """What went wrong with the shards that could not be downloaded."""
-    wanted = {number - plan.first for number in missing}
-    num_rows, failed = sum(plan.size_of(number) for number in missing), list[str]()
-    if engine is None or isinstance(engine, LocalEngine):  # whose processes go from part to part
-        parts = write_parts(urls, plan.sizes, wanted, staging)
-        progress.start("download", num_rows, "URLs")
-        failed += _Download(run, settings, plan, staging, progress, parts).run_all(len(missing))
-        progress.finish()
-    else:
-        part_rows = settings.num_processes * max(plan.sizes)  # what one worker downloads at a time
-        parts = write_parts(urls, plan.sizes, wanted, staging, part_rows)
-        with run.sharing() as share:
-            shared = {shard_name(p.numbers[0] + plan.first): _SharedPart(p.numbers, share(p.path)) for p in parts}
-            num_rows = sum(plan.sizes[number] for part in shared.values() for number in part.numbers)
-            work = _DownloadParts(run, settings, plan, shared, num_rows)
-            for _, problems in engine.run(work, list(shared), progress):
-                failed += problems
-    return failed
+@contextmanager
+def _noted(run: RunDir, plan: ShardPlan, missing: Sequence[int]) -> Iterator[None]:
+    """Write down how long the shards took that are there at the end, by an error or an interruption too."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        done = set(run.committed("shards"))
+        num = sum(plan.size_of(number) for number in missing if shard_name(number) in done)
+        seconds = time.monotonic() - started
+        note_timing(run, Timing(stages={"shards": (num, seconds)}, seconds=seconds))
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from capfilt.data.paths import AnyPath
+from capfilt.data.schemas import SCHEMAS
 from capfilt.data.stores import Attempt
 from capfilt.data.whole_files import whole_file
 from capfilt.errors import CommittedError, RunLockedError, UsageError
 
-STAGES_OF_TARS = ("captions", "clip", "itm", "manifest")
-"""Folders of stages that shards are made into; those of generations have a name behind them."""
 _LOCKS = (".lock", ".workers", ".publish")
 _held_locks: dict[Path, int] = {}  # of this process, so that a command may take the lock again in its parts
 _joined: dict[Path, int] = {}  # descriptors of this process by which it is known as a worker
@@ -147,16 +146,20 @@ class Disk:
             yield file
 
     def _keep_tar_in_use(self, attempt: Attempt, tar: Path) -> None:
-        """Where a shard's record was lost and stages were made of its tar, other bytes do not replace that tar."""
+        """Where a shard's record was lost and stages were made of its tar, other bytes do not replace that tar.
+
+        What is kept already stays: the next attempt would put another one's tar in its place.
+        """
         made = any(
             (folder / f"{attempt.shard}.parquet").exists()
-            for folder in self.path.iterdir() if folder.name.partition("@")[0] in STAGES_OF_TARS
+            for folder in self.path.iterdir() if folder.name.partition("@")[0] in SCHEMAS.keys() - {"shards"}
         )  # fmt: skip
-        if made and tar.exists():
+        kept = tar.with_suffix(".tar.old")
+        if made and tar.exists() and not kept.exists():
             with tar.open("rb") as file:
                 is_same = hashlib.file_digest(file, "sha256").hexdigest() == attempt.tar_sha256
             if not is_same:
-                _move(tar, tar.with_suffix(".tar.old"))
+                _move(tar, kept)
 
     @contextmanager
     def _publishing(self) -> Iterator[None]:

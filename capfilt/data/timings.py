@@ -26,17 +26,16 @@ MAX_BYTES, MAX_FILES = 16_384, 10_000
 class Timing:
     """One command's work on a run."""
 
-    stages: dict[str, float]
-    """Stage → seconds that models or servers worked on it, in all workers together."""
-    num: int
-    """Images, or rows of the URL table, that were worked on."""
+    stages: dict[str, tuple[int, float]]
+    """Stage → images (or rows of the URL table) that were new to it, and the seconds that its model (or the servers)
+    worked on them, in all workers together."""
     seconds: float
     """From the command's begin to its end, loading models included."""
 
 
 def note_timing(run: RunDir, timing: Timing) -> None:
     """Write it down, if anything was done."""
-    if timing.num:
+    if any(num for num, _ in timing.stages.values()):
         with suppress(OSError, CapfiltError):
             run.write_note(f"{FOLDER}/{time.time_ns()}-{uuid4().hex[:8]}.json", json.dumps(asdict(timing)))
 
@@ -52,9 +51,9 @@ def read_timings(run: RunDir) -> Iterator[Timing]:
 def _read(path: AnyPath) -> Timing | None:
     try:
         found = json.loads(read_bytes(path, MAX_BYTES))
-        stages = {str(stage): float(seconds) for stage, seconds in found["stages"].items()}
-        timing = Timing(stages=stages, num=int(found["num"]), seconds=float(found["seconds"]))
+        stages = {str(stage): (int(num), float(seconds)) for stage, (num, seconds) in found["stages"].items()}
+        timing = Timing(stages=stages, seconds=float(found["seconds"]))
     except (OSError, CapfiltError, ArithmeticError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    numbers = (timing.num, timing.seconds, *stages.values())
+    numbers = (timing.seconds, *(number for own in stages.values() for number in own))
     return timing if all(math.isfinite(number) and number >= 0 for number in numbers) else None

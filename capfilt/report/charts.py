@@ -7,6 +7,7 @@ page's classes (s0 web, s1 synthetic, s2 others), readable in light and dark.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 from capfilt.report.markup import escaped
 from capfilt.report.sparks import fitted
@@ -59,7 +60,7 @@ def histogram(
         yield f'<polygon class="{_class(name)} area" points="{" ".join(points)}"></polygon>\n'
     yield from _axis(edges[0], edges[-1], mark)
     yield "</svg>\n"
-    header = [f"{low:.2f} to {high:.2f}" for low, high in zip(edges, edges[1:], strict=False)]
+    header = [f"{low:.2f} to {high:.2f}" for low, high in pairwise(edges)]
     yield from _numbers(title, header, {name: [f"{share:.1%}" for share in own] for name, own in shares.items()})
     yield "</figure>\n"
 

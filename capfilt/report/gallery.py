@@ -55,8 +55,8 @@ class Card:
     """(what it says, JPEG in base 64)."""
 
 
-def choose_cards(run: RunDir, num_pairs: int, progress: Progress) -> tuple[float | None, list[Card]]:
-    """The threshold (None where shards have several), and the images, the nearest to it first; without pictures yet.
+def choose_cards(run: RunDir, num_pairs: int, progress: Progress) -> list[Card]:
+    """The images to show, those nearest to their shard's threshold first; without pictures yet.
 
     Raises UsageError for a run without a manifest.
     """
@@ -69,8 +69,7 @@ def choose_cards(run: RunDir, num_pairs: int, progress: Progress) -> tuple[float
         progress.advance()
     progress.finish()
     cards = [card for shard, keys in chosen.by_shard() for card in _cards_of(run, shard, keys, thresholds[shard])]
-    threshold = next(iter(thresholds.values())) if len(set(thresholds.values())) == 1 else None
-    return threshold, sorted(cards, key=lambda card: (card.distance, card.shard, card.key))
+    return sorted(cards, key=lambda card: (card.distance, card.shard, card.key))
 
 
 class _Chosen:

@@ -78,11 +78,11 @@ def write_report(
     """
     started, progress = time.monotonic(), progress or NullProgress()
     refuse_existing(output, overwrite=overwrite)
-    threshold, cards = choose_cards(run, num_pairs, progress)
+    cards = choose_cards(run, num_pairs, progress)
     stats = compute_stats(run)
     add_pictures(run, cards, progress, explain, num_explained)
     with whole_file(output) as file:
-        for piece in _page(run, stats, threshold, cards):
+        for piece in _page(run, stats, cards):
             file.write(piece)
     return ReportSummary(
         output=output, num_pairs=sum(len(card.rows) for card in cards), num_images=len(cards),
@@ -106,7 +106,7 @@ def policy() -> str:
     )
 
 
-def _page(run: RunDir, stats: RunStats, threshold: float | None, cards: Sequence[Card]) -> Iterator[str]:
+def _page(run: RunDir, stats: RunStats, cards: Sequence[Card]) -> Iterator[str]:
     title = escaped(f"capfilt: {stats.run}" + (f", generation {stats.generation}" if stats.generation else ""))
     style, script = style_and_script()
     yield f"""<!DOCTYPE html>
@@ -126,7 +126,7 @@ def _page(run: RunDir, stats: RunStats, threshold: float | None, cards: Sequence
     yield '<h2>Download</h2>\n<div class="columns">\n'
     yield from _download(stats)
     yield '</div>\n<h2>Captions and scores</h2>\n<div class="columns">\n'
-    yield from _scores(stats, threshold)
+    yield from _scores(stats)
     yield "</div>\n"
     yield from _gallery(stats, cards)
     yield from _origin(run)
@@ -173,13 +173,13 @@ def _download(stats: RunStats) -> Iterator[str]:
     yield from _boxed(bar_table("Shards far from the median, images", outliers, most))
 
 
-def _scores(stats: RunStats, threshold: float | None) -> Iterator[str]:
+def _scores(stats: RunStats) -> Iterator[str]:
     lengths = {
         source: [pairs.words_histogram.get(number, 0) for number in range(_LONGEST_WORDS + 1)]
         for source, pairs in stats.pairs.items()
     }
     yield from _boxed(histogram("Words of a caption", [float(n) for n in range(_LONGEST_WORDS + 2)], lengths))
-    for title, name, mark in (("CLIP score", "clip_score", None), ("ITM score", "itm_score", threshold)):
+    for title, name, mark in (("CLIP score", "clip_score", None), ("ITM score", "itm_score", stats.threshold)):
         scores = {source: getattr(pairs, name) for source, pairs in stats.pairs.items()}
         if scores:
             bounds = next(iter(scores.values())).bounds
@@ -191,7 +191,7 @@ def _scores(stats: RunStats, threshold: float | None) -> Iterator[str]:
     }  # fmt: skip
     places = [float(name) for pairs in stats.pairs.values() for name in pairs.kept_by_threshold][:101]
     yield from _boxed(curve("Kept rate against the ITM threshold, of pairs that nothing else drops", places, curves,
-                            mark=threshold))  # fmt: skip
+                            mark=stats.threshold))  # fmt: skip
     for source, pairs in stats.pairs.items():
         rows = [("kept", pairs.num_kept, "")]
         rows += [(name, number, DROP_REASON_SENTENCES.get(name, "")) for name, number in pairs.by_drop_reason.items()]

@@ -8,7 +8,7 @@ Stages that have not run yet have no figures.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,15 +191,14 @@ def compute_stats(run: RunDir, engine: Engine | None = None, progress: Progress 
 
 def _times(run: RunDir) -> dict[str, TimeStats]:
     """Sums of what the commands noted, in the order of the stages."""
-    sums: dict[str, list[float]] = {}
+    nums, seconds = Counter[str](), defaultdict[str, float](float)
     for timing in read_timings(run):
-        for stage, seconds in timing.stages.items():
-            found = sums.setdefault(stage, [0, 0.0])
-            found[0] += timing.num
-            found[1] += seconds
+        for stage, (num, own) in timing.stages.items():
+            nums[stage] += num
+            seconds[stage] += own
     return {
-        stage: TimeStats(int(sums[stage][0]), sums[stage][1], sums[stage][0] / sums[stage][1])
-        for stage in STAGES if stage in sums and sums[stage][1] > 0
+        stage: TimeStats(nums[stage], seconds[stage], nums[stage] / seconds[stage])
+        for stage in STAGES if seconds[stage] > 0
     }  # fmt: skip
 
 

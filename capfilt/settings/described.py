@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, get_args, get_origin, get_type_hints
 
 from capfilt.errors import UsageError
@@ -88,7 +89,7 @@ def _sentences(cls: type) -> dict[str, str]:
             continue
         tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
         body = next(node for node in tree.body if isinstance(node, ast.ClassDef)).body
-        for node, following in zip(body, body[1:], strict=False):
+        for node, following in pairwise(body):
             if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
                 continue
             text = following.value if isinstance(following, ast.Expr) else None

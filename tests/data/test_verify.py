@@ -343,6 +343,9 @@ def test_a_tar_that_stages_were_made_of_is_kept_where_other_bytes_come(tmp_path:
     commit_shard(run, "00000", {"000000000": encode_picture(7)}, 1, 1, PICTURE_SIZE_PX)
     assert tar.read_bytes() != before
     assert tar.with_suffix(".tar.old").read_bytes() == before
+    run.stage_file("shards", "00000").unlink()
+    commit_shard(run, "00000", {"000000000": encode_picture(8)}, 1, 1, PICTURE_SIZE_PX)
+    assert tar.with_suffix(".tar.old").read_bytes() == before, "a third one does not push it out"
 
 
 def whole_run(template: Path) -> Path:
