@@ -167,6 +167,14 @@ def terminal_columns(stream: TextIO) -> int:
         return 100
 
 
+def terminal_lines(stream: TextIO) -> int:
+    """Height of the terminal behind `stream`, 25 where it cannot be asked."""
+    try:
+        return os.get_terminal_size(stream.fileno()).lines or 25
+    except (OSError, ValueError):
+        return 25
+
+
 def speaks_unicode(stream: TextIO) -> bool:
     """Whether block characters can be written to `stream`."""
     return (getattr(stream, "encoding", None) or "").lower().replace("-", "").startswith("utf")

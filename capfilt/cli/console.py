@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capfilt.data.texts import clean_for_terminal
-from capfilt.progress import NullProgress, Progress, StreamProgress, terminal_columns
+from capfilt.progress import NullProgress, Progress, StreamProgress, terminal_columns, terminal_lines
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -42,21 +42,25 @@ def draw(renderable_of: Callable[[int], RenderableType]) -> None:
 
 @contextmanager
 def redraw() -> Iterator[Callable[[Callable[[int], RenderableType]], None]]:
-    """A screen of the terminal's own that is drawn again and again; the last one stays when it ends, by Ctrl-C too."""
+    """A screen of the terminal's own that is drawn again and again; the last one stays when it ends, by Ctrl-C too.
+
+    What is higher than the terminal is cut at the bottom until then.
+    """
+    from rich.control import Control
+
     last: Callable[[int], RenderableType] | None = None
-
-    def show(renderable_of: Callable[[int], RenderableType]) -> None:
-        nonlocal last
-        last, console = renderable_of, _rich_console()
-        sys.stdout.write("\x1b[H\x1b[2J")
-        console.print(renderable_of(console.width))
-
-    sys.stdout.write("\x1b[?1049h")  # the other screen, as editors use it
     try:
-        yield show
+        with _rich_console().screen() as screen:
+
+            def show(renderable_of: Callable[[int], RenderableType]) -> None:
+                nonlocal last
+                last, sized = renderable_of, _rich_console()
+                screen.console.size = sized.size  # the terminal may have another size by now
+                screen.console.control(Control.home())
+                screen.update(renderable_of(sized.width))
+
+            yield show
     finally:
-        sys.stdout.write("\x1b[?1049l")
-        sys.stdout.flush()
         if last is not None:
             draw(last)
 
@@ -66,7 +70,9 @@ def _rich_console() -> Console:
 
     asked = os.environ.get("COLUMNS", "")
     width = int(asked) if asked.isdecimal() and int(asked) else terminal_columns(sys.stdout)
-    return Console(file=sys.stdout, width=width, height=25, markup=False, emoji=False, highlight=False)
+    return Console(
+        file=sys.stdout, width=width, height=terminal_lines(sys.stdout), markup=False, emoji=False, highlight=False
+    )
 
 
 def note(text: str) -> None:

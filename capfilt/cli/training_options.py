@@ -16,7 +16,7 @@ from capfilt.data.paths import AnyPath
 from capfilt.errors import UsageError
 from capfilt.progress import format_seconds
 from capfilt.settings import FrozenEncoderSettings, TrainSettings
-from capfilt.settings.values import did_you_mean, typed_text
+from capfilt.settings.values import nearest_or_all, typed_text
 
 if TYPE_CHECKING:
     from capfilt.data.rundir import RunDir
@@ -130,8 +130,7 @@ def _read_assignment(assignment: str, names: Sequence[str], hints: Mapping[str, 
     if not equals:
         raise UsageError(f"--set {assignment} has no value; expected NAME=VALUE, as in --set optimizer=muon.")
     if name not in names:
-        known = ", ".join(sorted(names))
-        raise UsageError(f"--set {assignment}: no setting {name}.{did_you_mean(name, names)} Known: {known}.")
+        raise UsageError(f"--set {assignment}: no setting {name}.{nearest_or_all(name, sorted(names))}")
     try:
         return name, typed_text(text, hints[name])
     except TypeError as error:

@@ -34,7 +34,7 @@ from capfilt.data.schemas import SCHEMAS
 from capfilt.errors import CapfiltError, UsageError
 from capfilt.progress import NullProgress, Progress, counted
 from capfilt.settings import DownloadSettings
-from capfilt.settings.values import did_you_mean
+from capfilt.settings.values import nearest_or_all
 
 RETRIED_BY_DEFAULT = (*sorted(RETRIED_REASONS), "worker_failed", "retried")
 """Reasons that may pass by themselves; `retried` counts where the later shard is gone."""
@@ -80,8 +80,7 @@ def retry(
     started, chosen = time.monotonic(), tuple(dict.fromkeys(reasons)) or RETRIED_BY_DEFAULT
     for reason in chosen:
         if reason not in REASON_SENTENCES:
-            known = ", ".join(REASON_SENTENCES)
-            raise UsageError(f"There is no reason {reason!r}.{did_you_mean(reason, REASON_SENTENCES)} Known: {known}.")
+            raise UsageError(f"There is no reason {reason!r}.{nearest_or_all(reason, REASON_SENTENCES)}")
         if reason in SETTLED_REASONS:
             raise UsageError(f"Rows that failed for {reason} fail again. {REASON_SENTENCES[reason]}")
     with run.lock(), run.new_staging() as staging:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from capfilt.errors import UsageError
 from capfilt.recipes.recipe import TRAIN, Recipe, TrainingData, TrainingSection, settings_of
-from capfilt.settings.values import did_you_mean, typed
+from capfilt.settings.values import did_you_mean, nearest_or_all, typed
 from capfilt.trainings import RESULT, TRAININGS
 
 Settings = TypeVar("Settings")
@@ -149,14 +149,15 @@ def _what_is_wrong(key: str, value: object) -> str:
     kind = "section" if isinstance(value, dict) else "key"
     sections = [name for name in Recipe.sections if key in settings_of(name)]
     belongs = f" It is a setting of [{'], ['.join(sections)}]; it stands before any section." if sections else ""
-    return f"unknown {kind} {key}.{belongs or did_you_mean(key, known)} Known: {', '.join(known)}."
+    return f"unknown {kind} {key}.{belongs or nearest_or_all(key, known)}"
 
 
 def _flat(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The entries of the document, those of [train] as train.NAME."""
+    """The entries of the document, those of [train] as train.NAME, and so those of a misspelt [trian.NAME]."""
     for key, value in document.items():
-        if key == "train" and isinstance(value, dict):
-            yield from ((f"{TRAIN}{name}", item) for name, item in value.items())
+        nested = isinstance(value, dict) and any(isinstance(item, dict) for item in value.values())
+        if (key == "train" and isinstance(value, dict)) or (nested and key not in Recipe.sections):
+            yield from ((f"{key}.{name}", item) for name, item in value.items())
         else:
             yield key, value
 
@@ -179,7 +180,7 @@ class _Section:
         known = list(settings_of(self.name))
         for key in self.values:
             if key not in known:
-                self.note(key, f"has no setting {key}.{did_you_mean(key, known)} Known: {', '.join(known)}.")
+                self.note(key, f"has no setting {key}.{nearest_or_all(key, known)}")
 
     def fill(self, cls: type[Settings], values: Mapping[str, Any]) -> Settings | None:
         """The settings that `values` make, typed and checked; None where one is wrong, all of which are noted."""

@@ -11,6 +11,8 @@ import types
 from collections.abc import Iterable
 from typing import Any, Union, get_args, get_origin
 
+VERY_NEAR = 0.75
+"""Share of the letters of two names that are the same, from which a list of all names would only hide the nearest."""
 _EXPECTED = {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -47,6 +49,14 @@ def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
     each; or nothing. Capitals do not count."""
     listed = " or ".join(before + name for name in nearest_of(word, known))
     return f" Did you mean {listed}?" if listed else ""
+
+
+def nearest_or_all(word: str, known: Iterable[str]) -> str:
+    """After a space, the nearest of the `known` names, and unless it is very near all of them, as sentences."""
+    names = list(known)
+    near = nearest_of(word, names)
+    listed = "" if near and _likeness(word, near[0].lower()) >= VERY_NEAR else f" Known: {', '.join(names)}."
+    return f"{did_you_mean(word, names)}{listed}"
 
 
 def nearest_of(word: str, known: Iterable[str]) -> list[str]:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,13 @@ from capfilt.curation.annotate import annotate
 from tests.cli.conftest import capfilt
 from tests.curation.small_runs import make_run, save_models
 
-OTHER_SCREEN, BACK = b"\x1b[?1049h", b"\x1b[?1049l"
+OTHER_SCREEN, BACK, HOME = b"\x1b[?1049h", b"\x1b[?1049l", b"\x1b[H"
 
 
 @contextmanager
-def watching(run: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def watching(run: Path, lines: int = 50) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     master, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (lines, 90))
     process = subprocess.Popen(
         [sys.executable, "-m", "capfilt", "stats", str(run), "--watch", "0.2"], stdin=terminal, stdout=terminal,
         stderr=terminal, env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "90", "NO_COLOR": "1"},
@@ -60,6 +62,17 @@ def test_it_follows_a_run_to_its_end(tmp_path: Path) -> None:
     after = rest.partition(BACK)[2]
     assert b"manifest 2/2" in after, "the last look stays"
     assert b"Traceback" not in rest
+
+
+def test_what_is_higher_than_the_terminal_is_cut_and_does_not_scroll(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_shards=1, num_samples=3)
+    with watching(run.path, lines=6) as (_, master):
+        seen, deadline = b"", time.monotonic() + 60
+        while seen.count(HOME) < 4 and time.monotonic() < deadline:
+            seen += read_until(master, HOME)
+    lines = seen.split(HOME)[2].decode().splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith("Run"), "the top is what is seen"
 
 
 def test_ctrl_c_gives_the_screen_back(tmp_path: Path) -> None:

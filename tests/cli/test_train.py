@@ -170,7 +170,7 @@ def test_a_training_goes_by_settings_given_by_name(folder: Path, tmp_path: Path)
         (
             "stage1",
             ("--set", "droput=0"),
-            "no setting droput. Did you mean dropout? Known: accumulation_steps",
+            "no setting droput. Did you mean dropout?",
         ),
         ("captioner", ("--set", "losses=itc"), "no setting losses"),
         ("filter", ("--set", "label_smoothing=0"), "no setting label_smoothing"),

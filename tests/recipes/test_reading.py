@@ -124,6 +124,8 @@ def test_sections_are_fields_of_a_recipe_or_trainings() -> None:
         ('tars = ["a.tar",', 'table = "x"\ntars = ["a.tar",', 4, "source gives table and tars"),
         ("[train.stage2]", "[train.stage3]", 26, "Did you mean train.stage"),
         ("dropout = 0", "dropout = 2", 28, "dropout is 2.0; expected 0 or more"),
+        ("[train.stage2]", "[trian.stage2]", 26, "unknown section trian.stage2. Did you mean train.stage2?"),
+        ("[train.stage2]", "[zzz]", 26, "unknown section zzz. Known: description, run_dir, source, download"),
         ("llm =", "lm =", 27, "Did you mean llm?"),
         ('"runs/x"', "7", 2, "expected a text in quotes"),
         ("dropout = 0", "log_every_steps = 0", 28, "log_every_steps is 0; expected at least 1"),
