@@ -1,8 +1,9 @@
 """Statistics of a folder of WebDataset tars that is no run: what `capfilt import` would find in it, without a copy.
 
 In: a folder with tars, as img2dataset or webdataset wrote them. Out: a `RunStats` without stages, scores or choices:
-samples and what they lack, formats, sizes, shapes, lengths and words of the captions. Pictures are not decoded; their
-headers are read. Memory holds one member of a tar, and the vocabulary.
+samples and what they lack, formats, sizes, shapes, lengths and words of the captions; of a folder of img2dataset's,
+which has a table beside each tar, the rows that failed too, with their reasons and hosts.
+Pictures are not decoded; their headers are read. Memory holds one member of a tar, and the vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.curation.import_samples import FoundSample, group_members, look_at_sample
+from capfilt.data.foreign_rows import failed_rows
 from capfilt.data.foreign_tars import read_foreign_tar
 from capfilt.data.schemas import SCHEMAS, SUCCESS
 from capfilt.engines.base import SHARDS, Engine
@@ -74,6 +76,9 @@ class _SumTars:
             kept = pa.array([True] * len(images))
             pairs = pa.table({"text": images["caption"], **nothing, "kept": kept}, schema=_PAIRS)
             sums.pairs.setdefault("web", PairSums()).add(pairs)
+        table = Path(tar).with_suffix(".parquet")
+        for failed in failed_rows(table) if table.is_file() else ():
+            sums.download.add_outcomes(failed)
         sums.sizes.append(ShardSize(Path(tar).stem, num_images, Path(tar).stat().st_size))
         return sums
 

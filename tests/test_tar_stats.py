@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from capfilt.curation.import_shards import import_shards
@@ -12,6 +16,7 @@ from capfilt.data.rundir import RunDir
 from capfilt.errors import UsageError
 from capfilt.report.stats import compute_stats
 from capfilt.tar_stats import compute_tar_stats
+from capfilt.world.site import SiteSettings, WorldSite
 from tests import factories
 from tests.cli.conftest import capfilt
 from tests.curation.test_import_shards import write_foreign
@@ -77,3 +82,33 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no tars"):
         compute_tar_stats(tmp_path)
     assert capfilt("stats", tmp_path / "none").code == 2
+
+
+IMG2DATASET = """
+import sys
+import img2dataset
+
+if __name__ == "__main__":
+    img2dataset.download(
+        url_list=sys.argv[1], input_format="parquet", url_col="url", caption_col="text", output_folder=sys.argv[2],
+        output_format="webdataset", processes_count=1, thread_count=4, image_size=32, number_sample_per_shard=6,
+    )
+"""
+
+
+def test_what_img2dataset_could_not_download(tmp_path: Path) -> None:
+    with WorldSite(SiteSettings(num_urls=200)) as site:
+        plain = [row.url for row in site.rows() if row.behaviour == "plain"][:5]
+        bad = [
+            next(row.url for row in site.rows() if row.behaviour == behaviour) for behaviour in ("not_found", "html")
+        ]
+        urls = [*plain, *bad, "http://127.0.0.1:1/x.jpg", "http://nowhere.invalid/x.jpg"]
+        pq.write_table(pa.table({"url": urls, "text": ["a dog"] * len(urls)}), tmp_path / "urls.parquet")
+        command = [sys.executable, "-c", IMG2DATASET, tmp_path / "urls.parquet", tmp_path / "tars"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+    found = compute_tar_stats(tmp_path / "tars").download
+    assert (found.num_images, found.num_rows) == (5, 9)
+    assert found.by_reason == {"bad_image": 1, "connection_error": 1, "dns_error": 1, "not_found": 1}
+    here, nowhere = found.worst_hosts
+    assert (here.host, here.num_rows, sum(here.by_reason.values())) == ("127.0.0.1", 8, 3)
+    assert (nowhere.host, nowhere.by_reason) == ("nowhere.invalid", {"dns_error": 1})

@@ -31,6 +31,7 @@ from capfilt import __version__
 from capfilt.curation.addresses import FetchError, IPAddress, Target, check_address, parse_redirect, parse_url
 from capfilt.curation.robots import MAX_BYTES as MAX_ROBOTS_BYTES
 from capfilt.curation.robots import RobotsCheck, RobotsRules
+from capfilt.data.reasons import reason_of_status
 from capfilt.settings import DownloadSettings
 
 USER_AGENT_TOKEN = "capfilt"
@@ -267,7 +268,7 @@ class Fetcher:
             return _decode_header(location)
         if not 200 <= response.status < 300:
             wait = _retry_after(response) if response.status in (429, 503) else None
-            raise FetchError(_reason_of(response.status), f"status {response.status}", retry_after_seconds=wait)
+            raise FetchError(reason_of_status(response.status), f"status {response.status}", retry_after_seconds=wait)
         # chunked encoding may cost more than the body; a server that sends chunks of one byte ends here
         wire.bytes_left = 2 * self._settings.max_body_bytes + _MAX_HEADER_BYTES
         body = self._read_body(response, is_robots)
@@ -328,12 +329,6 @@ def _request_headers(target: Target) -> dict[str, str]:
         "Accept-Encoding": "identity",
         "Connection": "close",
     }
-
-
-def _reason_of(status: int) -> str:
-    exact = {401: "forbidden", 403: "forbidden", 451: "forbidden", 404: "not_found", 410: "gone"}
-    exact |= {429: "too_many_requests"}
-    return exact.get(status, "server_error" if status >= 500 else "http_error")
 
 
 def _retry_after(response: http.client.HTTPResponse) -> float:

@@ -79,6 +79,16 @@ DROP_REASONS: tuple[str, ...] = tuple(DROP_REASON_SENTENCES)
 """Closed list of the values of the manifest's column `drop_reason`; null where the pair is kept."""
 
 
+_BY_STATUS = {
+    401: "forbidden", 403: "forbidden", 451: "forbidden", 404: "not_found", 410: "gone", 429: "too_many_requests",
+}  # fmt: skip
+
+
+def reason_of_status(status: int) -> str:
+    """Reason of an HTTP answer that is not a success."""
+    return _BY_STATUS.get(status, "server_error" if status >= 500 else "http_error")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quarantined:
     """One row or sample that a stage could not work on."""

@@ -45,10 +45,14 @@ class DownloadSums:
 
     def add(self, rows: pa.Table) -> None:
         """Count rows of a shard."""
+        self.add_outcomes(rows)
+        self.add_images(rows.filter(pc.equal(rows["status"], SUCCESS)))
+
+    def add_outcomes(self, rows: pa.Table) -> None:
+        """Count rows by `status`, `reason` and the host of `url`; not their pictures."""
         self.status.update(counts_of(rows["status"]))
         self.reason.update(counts_of(rows["reason"]))
         self.hosts.add(rows)
-        self.add_images(rows.filter(pc.equal(rows["status"], SUCCESS)))
 
     def add_images(self, images: pa.Table) -> None:
         """Count pictures by `width`, `height` and `image_ext`."""
