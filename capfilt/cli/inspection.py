@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from capfilt.cli.console import clean, command, note, open_progress, say, say_json
+from capfilt.cli.console import clean, command, note, open_progress, say, say_json, to_plain
 from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Generation, Run, open_generation
 
@@ -30,7 +30,7 @@ def verify(
     asked = engine_from(locals())
     report = verify_run(open_generation(run, generation), deep, open_progress(), engine=asked)
     if as_json:
-        say_json(report)
+        say_json({**to_plain(report), "remedies": report.remedies()})
     else:
         for what, found in (("damaged", report.findings), ("unfinished", report.unfinished)):
             for finding in found[:MAX_FINDINGS_SHOWN]:
@@ -41,6 +41,8 @@ def verify(
         say(f"{clean(run)}: {report.line()}")
         for remedy in report.remedies():
             note(remedy)
+        if not deep:
+            note("The bytes of the tars were not hashed; --deep does that.")
         if report.exit_code == 0:
             note(f"Next: {command('stats', run, generation=generation)}")
     raise typer.Exit(report.exit_code)

@@ -307,7 +307,8 @@ def _check_plan(run: RunDir, shards: list[str], lost: set[str], report: Report) 
             _add(report.findings, "shards", shard, [problem])
     numbers = {int(shard) for shard in plans}
     num_expected = max(min(num_shards, _MAX_SHARDS), max(numbers, default=-1) + 1)
-    absent = sorted(set(range(num_expected)) - numbers - {int(shard) for shard in filter(is_shard_name, lost)})
+    known = numbers | {int(shard) for shard in filter(is_shard_name, {*shards, *lost})}
+    absent = sorted(set(range(num_expected)) - known)
     for number in absent:
         _add(report.unfinished, "shards", f"{number:05d}", ["the shard is not there"])
     counts = report.counts.get("shards", StageCounts())

@@ -112,6 +112,9 @@ def test_stats_select_verify(run: Path, models: Models) -> None:
     damaged = capfilt("verify", run, "--json")
     assert damaged.code == 5
     assert damaged.json()["findings"][0]["shard"] == "00001"
+    assert damaged.json()["remedies"] == [
+        line for line in capfilt("verify", run, "--deep").err.splitlines() if "remove" in line
+    ]
     assert "remove its .parquet and repeat `capfilt filter`" in capfilt("verify", run).err
     assert capfilt("stats", run).code == 5
     manifest.unlink()

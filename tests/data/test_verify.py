@@ -294,6 +294,14 @@ def test_a_lost_record_is_named_once_with_what_brings_it_back(make_run: Callable
     assert verify_run(run, deep=True).exit_code == 0, "what was made of it stayed good"
 
 
+def test_a_damaged_record_is_told_once(make_run: Callable[..., RunDir]) -> None:
+    run = make_run(2, 4)
+    path = run.stage_file("shards", BAD)
+    path.write_bytes(path.read_bytes()[:-9])
+    report = verify_run(run)
+    assert [(item.stage, item.shard) for item in report.findings + report.unfinished] == [("shards", BAD)]
+
+
 def test_what_was_made_of_bytes_that_changed_since_is_unfinished(
     make_run: Callable[..., RunDir], stages: SimpleNamespace
 ) -> None:
