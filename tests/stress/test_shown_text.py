@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -90,7 +91,12 @@ def commands_with(text: str, folder: Path, models: Path) -> list[tuple[object, .
     odd_model.mkdir()
     (odd_model / "config.json").write_text(json.dumps({"model_type": text, "architectures": [text]}))
     tar = folder / "a.tar"
-    write_tar(tar, name, text)
+    write_tar(tar, name, name, text)
+    tars = folder / "tars"
+    tars.mkdir()
+    write_tar(tars / "0.tar", "a", f"dog {spoken}", text)
+    failed = {"url": [f"http://{spoken}/x"], "status": [storable], "error_message": [storable]}
+    pq.write_table(pa.table(failed), tars / "0.parquet")
     picture = folder / "a.png"
     factories.draw_picture(0).save(picture)
     return [
@@ -107,6 +113,11 @@ def commands_with(text: str, folder: Path, models: Path) -> list[tuple[object, .
         ("train", "blip", run.path, "--output", folder / "blip", "--set", f"{name}=1"),
         ("recipe", "check", recipe), ("recipe", "check", wrong), ("run", wrong, run.path), ("recipe", "show", recipe),
         ("recipe", "show", recipe, "--json"), ("recipe", "show", name),
+        ("show", run.path, "--limit", "1"), ("show", run.path, "--key", name), ("show", run.path, "--reason", name),
+        ("show", run.path, "--where", name), ("show", run.path, "--where", f"{name} = 1"),
+        ("stats", run.path, "--section", "all"), ("stats", run.path, "--section", name),
+        ("stats", run.path, "--compare", folder / "whole"), ("stats", tars), ("stats", tars, "--section", "all"),
+        ("stats", folder / "whole", "--generation", name), ("export", folder / "whole", "--format", name),
     ]  # fmt: skip
 
 
@@ -142,12 +153,12 @@ def printed(command: tuple[object, ...]) -> str:
     return done.output + out.getvalue()
 
 
-def write_tar(path: Path, name: str, text: str) -> None:
+def write_tar(path: Path, name: str, caption: str, text: str) -> None:
     buffer = io.BytesIO()
     factories.draw_picture(1).save(buffer, "PNG")
     with tarfile.open(path, "w") as tar:
         metadata = json.dumps({"caption": text, "url": text})
-        members = {"png": buffer.getvalue(), "txt": name.encode(), "json": metadata.encode()}
+        members = {"png": buffer.getvalue(), "txt": caption.encode(), "json": metadata.encode()}
         for member, content in ((f"{name}.{ending}", content) for ending, content in members.items()):
             info = tarfile.TarInfo(member)
             info.size = len(content)
