@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+
+import typer
 
 
 def recipe_names(incomplete: str) -> list[tuple[str, str]]:
@@ -34,6 +39,26 @@ def names_of_setting(cls: type, setting: str) -> Callable[[str], list[str]]:
     return complete
 
 
+def assignments(cls: type, unused: Collection[str] = ()) -> Callable[[str], list[str]]:
+    """A completion of `--set`: the settings of `cls` but `unused`, each with its equals sign."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [f"{f.name}=" for f in fields(cls) if f.name not in unused and f.name.startswith(incomplete)]
+
+    return complete
+
+
+def generations(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Generations of the runs that the line names so far, where they are folders of this machine."""
+    # a command whose last option has no value yet has parsed nothing: the words themselves are with its parent
+    words = ctx.parent.args if ctx.parent is not None else []
+    names: set[str] = set()
+    for word in words:
+        with suppress(OSError, ValueError):
+            names |= {folder.name.partition("@")[2] for folder in Path(word).glob("*@*")}
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 def one_of(*names: str) -> Callable[[str], list[str]]:
     """A completion of some names."""
 
@@ -48,3 +73,11 @@ def reasons(incomplete: str) -> list[tuple[str, str]]:
     from capfilt.data.reasons import REASON_SENTENCES
 
     return [(name, short(sentence)) for name, sentence in REASON_SENTENCES.items() if name.startswith(incomplete)]
+
+
+def all_reasons(incomplete: str) -> list[tuple[str, str]]:
+    """Reasons why a pair is dropped, then `reasons`."""
+    from capfilt.data.reasons import DROP_REASON_SENTENCES
+
+    dropped = [(name, short(text)) for name, text in DROP_REASON_SENTENCES.items() if name.startswith(incomplete)]
+    return dropped + reasons(incomplete)

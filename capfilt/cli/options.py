@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from capfilt.cli.completion import names_of_setting
+from capfilt.cli.completion import generations, names_of_setting
 from capfilt.data.paths import AnyPath, path_of
 from capfilt.errors import UsageError
 from capfilt.settings import CaptionSettings
@@ -34,7 +34,12 @@ References = Annotated[
 ]
 Generation = Annotated[
     str | None,
-    typer.Option("--generation", metavar="NAME", help="Work in a named generation of results beside the default one."),
+    typer.Option(
+        "--generation",
+        metavar="NAME",
+        help="Work in a named generation of results beside the default one.",
+        autocompletion=generations,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 BatchSize = Annotated[

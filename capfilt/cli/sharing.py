@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from capfilt.cli.completion import one_of
 from capfilt.cli.console import note, open_progress, say_result
 from capfilt.cli.engines import Address, EngineName, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Device, Generation, Run, open_generation, refuse_idle, settings_from
@@ -44,6 +45,7 @@ def export(
             help="A file of pairs: csv, jsonl or parquet (unset: by its ending). A folder with pictures: webdataset, "
             "datasets, img2dataset, llava or coco.",
             show_default=False,
+            autocompletion=one_of(*FILES.values(), *FOLDER_FORMATS),
         ),
     ] = None,
     captions: Annotated[
@@ -53,6 +55,7 @@ def export(
             help="A folder's sample: an image with its best caption in front, or each kept caption "
             "with its image. Unset: best; coco: each.",
             show_default=False,
+            autocompletion=one_of("best", "each"),
         ),
     ] = None,
     samples_per_shard: Annotated[

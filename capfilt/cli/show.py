@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from capfilt.cli.completion import all_reasons, one_of
 from capfilt.cli.console import clean, command, note, open_progress, say_json_line
 from capfilt.cli.explain import probability_of, strongest_of
 from capfilt.cli.interrupts import undone_at_once
@@ -43,12 +44,17 @@ def show(
         typer.Option(
             metavar="REASON",
             help="Samples with a pair dropped for it, such as low_itm; or rows that failed, such as not_found.",
+            autocompletion=all_reasons,
             show_default=False,
         ),
     ] = None,
     source: Annotated[
         str | None,
-        typer.Option(help="Samples with a pair of this source: web, synthetic or human.", show_default=False),
+        typer.Option(
+            help="Samples with a pair of this source: web, synthetic or human.",
+            show_default=False,
+            autocompletion=one_of("web", "synthetic", "human"),
+        ),
     ] = None,
     kept: Annotated[
         bool | None, typer.Option("--kept/--dropped", help="Samples with a kept, or a dropped, pair.")
@@ -61,7 +67,9 @@ def show(
     pictures: Annotated[
         str,
         typer.Option(
-            metavar="HOW", help="auto (the best that the terminal can do), kitty, iterm2, sixel, blocks or none."
+            metavar="HOW",
+            help="auto (the best that the terminal can do), kitty, iterm2, sixel, blocks or none.",
+            autocompletion=one_of("auto", "kitty", "iterm2", "sixel", "blocks", "none"),
         ),
     ] = "auto",
     explain: Annotated[

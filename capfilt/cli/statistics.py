@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from capfilt.cli.completion import generations, one_of
 from capfilt.cli.console import clean, command, draw, note, open_progress, redraw, say, say_json
 from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorker, NumWorkers, engine_from
 from capfilt.cli.options import AsJson, Generation, Run, open_generation
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from capfilt.report.stats import RunStats
 
 ALL = "all"
+SECTION_NAMES = (
+    "run", "shards", "download", "hosts", "pairs", "captions", "scores", "threshold", "words", "quarantine", "time"
+)  # fmt: skip
 _WATCH_SHARE = 4
 """Watching waits at least that many times as long as it took to look."""
 
@@ -34,9 +38,10 @@ def stats(
         typer.Option(
             "--section",
             metavar="NAME",
-            help="A section in full, or several: run, shards, download, hosts, pairs, captions, scores, threshold, "
-            "words, quarantine, time, or all of them. Without, the dashboard.",
+            help=f"A section in full, or several: {', '.join(SECTION_NAMES)}, or {ALL} of them. Without, the "
+            "dashboard.",
             show_default=False,
+            autocompletion=one_of(*SECTION_NAMES, ALL),
         ),
     ] = [],  # noqa: B006 - Typer copies it
     compare: Annotated[
@@ -50,7 +55,12 @@ def stats(
     ] = None,
     compare_generation: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A generation of the other run; alone, of this one.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="A generation of the other run; alone, of this one.",
+            show_default=False,
+            autocompletion=generations,
+        ),
     ] = None,
     svg: Annotated[
         Path | None,
@@ -198,9 +208,8 @@ def _is_plain() -> bool:
 
 def _sections(asked: list[str]) -> list[str] | None:
     """None for the dashboard, an empty list for all."""
-    from capfilt.report.stats_view import SECTIONS
-
-    unknown = [name for name in asked if name not in (*SECTIONS, ALL)]
+    unknown = [name for name in asked if name not in (*SECTION_NAMES, ALL)]
     if unknown:
-        raise UsageError(f"There is no section {', '.join(unknown)}; expected some of {', '.join(SECTIONS)}, or {ALL}.")
+        known = ", ".join(SECTION_NAMES)
+        raise UsageError(f"There is no section {', '.join(unknown)}; expected some of {known}, or {ALL}.")
     return None if not asked else [] if ALL in asked else asked

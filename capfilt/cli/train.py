@@ -51,7 +51,7 @@ UNUSED_BY_LLM = ("random_crop", "random_flip")
 
 
 @app.command("blip")
-@takes_shared_options(BlipTrainSettings)
+@takes_shared_options(BlipTrainSettings, UNUSED_BY_BLIP)
 def blip(
     runs: Runs,
     output: Output,
@@ -98,7 +98,7 @@ FineTuningInit = Annotated[
 
 
 @app.command("captioner")
-@takes_shared_options(CaptionerTrainSettings)
+@takes_shared_options(CaptionerTrainSettings, UNUSED_BY_CAPTIONER)
 def captioner(
     runs: Runs,
     init: FineTuningInit,
@@ -123,7 +123,7 @@ def captioner(
 
 
 @app.command("filter")
-@takes_shared_options(FilterTrainSettings)
+@takes_shared_options(FilterTrainSettings, UNUSED_BY_FILTER)
 def filter_(
     runs: Runs,
     init: FineTuningInit,
@@ -325,7 +325,7 @@ def clip(
 
 
 @app.command("llm")
-@takes_shared_options(LlmTrainSettings)
+@takes_shared_options(LlmTrainSettings, UNUSED_BY_LLM)
 def llm(
     texts: Annotated[
         Path, typer.Argument(metavar="TEXTS", help="JSONL of text, preamble, question.", show_default=False)

@@ -82,7 +82,7 @@ def captions(
     say_result(summary, training_line("blip2-captions", summary, output), next_command, as_json=shared["as_json"])
 
 
-@takes_shared_options(Blip2VqaSettings)
+@takes_shared_options(Blip2VqaSettings, UNUSED_BY_VQA)
 def vqa(
     questions: Annotated[
         list[Path], typer.Option(metavar="FILE", help="VQA questions JSON; repeatable.", show_default=False)

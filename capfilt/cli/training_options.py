@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 import typer
 
-from capfilt.cli.completion import names_of_setting
+from capfilt.cli.completion import assignments, generations, names_of_setting
 from capfilt.cli.options import AsJson, Device, is_given, option_of
 from capfilt.data.paths import AnyPath
 from capfilt.errors import UsageError
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 TrainedGeneration = Annotated[
     str | None,
-    typer.Option("--generation", metavar="NAME", help="Train on the pairs that this generation of the runs keeps."),
+    typer.Option(
+        "--generation",
+        metavar="NAME",
+        help="Train on the pairs that this generation of the runs keeps.",
+        autocompletion=generations,
+    ),
 ]
 
 
@@ -66,10 +71,7 @@ class SharedOptions(TypedDict):
         ),
     ]
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write curves for TensorBoard too.")]
-    assignments: Annotated[
-        list[str],
-        typer.Option("--set", metavar="NAME=VALUE", help="Any setting by its name, tuples with commas; repeatable."),
-    ]
+    assignments: list[str]
     as_json: AsJson
     context: typer.Context
 
@@ -78,8 +80,14 @@ Command = TypeVar("Command", bound=Callable[..., None])
 Settings = TypeVar("Settings", bound=TrainSettings)
 
 
-def takes_shared_options(cls: type[TrainSettings]) -> Callable[[Command], Command]:
-    """Show Typer the shared options in the place of a command's `**shared`, with the defaults of `cls`."""
+def takes_shared_options(cls: type[TrainSettings], unused: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Show Typer the shared options in the place of a command's `**shared`, with the defaults of `cls`.
+
+    `unused` as in `training_settings`.
+    """
+    set_help = "Any setting by its name, tuples with commas; repeatable."
+    any_setting = typer.Option("--set", metavar="NAME=VALUE", help=set_help, autocompletion=assignments(cls, unused))
+    hints = get_type_hints(SharedOptions, include_extras=True) | {"assignments": Annotated[list[str], any_setting]}
     defaults = {f.name: f.default for f in fields(cls)} | {"assignments": [], "as_json": False}
     shared = [
         inspect.Parameter(
@@ -88,7 +96,7 @@ def takes_shared_options(cls: type[TrainSettings]) -> Callable[[Command], Comman
             default=defaults.get(name, inspect.Parameter.empty),
             annotation=hint,
         )
-        for name, hint in get_type_hints(SharedOptions, include_extras=True).items()
+        for name, hint in hints.items()
     ]
 
     def declare(command: Command) -> Command:
@@ -100,7 +108,7 @@ def takes_shared_options(cls: type[TrainSettings]) -> Callable[[Command], Comman
     return declare
 
 
-def training_settings(cls: type[Settings], options: Mapping[str, Any], unused: Iterable[str] = ()) -> Settings:
+def training_settings(cls: type[Settings], options: Mapping[str, Any], unused: Collection[str] = ()) -> Settings:
     """The settings that a command's options (its `locals()`, `shared` among them) and its `--set` fill by name.
 
     `unused` names settings of `cls` that this training does not ask; `--set` does not know them.
@@ -109,7 +117,7 @@ def training_settings(cls: type[Settings], options: Mapping[str, Any], unused: I
     """
     shared: SharedOptions = options["shared"]
     hints = get_type_hints(cls)
-    names = [f.name for f in fields(cls) if f.name not in set(unused)]
+    names = [f.name for f in fields(cls) if f.name not in unused]
     given = {**options, **shared}
     filled = {name: given[name] for name in names if name in given}
     seen: set[str] = set()

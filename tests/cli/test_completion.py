@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from capfilt.cli.sharing import FILES
+from capfilt.cli.statistics import ALL
 from capfilt.recipes import bundled_recipes
+from capfilt.report.stats_view import SECTIONS
 from capfilt.settings.checks import DECODINGS, DEVICES
+from capfilt.settings.export import FOLDER_FORMATS
 
 BIN = Path(sys.executable).parent
 ASK = """\
@@ -59,12 +63,29 @@ def complete(line: str, shell: str = "bash", **environment: str) -> list[str]:
         ("capfilt evaluate retrieval m --resizer ", ["torchvision", "pillow"]),
         ("capfilt select runs/x --sources s", ["synthetic"]),
         ("capfilt retry runs/x --reason time", ["timeout"]),
+        ("capfilt show runs/x --reason low", ["low_itm", "low_clip"]),
+        ("capfilt show runs/x --pictures s", ["sixel"]),
+        ("capfilt export runs/x --format ", [*FILES.values(), *FOLDER_FORMATS]),
+        ("capfilt train stage1 x --set opt", ["optimizer="]),
+        ("capfilt train captioner x --set known", []),  # a setting that it does not ask
         ("capfilt caption runs/", []),  # files: the shell's own
         ("capfilt run mine", []),
     ],
 )
 def test_bash_is_offered_names(line: str, answers: list[str]) -> None:
     assert sorted(complete(line)) == sorted(answers)
+
+
+@pytest.mark.parametrize("line", ["stats {run} --generation ", "train blip {run} --generation ", "show --generation "])
+def test_generations_of_the_run_are_offered(line: str, tmp_path: Path) -> None:
+    for folder in ("shards", "itm@strict", "manifest@strict", "captions@other"):
+        (tmp_path / folder).mkdir()
+    offered = complete("capfilt " + line.format(run=tmp_path))
+    assert offered == (["other", "strict"] if "{run}" in line else [])
+
+
+def test_every_section_is_offered() -> None:
+    assert complete("capfilt stats x --section ") == [*SECTIONS, ALL]
 
 
 def test_zsh_and_fish_are_told_what_a_recipe_does() -> None:
