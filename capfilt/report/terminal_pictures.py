@@ -28,7 +28,8 @@ USUAL_CELL = Cell(10, 20)
 """Where a terminal does not say."""
 
 _KITTY_CHUNK = 4096
-_SIXELS = re.compile(r"\x1bP[0-9;]*q.*?\x1b\\", re.DOTALL)
+_SIXELS = re.compile(r"(\x1bP[0-9;]*q\"[0-9;]*)(.*?\x1b\\)", re.DOTALL)
+_SIXEL_COLOR = re.compile(r"(#\d+);2;\d+;\d+;\d+")
 _TERMS = {"xterm-kitty": "kitty", "xterm-ghostty": "kitty", "mintty": "iterm2"}
 _PROGRAMS = {"kitty": "kitty", "ghostty": "kitty", "iTerm.app": "iterm2", "iTerm2": "iterm2", "WezTerm": "iterm2",
              "mintty": "iterm2"}  # fmt: skip
@@ -103,13 +104,22 @@ class Pictures:
             found = _SIXELS.search(_rendered(SixelImage(picture, width, height), width))
         if found is None:
             raise RuntimeError("textual-image gave no sixels")
-        return found[0]
+        return _colors_first(*found.groups())
 
     def _half_blocks(self, picture: Image.Image, width: int, height: int) -> str:
         with _told_instead_of_asking(self.cell):
             from textual_image.renderable import HalfcellImage
 
             return _rendered(HalfcellImage(picture, width, height), width)
+
+
+def _colors_first(head: str, body: str) -> str:
+    """Sixels with every colour defined before the first pixel.
+
+    textual-image defines one where it is first used; of the six rows in which that happens xterm (379) paints parts in
+    other colours.
+    """
+    return head + "".join(color[0] for color in _SIXEL_COLOR.finditer(body)) + _SIXEL_COLOR.sub(r"\1", body)
 
 
 def _rendered(renderable: object, columns: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,9 @@ def test_what_is_drawn_is_the_picture(protocol: str, shape: tuple[int, int]) -> 
             cells = (int(options["width"]), int(options["height"]))
         elif protocol == "sixel":
             (seen,) = sixel_pictures(drawn.text)
+            assert re.search(r"[?-~].*#\d+;2;", drawn.text.partition('"')[2]) is None, (
+                "a colour defined amid the pixels"
+            )
             cells = (seen.width // 10, seen.height // 20)
             assert seen.size == (cells[0] * 10, cells[1] * 20)
         else:
