@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from capfilt.curation.captioner import BlipCaptioner
 from capfilt.curation.scorers import ClipScorer, ItmScorer, Scorer
 from capfilt.curation.selection import RankedCaption, rank_captions
-from capfilt.data.images import ImageRefused, decode_image
+from capfilt.data.images import ImageRefused, decode_image, upright_rgb
 from capfilt.data.manifest import read_manifest
 from capfilt.data.paths import path_of
 from capfilt.engines.base import Engine
@@ -199,9 +200,14 @@ def _batches(pictures: Sequence[Picture], size: int) -> Iterator[tuple[int, list
 
 
 def _rgb(picture: Picture) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return ImageOps.exif_transpose(picture).convert("RGB")
+    if not isinstance(picture, Image.Image | str | os.PathLike):
+        raise UsageError(
+            f"A picture is of the type {type(picture).__name__}; expected one of PIL's, or the name of a file. "
+            "PIL.Image.fromarray makes one of an array."
+        )
     try:
+        if isinstance(picture, Image.Image):
+            return upright_rgb(picture)
         return decode_image(Path(picture).read_bytes())
     except (ImageRefused, OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

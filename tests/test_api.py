@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -109,6 +110,18 @@ def test_files_count_as_their_pictures_and_content_is_the_key(models: Models, tm
     assert captioner([tmp_path / "turned.png"]) == captioner([Image.open(tmp_path / "turned.png")]) == [found[0]]
 
 
+def test_an_opened_picture_of_any_mode_counts_as_its_file(models: Models, tmp_path: Path) -> None:
+    captioner = Captioner(str(models.root / "captioner"), dtype="float32", num_captions=3, batch_size=4)
+    clear = factories.draw_picture(1).convert("RGBA")
+    clear.putalpha(factories.draw_picture(2).convert("L"))
+    deep = Image.fromarray(np.asarray(factories.draw_picture(3).convert("L"), np.uint16) * 257)
+    pictures = {"clear": clear, "deep": deep, "palette": clear.quantize(16), "grey": clear.convert("LA")}
+    files = [tmp_path / f"{name}.png" for name in pictures]
+    for picture, file in zip(pictures.values(), files, strict=True):
+        picture.save(file)
+    assert captioner([Image.open(file) for file in files]) == captioner(files) == captioner(list(pictures.values()))
+
+
 def test_what_cannot_be_is_said(models: Models, tmp_path: Path) -> None:
     captioner = Captioner(str(models.root / "captioner"), dtype="float32")
     picture = factories.draw_picture(0)
@@ -121,6 +134,8 @@ def test_what_cannot_be_is_said(models: Models, tmp_path: Path) -> None:
         captioner(["a\0b.jpg"])
     with pytest.raises(UsageError, match="One picture was given"):
         captioner(str(tmp_path / "text.jpg"))
+    with pytest.raises(UsageError, match=r"of the type ndarray; .*fromarray"):
+        captioner([np.asarray(picture)])  # type: ignore[list-item]
     with pytest.raises(UsageError, match="2 keys for 1 picture"):
         captioner([picture], ["a", "b"])
     judge = Filter(str(models.root / "filter"), dtype="float32")

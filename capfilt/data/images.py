@@ -116,15 +116,20 @@ def decode_image(
     image, kind = _open(data, max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio)
     try:
         image.load()
-        turn = _TURNS.get(_orientation(image))
-        rgb = _to_rgb(image)
-        del image
-        if turn is not None:
-            rgb = rgb.transpose(turn)
-        rgb.info = {}
-        return rgb
+        return upright_rgb(image)
     except Exception as error:  # Pillow's decoders fail with about twenty kinds of errors
         raise _refusal(error, kind, data) from None
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture that Pillow has opened as `decode_image` gives it; the errors are Pillow's."""
+    turn = _TURNS.get(_orientation(image))
+    rgb = _to_rgb(image)
+    del image
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    rgb.info = {}
+    return rgb
 
 
 def _open(data: bytes, max_pixels: int | None, max_aspect_ratio: float | None) -> tuple[Image.Image, str]:
