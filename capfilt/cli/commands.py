@@ -19,6 +19,8 @@ MAX_LINE_CHARS = 2000
 
 PARSER_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 """What Typer's parser raises for an option that does not exist, and the like; Typer gives it no public name."""
+_HELP_INSTEAD = "NoArgsIsHelpError"
+"""The one whose message is a group's help, which stands in lines."""
 
 
 class CapfiltCommand(TyperCommand):
@@ -136,6 +138,8 @@ def _helpful_messages() -> Iterator[None]:
     try:
         yield
     except PARSER_ERROR as error:
+        if type(error).__name__ == _HELP_INSTEAD:
+            raise
         said = clean(getattr(error, "message", ""), MAX_LINE_CHARS)
         if getattr(error, "possibilities", None) is not None:
             error.possibilities = None  # type: ignore[attr-defined]

@@ -93,10 +93,13 @@ class RunDir:
         root = path_of(path)
         try:
             version = json.loads(read_bytes(root / "run.json", _MAX_RUN_JSON_BYTES))["format_version"]
+        except NotADirectoryError:
+            raise UsageError(f"{root} is a file; expected a run, which is a folder.") from None
         except FileNotFoundError:
+            is_there = not isinstance(root, Path) or root.is_dir()
             raise UsageError(
-                f"{root} is not a run: it has no run.json. Make one: `capfilt download TABLE {root}` "
-                f"or `capfilt import TARS {root}`."
+                f"{root} is not a run: {'it has no run.json' if is_there else 'there is no such folder'}. Make one: "
+                f"`capfilt download TABLE {root}` or `capfilt import TARS {root}`."
             ) from None
         except OSError as error:
             raise UsageError(f"{root}/run.json cannot be read ({error.strerror or error}). Mend its rights.") from None

@@ -86,6 +86,15 @@ def test_a_wrong_example_would_be_found(line: str) -> None:
         parse(line.split())
 
 
+@pytest.mark.parametrize(
+    "words", [words for words, found in COMMANDS.items() if hasattr(found, "commands")], ids=" ".join
+)
+def test_a_group_alone_shows_its_help(words: tuple[str, ...]) -> None:
+    alone, asked = capfilt(*words), capfilt(*words, "--help")
+    assert (alone.code, alone.out, alone.err.rstrip()) == (2, "", asked.out.rstrip())
+    assert len(asked.out.splitlines()) > 10
+
+
 def test_exit_codes_and_variables_are_in_the_help() -> None:
     classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert {getattr(kind, "exit_code") for kind in classes} | {0, 130, 143} == set(EXIT_CODES)  # noqa: B009

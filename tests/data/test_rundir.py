@@ -35,6 +35,11 @@ def test_create_is_repeatable_and_open_says_what_is_wrong(tmp_path: Path) -> Non
     assert (run.path / "run.json").read_text() == made
     with pytest.raises(UsageError, match="no run.json"):
         RunDir.open(tmp_path)
+    with pytest.raises(UsageError, match="there is no such folder"):
+        RunDir.open(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file; expected a run, which is a folder"):
+        RunDir.open(tmp_path / "file")
     (run.path / "run.json").write_text(json.dumps({"format_version": 99}))
     with pytest.raises(UsageError, match="format version 99"):
         RunDir.open(run.path)
