@@ -50,7 +50,6 @@ def test_create_is_repeatable_and_open_says_what_is_wrong(tmp_path: Path) -> Non
     assert found
     (run.path / "run.json").write_text(found[1])
     assert RunDir.open(run.path).path == run.path, "as it is advised"
-    (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         RunDir.create(tmp_path / "file")
 
