@@ -16,6 +16,7 @@ from capfilt.cli.engines import Address, CpusPerWorker, EngineName, GpusPerWorke
 from capfilt.cli.options import AsJson, Generation, Run, open_generation
 from capfilt.data.paths import AnyPath, path_of
 from capfilt.errors import UsageError
+from capfilt.settings.values import nearest_or_all
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -210,6 +211,5 @@ def _sections(asked: list[str]) -> list[str] | None:
     """None for the dashboard, an empty list for all."""
     unknown = [name for name in asked if name not in (*SECTION_NAMES, ALL)]
     if unknown:
-        known = ", ".join(SECTION_NAMES)
-        raise UsageError(f"There is no section {', '.join(unknown)}; expected some of {known}, or {ALL}.")
+        raise UsageError(f"There is no section {unknown[0]}.{nearest_or_all(unknown[0], (*SECTION_NAMES, ALL))}")
     return None if not asked else [] if ALL in asked else asked

@@ -26,6 +26,7 @@ from capfilt.errors import UsageError
 from capfilt.progress import NullProgress, Progress
 from capfilt.report.conditions import Condition
 from capfilt.report.shard_pairs import ShardPairs, read_shard_pairs
+from capfilt.settings.values import nearest_or_all
 
 SOURCES = ("web", "synthetic", HUMAN)
 
@@ -50,7 +51,7 @@ class SampleQuery:
         if self.reason is not None and self.reason not in REASON_SENTENCES | DROP_REASON_SENTENCES:
             raise UsageError(
                 f"--reason is {self.reason!r}; expected a drop reason ({', '.join(DROP_REASON_SENTENCES)}) or a reason "
-                f"of rows that failed ({', '.join(REASON_SENTENCES)})."
+                f"of rows that failed.{nearest_or_all(self.reason, REASON_SENTENCES | DROP_REASON_SENTENCES)}"
             )
         if self.source is not None and self.source not in SOURCES:
             raise UsageError(f"--source is {self.source!r}; expected one of {', '.join(SOURCES)}.")
