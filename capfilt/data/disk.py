@@ -44,7 +44,8 @@ class Disk:
     def write_new(self, name: str, text: str) -> None:
         file_path = self.path / name
         if not file_path.exists():
-            file_path.parent.mkdir(exist_ok=True)
+            if not file_path.parent.is_dir():
+                file_path.parent.mkdir(exist_ok=True)
             with whole_file(file_path) as file:
                 file.write(text)
             sync_directory(file_path.parent)
