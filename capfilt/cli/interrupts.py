@@ -4,16 +4,19 @@ In order: what is under way is voided, or saved by a training, and the workers e
 middle of whatever it did, as after SIGKILL; the next command on the run tidies up, and workers end with their parent.
 
 An import is finished first: extension modules (numpy's, seen with 2.4) drop an exception that comes while they start,
-and the command would go on as if nothing had been said.
+and the command would go on as if nothing had been said; torch's end the process by SIGABRT. A long import is not waited
+for: the process ends at once.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -23,6 +26,9 @@ MESSAGES = {
     EXIT_TERMINATED: "Terminated. What is done is kept; the same command goes on.",
 }
 
+
+IMPORT_SECONDS = 0.8
+"""That an import may take from the signal on; open_clip's takes seven seconds on a slow machine."""
 
 _RETRY_SECONDS = 0.02
 _undo_first: list[Callable[[], None]] = []
@@ -53,25 +59,29 @@ def handle_interrupts() -> None:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if caught:
-            for undo in _undo_first:
-                undo()
-            # not by sys.stderr: the signal may have come while it was writing
-            os.write(2, b"\ncapfilt: Stopped at once. What is committed is kept; the same command goes on.\n")
-            os._exit(CODES[signal.Signals(number)])
+            _end_at_once(number, "Stopped at once. What is committed is kept; the same command goes on.")
         caught.append(number)
-        end(frame)
+        end(number, frame, time.monotonic() + IMPORT_SECONDS)
 
-    def end(frame: FrameType | None) -> None:
-        if _is_importing(frame):
-            signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
-        else:
-            _raised.append(caught[0])
-            raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(EXIT_TERMINATED)
+    def end(number: int, frame: FrameType | None, latest: float) -> None:
+        if not _is_importing(frame):
+            _raised.append(number)
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(EXIT_TERMINATED)
+        if time.monotonic() > latest:
+            _end_at_once(number, MESSAGES[CODES[signal.Signals(number)]])
+        signal.signal(signal.SIGALRM, lambda _, later: end(number, later, latest))
+        signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
 
-    signal.signal(signal.SIGALRM, lambda _, frame: end(frame))
     for number in CODES:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what it runs in the background
             signal.signal(number, handle)
+
+
+def _end_at_once(number: int, said: str) -> NoReturn:
+    for undo in _undo_first:
+        undo()
+    os.write(2, f"\ncapfilt: {said}\n".encode())  # not by sys.stderr: the signal may have come while it was writing
+    os._exit(CODES[signal.Signals(number)])
 
 
 def _is_importing(frame: FrameType | None) -> bool:

@@ -123,6 +123,23 @@ def test_a_signal_amid_an_import_waits_for_its_end(tmp_path: Path) -> None:
         assert done.stderr.endswith(ending)
 
 
+def test_a_long_import_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import signal, time\ntry:\n    signal.raise_signal(NUMBER)\n    time.sleep(60)\n"
+        "finally:\n    print('too late')\n"
+    )
+    code = "from capfilt.cli.interrupts import handle_interrupts; handle_interrupts(); "
+    code += "import builtins, signal; builtins.NUMBER = signal.{}; import slow; print('lost')"
+    for name, ending in (("SIGINT", 130), ("SIGTERM", 143)):
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(name)], capture_output=True, text=True, check=False, cwd=tmp_path
+        )
+        assert (done.stdout, done.returncode) == ("", ending)
+        assert "What is done is kept; the same command goes on." in done.stderr
+        assert time.monotonic() - began < 30
+
+
 def test_an_error_that_others_make_of_a_signal_is_the_signal() -> None:
     """As safetensors does, amid the reading of weights: the file was said to be damaged."""
     code = "import signal, sys; from capfilt.cli import main, interrupts; interrupts.handle_interrupts()\n"
