@@ -36,6 +36,7 @@ EXTRAS = {
     "s3": ("s3fs", "runs and tables on s3://"),
     "gs": ("gcsfs", "runs and tables on gs://"),
     "eval": ("pycocoevalcap", "`evaluate captions`"),
+    "sql": ("duckdb", "`show --where`"),
     "tensorboard": ("tensorboard", "`train --tensorboard`"),
 }
 """Extra → the package that shows it is installed, and what needs it."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from capfilt.doctor import EXTRAS, FINE, LACKING, WRONG, Diagnosis, Finding, diagnose
+from capfilt.doctor import FINE, LACKING, WRONG, Diagnosis, Finding, diagnose
 from tests.cli.conftest import capfilt
 
 
@@ -33,7 +33,8 @@ def test_a_whole_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "capfilt" in found["models", "Salesforce/blip-image-captioning-large"].found
     assert found["models", "timm/vit_large_patch14_clip_224.openai"].name, "open_clip's own name for ViT-L-14 / openai"
     assert found["disk", "here"].found.startswith(str(tmp_path))
-    assert {name for section, name in found if section == "extras"} == {*EXTRAS, "java"}
+    declared = set(importlib.metadata.metadata("capfilt").get_all("Provides-Extra") or ()) - {"dev"}
+    assert {name for section, name in found if section == "extras"} == {*declared, "java"}
 
 
 def test_a_cached_model_is_found_and_offline_says_how_to_get_the_others(tmp_path: Path) -> None:

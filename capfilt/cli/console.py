@@ -79,13 +79,18 @@ def note(text: str) -> None:
     """One line on standard error: what a script does not want to read."""
     if not IS_MAIN_PROCESS:
         return
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(_printable(text) + "\n")
     sys.stderr.flush()
 
 
 def clean(text: object, max_chars: int = 200) -> str:
     """Untrusted text, safe to print."""
     return clean_for_terminal(str(text), max_chars)
+
+
+def _printable(text: str) -> str:
+    """Lines with names in them, of files and folders, without what a terminal acts upon."""
+    return "\n".join(line if line.isprintable() else clean(line, len(line)) for line in text.split("\n"))
 
 
 def open_progress() -> Progress:
@@ -95,7 +100,7 @@ def open_progress() -> Progress:
 
 def end(summary: str, next_command: str | None = None) -> None:
     """The one-line summary of a command, and the command to try next."""
-    say(summary)
+    say(_printable(summary))
     if next_command:
         note(f"Next: {next_command}")
 

@@ -5,6 +5,7 @@ Nothing here or in the groups imports torch, transformers or pyarrow before a co
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -130,6 +131,8 @@ def main() -> NoReturn:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not _is_debugging():
         _quiet_packages()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # where it is not UTF-8, what it cannot write is shown as \\uXXXX
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except SystemExit as ended:

@@ -90,6 +90,8 @@ def stats(
             raise UsageError("--svg is a picture of one run; it was given with --compare. Leave one of them out.")
         from capfilt.data.whole_files import refuse_existing
 
+        if svg.exists() and svg.suffix.lower() != ".svg":
+            raise UsageError(f"--svg {svg} is there already and named like no picture. Name a file that ends in .svg.")
         refuse_existing(svg, overwrite=True)
     if is_compared:
         _compare(run, generation, compare or run, compare_generation, asked, as_json=as_json)
@@ -184,7 +186,9 @@ def _write_picture(found: RunStats, file: Path) -> None:
 
 
 def _advise(found: RunStats, run: AnyPath, generation: str | None) -> None:
-    if found.has_manifest:
+    if found.has_manifest and "itm" not in found.shards_by_stage:
+        note(f"Next: {command('train', 'captioner', run, '--init', 'MODEL', '--output', 'DIR', generation=generation)}")
+    elif found.has_manifest:
         next_command = command("select", run, "--threshold", "T", "--keep", "K", generation=generation)
         note(f"Next: {next_command}   (another choice, from the stored scores)")
     elif found.shards_by_stage["shards"] < found.expected_by_stage["shards"]:

@@ -76,9 +76,11 @@ def examine_recipe(path: Path) -> tuple[Recipe | None, list[Mistake]]:
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise UsageError(f"{path} has {path.stat().st_size:,} bytes; a recipe has {MAX_RECIPE_BYTES:,} at most.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors of Windows begin a file with a mark
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        return None, [Mistake(1, "values are nested too deeply for a recipe. Correct them and run again.")]
+    except ValueError as error:  # not TOML, not UTF-8, a number of thousands of digits
         line = re.search(r"at line (\d+)", str(error))
         number = int(line.group(1)) if line else 1
         return None, [Mistake(number, f"this is not a TOML file: {error}. Correct the line and run again.")]
@@ -248,7 +250,7 @@ def line_of(text: str, section: str | None, key: str) -> int:
     wanted = [*section.split("."), key] if section is not None else key.split(".")
     current: list[str] = []
     nearest, depth = 1, 0
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if header := _HEADER.match(line):
             path = current = _parts(header.group(1))
         elif entry := _KEY.match(line):

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from capfilt.errors import UsageError
 from capfilt.settings import CaptionSettings, DownloadSettings, FilterSettings, RankSettings, TrainSettings
-from capfilt.settings.checks import require
+from capfilt.settings.checks import MAX_WORLD_URLS, require
 from capfilt.trainings import MODEL_SETTINGS, RESULT, TRAININGS
 
 TRAIN = "train."
@@ -41,6 +41,8 @@ class SourceSettings:
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise UsageError(f"source gives {found}; expected one of {', '.join(self.alternatives)}.")
+        num = self.world_urls
+        require(num is None or 1 <= num <= MAX_WORLD_URLS, "world_urls", num, f"1 to {MAX_WORLD_URLS}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,9 +37,17 @@ def bar_table(title: str, rows: Iterable[tuple[str, int, str]], total: int) -> I
 
 
 def histogram(
-    title: str, bounds: Sequence[float], series: Mapping[str, Sequence[int]], *, mark: float | None = None
+    title: str,
+    bounds: Sequence[float],
+    series: Mapping[str, Sequence[int]],
+    *,
+    mark: float | None = None,
+    is_open: bool = False,
 ) -> Iterator[str]:
-    """Counts between the bounds as areas, each source as shares of its own, on one axis."""
+    """Counts between the bounds as areas, each source as shares of its own, on one axis.
+
+    Bounds that are whole numbers are those of counts: 3 to 5 are three of them. `is_open`: the last bin has all above.
+    """
     filled = {name: counts for name, counts in series.items() if sum(counts)}
     if not filled:
         return
@@ -60,9 +68,17 @@ def histogram(
         yield f'<polygon class="{_class(name)} area" points="{" ".join(points)}"></polygon>\n'
     yield from _axis(edges[0], edges[-1], mark)
     yield "</svg>\n"
-    header = [f"{low:.2f} to {high:.2f}" for low, high in pairwise(edges)]
+    header = [_bin_name(low, high, is_open=is_open and high == bounds[-1]) for low, high in pairwise(edges)]
     yield from _numbers(title, header, {name: [f"{share:.1%}" for share in own] for name, own in shares.items()})
     yield "</figure>\n"
+
+
+def _bin_name(low: float, high: float, *, is_open: bool) -> str:
+    if isinstance(low, float):
+        return f"{low:.2f} to {high:.2f}"
+    if is_open:
+        return f"{low:,} and more"
+    return f"{low:,}" if high - low == 1 else f"{low:,} to {high - 1:,}"
 
 
 def curve(

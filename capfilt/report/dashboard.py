@@ -20,7 +20,7 @@ from capfilt.data.texts import clean_for_terminal
 from capfilt.progress import bar, counted, format_bytes, format_rate, format_seconds
 from capfilt.report.histogram import Spread
 from capfilt.report.sparks import fitted, mark_at, resampled, sparks
-from capfilt.report.stats import RunStats
+from capfilt.report.stats import LONGEST_WORDS, RunStats
 
 TWO_COLUMNS = 116
 """Columns of the terminal from which on the sections stand side by side."""
@@ -160,9 +160,7 @@ class _Drawer:
         lines = []
         for source, pairs in stats.pairs.items():
             if pairs.words is not None:
-                longest = max(pairs.words_histogram)
-                counts = [pairs.words_histogram.get(number, 0) for number in range(min(longest, 60) + 1)]
-                counts[-1] += sum(times for number, times in pairs.words_histogram.items() if number > 60)
+                counts = pairs.lengths(min(max(pairs.words_histogram), LONGEST_WORDS))
                 said = f"words {_range(pairs.words)}; {pairs.num_words:,} different"
                 lines.append(self._sparks(source, counts, said, _SOURCE_STYLES.get(source, "")))
         found = stats.diversity
@@ -217,7 +215,7 @@ class _Drawer:
             )  # fmt: skip
         if not lines:
             return []
-        images = stats.download.num_images
+        images = stats.num_images_judged
         share = stats.num_images_kept / images if images else 0.0
         lines.append(Text(f"{stats.num_images_kept:,} of {images:,} images ({share:.1%}) have a kept pair"))
         return [*lines, *self._curves()]

@@ -87,12 +87,11 @@ class _Chosen:
             distances = np.abs(rows["itm_score"].to_numpy() - threshold)
             first = np.argsort(distances, kind="stable")[: self._num]
             self._take(name, shard, distances[first].tolist(), rows["key"].take(first).to_pylist(), self._num)
+        not_judged = pc.and_(table["kept"], pc.is_null(table["itm_score"]))  # people's captions, those alone
+        self._draw("kept, not judged", shard, table.filter(not_judged), self._num)
         for reason in pc.unique(pc.drop_null(table["drop_reason"])).to_pylist():
-            num = -(-self._num // OTHER_REASONS)
-            keys = table.filter(pc.equal(table["drop_reason"], reason))["key"].unique()
-            drawn = keys.take(np.arange(len(keys))[:: max(1, len(keys) // max(num, 1))]).to_pylist()
-            places = [float(zlib.crc32(f"{shard} {key}".encode("utf-8", "replace"))) for key in drawn]
-            self._take(f"reason {reason}", shard, places, drawn, num)
+            rows = table.filter(pc.equal(table["drop_reason"], reason))
+            self._draw(f"reason {reason}", shard, rows, -(-self._num // OTHER_REASONS))
 
     def by_shard(self) -> Iterator[tuple[str, set[str]]]:
         """Shard and keys, in the order of the shards."""
@@ -101,6 +100,13 @@ class _Chosen:
             for _, shard, key in best:
                 found.setdefault(shard, set()).add(key)
         yield from sorted(found.items())
+
+    def _draw(self, name: str, shard: str, rows: pa.Table, num: int) -> None:
+        """Some of these rows' images, by a digest of their keys."""
+        keys = rows["key"].unique()
+        drawn = keys.take(np.arange(len(keys))[:: max(1, len(keys) // max(num, 1))]).to_pylist()
+        places = [float(zlib.crc32(f"{shard} {key}".encode("utf-8", "replace"))) for key in drawn]
+        self._take(name, shard, places, drawn, num)
 
     def _take(self, name: str, shard: str, places: Sequence[float], keys: Sequence[str], num: int) -> None:
         found = [(place, shard, key) for place, key in zip(places, keys, strict=True)]

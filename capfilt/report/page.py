@@ -28,11 +28,10 @@ from capfilt.progress import NullProgress, Progress, counted, format_bytes
 from capfilt.report.charts import bar_table, curve, histogram
 from capfilt.report.gallery import Card, Explain, add_pictures, card_html, choose_cards
 from capfilt.report.markup import escaped
-from capfilt.report.stats import RunStats, compute_stats
+from capfilt.report.stats import LONGEST_WORDS, RunStats, compute_stats
 
 NUM_EXPLAINED = 6
 """Images whose pair nearest the threshold is explained, unless another number is asked for."""
-_LONGEST_WORDS = 60
 _ORDERS = {
     "nearest": "nearest the threshold first", "itm-up": "lowest ITM score first", "itm-down": "highest ITM score first",
     "clip-up": "lowest CLIP score first", "clip-down": "highest CLIP score first", "key": "by key",
@@ -174,11 +173,8 @@ def _download(stats: RunStats) -> Iterator[str]:
 
 
 def _scores(stats: RunStats) -> Iterator[str]:
-    lengths = {
-        source: [pairs.words_histogram.get(number, 0) for number in range(_LONGEST_WORDS + 1)]
-        for source, pairs in stats.pairs.items()
-    }
-    yield from _boxed(histogram("Words of a caption", [float(n) for n in range(_LONGEST_WORDS + 2)], lengths))
+    lengths = {source: pairs.lengths(LONGEST_WORDS) for source, pairs in stats.pairs.items()}
+    yield from _boxed(histogram("Words of a caption", range(LONGEST_WORDS + 2), lengths, is_open=True))
     for title, name, mark in (("CLIP score", "clip_score", None), ("ITM score", "itm_score", stats.threshold)):
         scores = {source: getattr(pairs, name) for source, pairs in stats.pairs.items()}
         if scores:

@@ -111,6 +111,7 @@ class PairSums:
 class ImageSums:
     """Images with their captions side by side."""
 
+    num_images: int = 0
     num_kept: int = 0
     """Images with at least one kept pair."""
     num_compared: int = 0
@@ -121,6 +122,7 @@ class ImageSums:
     def add(self, rows: pa.Table) -> None:
         """Count the images of a manifest's rows."""
         codes, num = _images_of(rows["key"])
+        self.num_images += num
         kept = rows["kept"].to_numpy()
         self.num_kept += int(np.count_nonzero(np.bincount(codes[kept], minlength=1)))
         scores = rows["clip_score"].to_numpy()
@@ -132,6 +134,7 @@ class ImageSums:
 
     def merge(self, other: ImageSums) -> None:
         """Add another shard's."""
+        self.num_images += other.num_images
         self.num_kept += other.num_kept
         self.num_compared += other.num_compared
         self.num_synthetic_first += other.num_synthetic_first

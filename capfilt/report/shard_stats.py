@@ -17,6 +17,7 @@ from capfilt.data.commit import CommitRecord, read_commit_record, read_quarantin
 from capfilt.data.retries import LastAttempts
 from capfilt.data.rundir import RunDir
 from capfilt.data.sealed import read_record
+from capfilt.data.texts import clean_for_terminal
 from capfilt.report.download_sums import COLUMNS, DownloadSums
 from capfilt.report.histogram import counts_of
 from capfilt.report.pair_sums import CaptionSums, ImageSums, PairSums
@@ -108,7 +109,7 @@ def _add_pairs(asked: Asked, shard: str, sums: ShardSums, stages: Collection[str
         source: table.filter(pc.equal(table["source"], source)) for source in pc.unique(table["source"]).to_pylist()
     }
     for source, rows in sources.items():
-        sums.pairs.setdefault(source, PairSums()).add(rows)
+        sums.pairs.setdefault(clean_for_terminal(source, 20), PairSums()).add(rows)  # a run may be somebody else's
     sums.images.add(table)
     sums.selections.append({name: record.fields[name] for name in SELECTION if name in record.fields})
     if "captions" in stages:

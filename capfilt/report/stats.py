@@ -30,6 +30,8 @@ from capfilt.report.shard_stats import Asked, ShardSize, ShardSums, sum_shard
 NUM_TOP_WORDS, NUM_WORST_HOSTS, NUM_OUTLIERS = 20, 20, 20
 NUM_SAMPLED_IMAGES = 300
 """Images whose captions are compared; at least one of each shard."""
+LONGEST_WORDS = 60
+"""From which on captions of any number of words are shown together."""
 MOST_OF_MEDIAN, LEAST_OF_MEDIAN = 2.0, 0.5
 """A shard with more or fewer images, or bytes, than that many medians stands out."""
 
@@ -95,6 +97,12 @@ class SourceStats:
     top_words: dict[str, int] = field(default_factory=dict)
     """Most frequent words of the kept captions → captions that have them."""
 
+    def lengths(self, longest: int) -> list[int]:
+        """Captions of 0, 1, … words; the last number is of `longest` words and more."""
+        counts = [self.words_histogram.get(number, 0) for number in range(longest + 1)]
+        counts[-1] += sum(times for number, times in self.words_histogram.items() if number > longest)
+        return counts
+
 
 @dataclass
 class DiversityStats:
@@ -142,6 +150,8 @@ class RunStats:
     download: DownloadStats
     diversity: DiversityStats | None
     pairs: dict[str, SourceStats]
+    num_images_judged: int
+    """Images of the manifests there are."""
     num_images_kept: int
     """Images with at least one kept pair."""
     top_caption: TopCaptionStats
@@ -184,8 +194,10 @@ def compute_stats(run: RunDir, engine: Engine | None = None, progress: Progress 
     found = stats_of(sums, name=str(run.path), num_shards=num_shards)
     found.generation = run.generation
     found.times = _times(run)
-    found.shards_by_stage = {stage: len(names) for stage, names in committed.items()}
-    found.expected_by_stage = {stage: num_shards if stage == "shards" else num_annotated for stage in STAGES}
+    # people's captions make a manifest without the stages between
+    stages = [stage for stage in STAGES if committed[stage] or not committed["manifest"]]
+    found.shards_by_stage = {stage: len(committed[stage]) for stage in stages}
+    found.expected_by_stage = {stage: num_shards if stage == "shards" else num_annotated for stage in stages}
     return found
 
 
@@ -217,6 +229,7 @@ def stats_of(sums: ShardSums, *, name: str, num_shards: int) -> RunStats:
             source: _source_stats(sums.pairs[source])
             for source in sorted(sums.pairs, key=lambda source: (order.get(source, 2), source))
         },
+        num_images_judged=sums.images.num_images,
         num_images_kept=sums.images.num_kept,
         top_caption=TopCaptionStats(sums.images.num_compared, sums.images.num_synthetic_first),
         selections=sums.selections,

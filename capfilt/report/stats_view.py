@@ -126,7 +126,7 @@ def _pair_lines(stats: RunStats, plain: bool) -> Iterator[str]:
         reasons = found.by_drop_reason.items()
         dropped = ", ".join(f"{clean_for_terminal(name, 40)} {number:,}" for name, number in reasons)
         yield f"  {source:<10} {found.num_pairs:>10,} {found.num_kept:>10,} {share:>7.1%}   {dropped}"
-    images = stats.download.num_images
+    images = stats.num_images_judged
     share = stats.num_images_kept / images if images else 0.0
     yield f"  {stats.num_images_kept:,} of {images:,} images ({share:.1%}) have at least one kept pair"
     named = sorted({name for found in stats.pairs.values() for name in found.by_drop_reason})

@@ -13,6 +13,8 @@ from capfilt.settings.values import did_you_mean
 EMBEDDED = "embedded"
 """The name that asks for a model shipped in the package; never taken unless it is named."""
 
+MAX_WORLD_URLS = 2**24
+"""Of the miniature world: scenes that a seed has."""
 DECODINGS = ("nucleus", "greedy", "beam", "top-k")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 RESIZERS = ("torchvision", "pillow")

@@ -24,7 +24,10 @@ def typed(value: object, hint: Any) -> object:
             raise TypeError("a list in brackets")
         return tuple(typed(item, get_args(hint)[0]) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise TypeError("a smaller number") from None
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise TypeError(_EXPECTED[hint])
     return value

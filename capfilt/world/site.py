@@ -32,6 +32,7 @@ from aiohttp import web
 
 from capfilt.errors import UsageError
 from capfilt.settings import DownloadSettings
+from capfilt.settings.checks import MAX_WORLD_URLS
 from capfilt.world.language import judge
 from capfilt.world.scenes import SPLITS, Scene, draw_scene, render
 from capfilt.world.web_pictures import MEDIA_TYPES, ODD_PICTURES, encode_picture
@@ -50,7 +51,6 @@ FIRST_SCENE = 2**40
 MIN_EDGE_PX, MAX_EDGE_PX = 48, 256
 
 _CACHED_ROWS = 1 << 15
-_SCENES_PER_SEED = 2**24
 _FOLDERS = ("photos", "img", "media/catalog", "wp-content/uploads/2021/07", "static/images", "gallery/large")
 _WORDS = (
     "summer",
@@ -88,8 +88,8 @@ class SiteSettings:
     """Behaviour of the server → share; what is left of 1 is plain."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_urls <= _SCENES_PER_SEED:
-            raise UsageError(f"num_urls is {self.num_urls}; expected 1 to {_SCENES_PER_SEED}.")
+        if not 1 <= self.num_urls <= MAX_WORLD_URLS:
+            raise UsageError(f"num_urls is {self.num_urls}; expected 1 to {MAX_WORLD_URLS}.")
         if self.split not in SPLITS:
             raise UsageError(f"split is {self.split!r}; expected one of {', '.join(SPLITS)}.")
         for shares, known in ((self.caption_shares, CAPTION_WRITERS), (self.behaviour_shares, BEHAVIOURS)):
@@ -165,7 +165,7 @@ class WorldSite:
         kind, behaviour = self._kinds[index], self._behaviours[index]
         shown = self._original_of(index) if behaviour == "duplicate" else index
         seed = self.settings.seed
-        scene = draw_scene(FIRST_SCENE + seed * _SCENES_PER_SEED + shown, self.settings.split)
+        scene = draw_scene(FIRST_SCENE + seed * MAX_WORLD_URLS + shown, self.settings.split)
         width, height, ending, quality = _draw_file(np.random.default_rng([seed, 3, shown]))
         ending = ODD_PICTURES[behaviour][0] if behaviour in ODD_PICTURES else ending
         rng = np.random.default_rng([seed, 4, index])

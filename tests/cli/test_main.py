@@ -140,6 +140,13 @@ def test_a_long_import_is_not_waited_for(tmp_path: Path) -> None:
         assert time.monotonic() - began < 30
 
 
+def test_output_that_is_not_utf_8_shows_what_it_cannot_write_by_its_number() -> None:
+    process = capfilt_process("recipe", "show", "capfilt", PYTHONIOENCODING="ascii")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "\\u2192" in out
+
+
 def test_an_error_that_others_make_of_a_signal_is_the_signal() -> None:
     """As safetensors does, amid the reading of weights: the file was said to be damaged."""
     code = "import signal, sys; from capfilt.cli import main, interrupts; interrupts.handle_interrupts()\n"

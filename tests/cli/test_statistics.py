@@ -14,9 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
+
 from capfilt.curation.annotate import annotate
+from capfilt.data.sealed import read_sealed, sealed_bytes
 from tests.cli.conftest import capfilt
 from tests.curation.small_runs import make_run, save_models
+from tests.hostile_texts import TRICKS, UNSAFE, run_with_texts
 
 OTHER_SCREEN, BACK, HOME = b"\x1b[?1049h", b"\x1b[?1049l", b"\x1b[H"
 
@@ -91,3 +95,42 @@ def test_without_a_terminal_it_is_refused(tmp_path: Path) -> None:
     refused = capfilt("stats", run.path, "--watch", "1")
     assert refused.code == 2
     assert "--json" in refused.err
+
+
+def test_hostile_sources_do_nothing(tmp_path: Path) -> None:
+    """A run may have come from somebody else."""
+    tricks = [trick.encode("utf-8", "replace").decode() for trick in TRICKS.values()]
+    run = run_with_texts(tmp_path / "run", tricks)
+    table, record, _ = read_sealed(run.stage_file("manifest", "00000"))
+    field = table.schema.field("source")
+    sources = pa.array([tricks[row % len(tricks)] for row in range(table.num_rows)]).dictionary_encode()
+    assert len(sources.dictionary) == len(set(tricks))
+    table = table.set_column(table.schema.get_field_index("source"), field, sources.cast(field.type))
+    run.stage_file("manifest", "00000").write_bytes(sealed_bytes(table, record))
+    for options in ([], ["--section", "all"], ["--compare", run.path]):
+        done = capfilt("stats", run.path, *options)
+        assert done.code == 0
+        assert not UNSAFE.search(done.out + done.err)
+
+
+def test_people_s_captions_are_complete_and_trained_on(tmp_path: Path) -> None:
+    """No stage between shards and manifest is waited for."""
+    made, run = make_run(tmp_path / "made", num_shards=1, num_samples=3), tmp_path / "human"
+    assert capfilt("import", made.path / "shards" / "00000.tar", run, "--human").code == 0
+    found = capfilt("stats", run, "--json").json()
+    assert found["shards_by_stage"] == found["expected_by_stage"] == {"shards": 1, "manifest": 1}
+    assert "capfilt train captioner" in capfilt("stats", run).err
+    with watching(run) as (process, master):
+        read_until(master, BACK)
+        assert process.wait(timeout=60) == 0
+    written = capfilt("report", run, "-o", tmp_path / "a.html")
+    assert "3 pairs of 3 images shown" in written.out
+
+
+def test_a_picture_replaces_no_other_file(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_shards=1, num_samples=2)
+    (tmp_path / "mine.txt").write_text("mine")
+    refused = capfilt("stats", run.path, "--svg", tmp_path / "mine.txt")
+    assert (refused.code, (tmp_path / "mine.txt").read_text()) == (2, "mine")
+    for _ in range(2):
+        assert capfilt("stats", run.path, "--svg", tmp_path / "a.svg").code == 0

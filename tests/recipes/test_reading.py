@@ -185,6 +185,26 @@ def test_what_is_not_toml_is_refused(tmp_path: Path) -> None:
         read_recipe(write(tmp_path, "caption = 3"))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a = " + "[" * 5000, "nested too deeply"),
+        ("[caption]\nnum_captions = " + "9" * 5000, "not a TOML file"),
+        ("[filter]\nthreshold = 1" + "0" * 400, "mine.toml:2: .* expected a smaller number"),
+        ("[source]\nworld_urls = -5", "mine.toml:2: .*world_urls is -5; expected 1 to"),
+    ],
+)
+def test_numbers_and_depths_that_no_recipe_has_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        read_recipe(write(tmp_path, text))
+
+
+def test_a_mark_before_the_text_is_passed_over_and_lines_end_as_editors_end_them(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("\ufeff# a\u2028b\u0085c\r\n[filter]\r\nthreshhold = 1\r\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"mine\.toml:3: .*Did you mean threshold"):
+        read_recipe(str(tmp_path / "mine.toml"))
+
+
 # --- trainings ----------------------------------------------------------------------------------------------
 
 CHAIN = """\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,17 @@ import pytest
 from PIL import Image
 
 from capfilt.cli.console import to_plain
-from capfilt.data.commit import commit_stage, file_sha256, input_digest
+from capfilt.data.commit import commit_stage, file_sha256, input_digest, read_table
 from capfilt.data.reasons import Quarantined
 from capfilt.data.rundir import RunDir
 from capfilt.data.schemas import SCHEMAS
 from capfilt.data.tars import write_tar
 from capfilt.errors import UsageError
+from capfilt.report.charts import histogram
 from capfilt.report.histogram import Histogram, spread_of
 from capfilt.report.stats import compute_stats
 from capfilt.report.stats_view import stats_lines
+from tests.train.small_models import save_run
 
 CAPTIONS = {
     "a": ["a red star", "a red star", "two stars", "a star"],
@@ -181,6 +184,25 @@ def test_a_run_under_way_has_the_figures_of_its_stages(tmp_path: Path) -> None:
     assert stats.pairs == {}
     assert stats.diversity is None
     assert "(not begun)" in "\n".join(stats_lines(stats))
+
+
+def test_kept_images_are_a_share_of_those_that_have_a_manifest(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", [6, 4], drop_every=3)
+    run.stage_file("manifest", "00001").unlink()
+    stats = compute_stats(run)
+    kept = {row["key"] for row in read_table(run.stage_file("manifest", "00000")).to_pylist() if row["kept"]}
+    assert (stats.num_images_kept, stats.num_images_judged, stats.download.num_images) == (len(kept), 6, 10)
+    assert f"{len(kept)} of 6 images ({len(kept) / 6:.1%}) have" in "\n".join(stats_lines(stats))
+
+
+def test_long_captions_are_counted_together(run: RunDir) -> None:
+    stats = compute_stats(run)
+    stats.pairs["web"].words_histogram = {3: 2, 80: 7, 61: 1}
+    assert stats.pairs["web"].lengths(60) == [0, 0, 0, 2, *[0] * 56, 8]
+    drawn = "".join(histogram("Words", range(62), {"web": stats.pairs["web"].lengths(60)}, is_open=True))
+    assert re.findall(r"(\d[^<]*)</th><td[^>]*>([\d.]+%)", drawn)[0] == ("3 to 4", "20.0%")
+    assert re.findall(r"(\d[^<]*)</th><td[^>]*>([\d.]+%)", drawn)[-1][1] == "80.0%"
+    assert "60 and more" in "".join(histogram("Words", range(62), {"web": [0] * 60 + [8]}, is_open=True))
 
 
 def test_spread_and_histogram() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 
@@ -18,16 +19,31 @@ ASSIGNED = st.characters(exclude_categories=["Cn", "Cs"])
 """Of the Unicode that Python knows; Arrow knows more."""
 
 TEXTS = st.lists(
-    st.one_of(st.text(ASSIGNED, max_size=20), st.text(st.sampled_from("ab'Ü  .,_-9é猫\n"), max_size=20), st.none()),
+    st.one_of(
+        st.text(ASSIGNED, max_size=20),
+        st.text(st.sampled_from("ab'’Ü  .,_-9é猫\nीe\u0301❤\ufe0f"), max_size=20),
+        st.none(),
+    ),
     max_size=12,
 )
 
 
 def words_of(text: str | None) -> list[str]:
-    """Runs of letters, numbers and apostrophes of a text in lower case."""
-    lowered = pa.compute.utf8_lower(pa.scalar(text or "")).as_py()
-    kept = [char if char == "'" or unicodedata.category(char)[0] in "LN" else " " for char in lowered]
-    return "".join(kept).split(" ")
+    """Runs of letters, numbers and apostrophes of a text in lower case, with the marks behind them."""
+    lowered = pa.compute.utf8_lower(pa.scalar(text or "")).as_py().replace("’", "'")
+    kinds = ["w" if char == "'" else unicodedata.category(char)[0] for char in lowered]
+    found = re.finditer("[wLN][wLNM]*", "".join(kinds))
+    return [lowered[one.start() : one.end()] for one in found]
+
+
+@pytest.mark.parametrize("many", [0, 1000], ids=["by Arrow's expression", "by Python's"])
+@pytest.mark.parametrize(
+    ("text", "num"),
+    [("हिन्दी भाषा", 2), ("it’s a dog", 3), ("cafe\u0301 au lait", 3), ("I ❤️ you", 2), ("\u0301", 0), ("สวัสดี", 1)],
+)
+def test_marks_belong_to_their_letters(many: int, text: str, num: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "_MANY_TEXTS", many)
+    assert count_words(plain_texts(pa.chunked_array([[text]]))).tolist() == [num]
 
 
 @pytest.mark.parametrize("many", [0, 1000], ids=["by Arrow's expression", "by Python's"])
