@@ -93,6 +93,11 @@ class PairSums:
         self.num_passing += _num_passing(scores)
         self.num_candidates += len(scores)
 
+    def leave_out(self, scores: np.ndarray) -> None:
+        """Take pairs with these ITM scores, which no threshold keeps, from the candidates."""
+        self.num_passing -= _num_passing(scores)
+        self.num_candidates -= len(scores)
+
     def merge(self, other: PairSums) -> None:
         """Add another shard's."""
         self.num_pairs += other.num_pairs
@@ -138,6 +143,20 @@ class ImageSums:
         self.num_kept += other.num_kept
         self.num_compared += other.num_compared
         self.num_synthetic_first += other.num_synthetic_first
+
+
+def scores_of_repeats(rows: pa.Table) -> np.ndarray:
+    """ITM scores of the synthetic captions below the threshold that read as their image's web caption, (N,).
+
+    Above it they would be duplicates (`curation.selection`): no threshold keeps them.
+    """
+    low = rows.filter(pc.fill_null(pc.equal(rows["drop_reason"], "low_itm"), False))
+    web, synthetic = (low.filter(pc.equal(low["source"], source)) for source in ("web", "synthetic"))
+    if not web.num_rows or not synthetic.num_rows:
+        return np.zeros(0, np.float32)
+    text = web["text"].take(pc.index_in(synthetic["key"], web["key"].combine_chunks()))
+    repeats = pc.fill_null(pc.equal(synthetic["text"], text), False)
+    return pc.drop_null(pc.filter(synthetic["itm_score"], repeats)).to_numpy()
 
 
 def _images_of(keys: pa.ChunkedArray) -> tuple[np.ndarray, int]:

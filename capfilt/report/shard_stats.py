@@ -20,7 +20,7 @@ from capfilt.data.sealed import read_record
 from capfilt.data.texts import clean_for_terminal
 from capfilt.report.download_sums import COLUMNS, DownloadSums
 from capfilt.report.histogram import counts_of
-from capfilt.report.pair_sums import CaptionSums, ImageSums, PairSums
+from capfilt.report.pair_sums import CaptionSums, ImageSums, PairSums, scores_of_repeats
 
 SELECTION = ("threshold", "keep", "include_web", "sources")
 """Parameters of a manifest that are shown."""
@@ -110,6 +110,8 @@ def _add_pairs(asked: Asked, shard: str, sums: ShardSums, stages: Collection[str
     }
     for source, rows in sources.items():
         sums.pairs.setdefault(clean_for_terminal(source, 20), PairSums()).add(rows)  # a run may be somebody else's
+    if "synthetic" in sources:
+        sums.pairs["synthetic"].leave_out(scores_of_repeats(table))
     sums.images.add(table)
     sums.selections.append({name: record.fields[name] for name in SELECTION if name in record.fields})
     if "captions" in stages:

@@ -204,17 +204,14 @@ def _threshold_lines(stats: RunStats, plain: bool) -> Iterator[str]:
     yield ""
     yield rule("Kept rate against the ITM threshold, of the pairs that nothing else drops", plain=plain)
     yield "  threshold   " + "".join(f"{source:<{BAR_WIDTH + 8}}" for source in curves).rstrip()
-    chosen = "" if stats.threshold is None else f"{stats.threshold:g}"
-    for threshold in next(iter(curves.values())):
-        is_chosen = f"{float(threshold):g}" == chosen
-        if threshold not in SHOWN_THRESHOLDS and not is_chosen:
-            continue
-        cells = []
-        for curve in curves.values():
-            drawn = _drawn(curve[threshold], BAR_WIDTH - 6, plain)
-            cells.append(f"{curve[threshold]:>6.1%} {drawn:<{BAR_WIDTH + 1}}")
-        mark = ">" if is_chosen else " "
-        yield f" {mark}{float(threshold):>9.2f}   {''.join(cells)}".rstrip()
+    rates = {float(name): [curve[name] for curve in curves.values()] for name in SHOWN_THRESHOLDS}
+    if stats.threshold is not None:
+        rates[stats.threshold] = [stats.pairs[source].kept_at or 0.0 for source in curves]
+    for threshold, own in sorted(rates.items()):
+        cells = "".join(f"{rate:>6.1%} {_drawn(rate, BAR_WIDTH - 6, plain):<{BAR_WIDTH + 1}}" for rate in own)
+        mark = ">" if threshold == stats.threshold else " "
+        shown = f"{threshold:.2f}" if round(threshold, 2) == threshold else f"{threshold:g}"
+        yield f" {mark}{shown:>9}   {cells}".rstrip()
 
 
 def _word_lines(stats: RunStats, plain: bool) -> Iterator[str]:

@@ -7,10 +7,12 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from capfilt.curation.selection import rank_captions, select_pairs
 from capfilt.data.schemas import SCHEMAS
-from capfilt.report.pair_sums import THRESHOLDS, CaptionSums, ImageSums, PairSums
+from capfilt.report.pair_sums import THRESHOLDS, CaptionSums, ImageSums, PairSums, scores_of_repeats
 
 SCORES = st.one_of(st.none(), st.sampled_from([-0.5, 0.0, 0.25, 0.5]))
+ITM = st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.95])
 IMAGES = st.lists(st.tuples(SCORES, st.lists(st.tuples(SCORES, st.booleans()), max_size=4)), max_size=8)
 COLUMNS = ["key", "source", "text", "clip_score", "itm_score", "kept", "drop_reason"]
 
@@ -54,6 +56,55 @@ def test_a_threshold_keeps_what_the_selection_keeps(judged: list[tuple[float, st
     assert sums.num_passing.tolist() == expected
     assert sums.num_chosen == sum(reason is None for _, reason in judged) + 2
     assert expected[90] == sum(score > 0.9 for score in scores)
+
+
+WORDS = ["a dog", "a cat", "two cats", ""]
+SHOWN = st.lists(
+    st.tuples(
+        st.sampled_from(WORDS), st.lists(st.sampled_from(WORDS), max_size=5), st.lists(ITM, min_size=4, max_size=4)
+    ),
+    min_size=1,
+    max_size=5,
+)
+"""Of each image: the web caption, the synthetic ones, and the ITM score of each of WORDS."""
+
+
+@given(SHOWN, st.integers(1, 3), st.booleans(), st.sampled_from([("web", "synthetic"), ("synthetic",)]))
+def test_the_curve_is_what_other_selections_keep(
+    images: list[tuple[str, list[str], list[float]]], keep: int, include_web: bool, sources: tuple[str, ...]
+) -> None:
+    clip_rows, itm_rows = list[dict[str, object]](), list[dict[str, object]]()
+    for number, (web, synthetic, scores) in enumerate(images):
+        captions = [
+            (n, text, None if not text else len(text) / 10) for n, text in enumerate([web, *synthetic], start=-1)
+        ]
+        for caption in rank_captions(captions, include_web=include_web):
+            own = {"key": str(number), "caption_index": caption.caption_index}
+            score, text = caption.clip_score, caption.text
+            others = {"source": "web" if caption.caption_index < 0 else "synthetic", "text": text, "rank": caption.rank}
+            clip_rows.append(own | others | {"clip_score": score, "duplicate_of": caption.duplicate_of})
+            itm_rows.append(own | {"itm_score": scores[WORDS.index(text)] if text else None})
+    facts = pa.Table.from_pylist(
+        [{"key": str(n), "url": "x", "width": 9, "height": 9, "sha256": "x"} for n in range(len(images))]
+    )
+
+    def selected(threshold: float) -> pa.Table:
+        return select_pairs(
+            "00000", facts, pa.Table.from_pylist(clip_rows, schema=SCHEMAS["clip"]),
+            pa.Table.from_pylist(itm_rows, schema=SCHEMAS["itm"]), threshold=threshold, keep=keep,
+            include_web=include_web, sources=sources,
+        )  # fmt: skip
+
+    for chosen in (0.1, 0.5, 0.9):
+        table = selected(chosen)
+        for source in ("web", "synthetic"):
+            sums = PairSums()
+            sums.add(table.filter(pa.compute.equal(table["source"], source)))
+            if source == "synthetic":
+                sums.leave_out(scores_of_repeats(table))
+            for number in (0, 10, 50, 90, 100):
+                rows = selected(THRESHOLDS[number]).to_pylist()
+                assert sums.num_passing[number] == sum(row["kept"] for row in rows if row["source"] == source)
 
 
 def test_the_sample_is_whole_images_spread_over_the_shard() -> None:
