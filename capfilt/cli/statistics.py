@@ -166,8 +166,14 @@ def _compare(
     *,
     as_json: bool,
 ) -> None:
+    from capfilt.data.rundir import is_run
     from capfilt.report.compare import compare_runs, comparison_lines
+    from capfilt.tar_stats import is_folder_of_tars
 
+    for place in (run, other):
+        if isinstance(place, Path) and not is_run(place) and is_folder_of_tars(place):
+            made = command("import", place / "*.tar", "RUN")
+            raise UsageError(f"{place} is a folder of tars; expected a run. `{made}` makes one of it.")
     runs = open_generation(run, generation), open_generation(other, other_generation)
     found = compare_runs(*runs, engine, open_progress())
     if as_json:

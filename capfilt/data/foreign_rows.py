@@ -1,7 +1,8 @@
 """Rows of a download by img2dataset that failed: the table that it writes beside each tar.
 
 In: its Parquet file, or one of its error messages. Out: rows with status and reason, in this project's words where it
-has one for the message. What img2dataset can say is what it, urllib and OpenCV say (img2dataset 1.47).
+has one for the message. What img2dataset can say is what it, urllib and OpenCV say (img2dataset 1.47). A table of this
+project's has the reason itself.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.data.bounded_parquet import BoundedParquet
-from capfilt.data.reasons import reason_of_status
+from capfilt.data.reasons import REASON_SENTENCES, reason_of_status
 from capfilt.data.schemas import SCHEMAS, SUCCESS
 
 COLUMNS = ["url", "status", "error_message"]
 """That make a Parquet file one of img2dataset's."""
+_REASON = "reason"
 UNREADABLE = "unreadable_table"
 """Reason of the one row that stands for a table that cannot be read, as one that is still being written."""
 
@@ -60,20 +62,26 @@ def failed_rows(table: Path) -> Iterator[pa.Table]:
     try:
         with BoundedParquet(table) as parquet:
             if set(COLUMNS) <= set(parquet.schema.names):
-                for batch in parquet.batches(_BATCH_ROWS, COLUMNS):
+                named = [*COLUMNS, *({_REASON} & set(parquet.schema.names))]
+                for batch in parquet.batches(_BATCH_ROWS, named):
                     yield _failed(pa.table(batch))
     except (pa.ArrowException, ValueError):
         yield _rows([{"url": None, "status": "failed_to_read", "reason": UNREADABLE}])
 
 
 def _failed(rows: pa.Table) -> pa.Table:
-    texts = pa.table({name: rows[name].cast(pa.string()) for name in COLUMNS})
+    texts = pa.table({name: rows[name].cast(pa.string()) for name in rows.column_names})
     failed = texts.filter(pc.not_equal(pc.fill_null(texts["status"], "failed_to_download"), SUCCESS))
     return _rows([
-        {"url": row["url"], "status": status, "reason": reason_of_message(status, row["error_message"])}
+        {"url": row["url"], "status": status, "reason": _known(row.get(_REASON)) or reason_of_message(status, said)}
         for row in failed.to_pylist()
+        for said in [row["error_message"]]
         for status in [_status(row["status"])]
     ])  # fmt: skip
+
+
+def _known(reason: str | None) -> str | None:
+    return reason if reason in REASON_SENTENCES else None
 
 
 def _status(said: str | None) -> str:

@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -248,21 +249,27 @@ _KEY = re.compile(r"""\s*([\w"'.\- ]+?)\s*=""")
 def line_of(text: str, section: str | None, key: str) -> int:
     """Line (from 1) where `key` stands in `[section]`; that of the section where the key is not written."""
     wanted = [*section.split("."), key] if section is not None else key.split(".")
-    current: list[str] = []
     nearest, depth = 1, 0
-    for number, line in enumerate(text.split("\n"), start=1):
-        if header := _HEADER.match(line):
-            path = current = _parts(header.group(1))
-        elif entry := _KEY.match(line):
-            path = current + _parts(entry.group(1))
-        else:
-            continue
+    for number, path in _written(text):
         if path[: len(wanted)] == wanted:
             return number
         shared = len(os.path.commonprefix([path, wanted]))
         if shared > depth:
             nearest, depth = number, shared
     return nearest
+
+
+@lru_cache(maxsize=2)
+def _written(text: str) -> list[tuple[int, list[str]]]:
+    """Line and dotted name of every section and key."""
+    found, current = list[tuple[int, list[str]]](), list[str]()
+    for number, line in enumerate(text.split("\n"), start=1):
+        if header := _HEADER.match(line):
+            current = _parts(header.group(1))
+            found.append((number, current))
+        elif entry := _KEY.match(line):
+            found.append((number, current + _parts(entry.group(1))))
+    return found
 
 
 def _parts(name: str) -> list[str]:

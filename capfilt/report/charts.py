@@ -19,17 +19,22 @@ _CLASSES = {"web": "s0", "synthetic": "s1"}
 _MOST_BINS = 40
 
 
-def bar_table(title: str, rows: Iterable[tuple[str, int, str]], total: int) -> Iterator[str]:
-    """A table of names, counts and shares, each with a bar, and what is to be said of it."""
+def bar_table(title: str, rows: Iterable[tuple[str, int, str]], total: int | None) -> Iterator[str]:
+    """A table of names, counts and shares, each with a bar, and what is to be said of it.
+
+    Without a total there are no shares, and the longest bar is the largest count's.
+    """
     listed = list(rows)
     if not listed:
         return
+    whole = max(number for _, number, _ in listed) if total is None else total
     yield f"<table><caption>{escaped(title)}</caption>\n"
     for name, number, said in listed:
-        share = number / total if total else 0.0
+        share = number / whole if whole else 0.0
         width = max(1, round(share * BAR_WIDTH)) if number else 0
+        shown = "" if total is None else f'<td class="n">{share:.1%}</td>'
         yield (
-            f'<tr><th scope="row">{escaped(name)}</th><td class="n">{number:,}</td><td class="n">{share:.1%}</td>'
+            f'<tr><th scope="row">{escaped(name)}</th><td class="n">{number:,}</td>{shown}'
             f'<td><svg class="bar" viewBox="0 0 {BAR_WIDTH} 10" aria-hidden="true"><rect class="s0" x="0" y="0" '
             f'width="{width}" height="10"></rect></svg></td><td>{escaped(said)}</td></tr>\n'
         )

@@ -135,10 +135,12 @@ def _figures(first: RunStats, second: RunStats) -> Iterator[Figure]:
     yield figure("images", [one.download.num_images for one in both])
     yield figure("yield", [_share(one.download.num_images, one.download.num_rows) for one in both], is_share=True)
     for source in _sources(first, second):
-        pairs = [one.pairs[source] for one in both]
-        yield figure(f"{source} pairs", [one.num_pairs for one in pairs])
-        yield figure(f"{source} kept", [one.num_kept for one in pairs])
-        yield figure(f"{source} kept rate", [_share(one.num_kept, one.num_pairs) for one in pairs], is_share=True)
+        pairs = [one.pairs.get(source) for one in both]
+        yield figure(f"{source} pairs", [one.num_pairs if one else 0 for one in pairs])
+        yield figure(f"{source} kept", [one.num_kept if one else 0 for one in pairs])
+        rates = [_share(one.num_kept, one.num_pairs) for one in pairs if one]
+        if len(rates) == len(both):
+            yield figure(f"{source} kept rate", rates, is_share=True)
     if all(one.pairs for one in both):
         yield figure("images kept", [one.num_images_kept for one in both])
     tops = [one.top_caption for one in both]
@@ -152,7 +154,7 @@ def _figures(first: RunStats, second: RunStats) -> Iterator[Figure]:
 
 
 def _distances(first: RunStats, second: RunStats) -> Iterator[Distance]:
-    for source in _sources(first, second):
+    for source in (name for name in first.pairs if name in second.pairs):
         one, other = first.pairs[source], second.pairs[source]
         for name in ("clip_score", "itm_score"):
             histograms: list[Histogram] = [getattr(pairs, name) for pairs in (one, other)]
@@ -164,12 +166,18 @@ def _distances(first: RunStats, second: RunStats) -> Iterator[Distance]:
             longest = max(*one.words_histogram, *other.words_histogram)
             counts = [[pairs.words_histogram.get(n, 0) for n in range(longest + 1)] for pairs in (one, other)]
             yield Distance(f"{source} caption length", moved(*counts), "words")
-        yield Distance(f"{source} drop reasons", renamed(one.by_drop_reason, other.by_drop_reason), "share")
+        yield from _renaming(f"{source} drop reasons", one.by_drop_reason, other.by_drop_reason)
     for name, pick in (
         ("failures by reason", "by_reason"), ("formats", "by_format"), ("shorter edges", "shorter_edge_px"),
         ("shapes", "aspect"),
     ):  # fmt: skip
-        yield Distance(name, renamed(getattr(first.download, pick), getattr(second.download, pick)), "share")
+        yield from _renaming(name, getattr(first.download, pick), getattr(second.download, pick))
+
+
+def _renaming(name: str, first: Mapping[str, int], second: Mapping[str, int]) -> Iterator[Distance]:
+    """The distance, unless one of them alone has nothing to be compared."""
+    if any(first.values()) == any(second.values()):
+        yield Distance(name, renamed(first, second), "share")
 
 
 def moved(first: Sequence[int], second: Sequence[int]) -> float:
@@ -229,7 +237,8 @@ def _name_of(stats: RunStats) -> str:
 
 
 def _sources(first: RunStats, second: RunStats) -> list[str]:
-    return [source for source in first.pairs if source in second.pairs]
+    """Of either, where both have pairs."""
+    return list(first.pairs | second.pairs) if first.pairs and second.pairs else []
 
 
 def _share(part: int, whole: int) -> float:

@@ -168,8 +168,7 @@ def _download(stats: RunStats) -> Iterator[str]:
         rows = [(name, number, "") for name, number in counts.items() if number]
         yield from _boxed(bar_table(title, rows, found.num_images))
     outliers = [(one.shard, one.num_images, format_bytes(one.num_bytes)) for one in stats.shards.outliers]
-    most = max((number for _, number, _ in outliers), default=0)
-    yield from _boxed(bar_table("Shards far from the median, images", outliers, most))
+    yield from _boxed(bar_table("Shards far from the median, images", outliers, None))
 
 
 def _scores(stats: RunStats) -> Iterator[str]:

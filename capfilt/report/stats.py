@@ -265,7 +265,10 @@ def _shards_stats(sizes: Sequence[ShardSize]) -> ShardsStats:
         return ShardsStats()
 
     def distance(one: ShardSize) -> float:
-        """The larger of its two ratios to the median, upside down where it is below one."""
+        """The larger of its two ratios to the median, upside down where it is below one.
+
+        With one more on both sides: of shards of a few images none stands out for one or two.
+        """
         ratios = [(one.num_images + 1) / (images.median + 1), (one.num_bytes + 1) / (tar_bytes.median + 1)]
         return max(max(ratio / MOST_OF_MEDIAN, LEAST_OF_MEDIAN / ratio) for ratio in ratios)
 

@@ -72,6 +72,16 @@ def test_rows_without_an_image_are_found(tmp_path: Path) -> None:
     ]
 
 
+def test_a_table_of_our_own_says_the_reason(tmp_path: Path) -> None:
+    rows = {
+        "url": ["http://a/1", "http://b/2", "http://c/3"], "status": [DOWNLOAD, DOWNLOAD, "success"],
+        "error_message": ["gone", "timed out", None], "reason": ["not_found", "\x1b[31mnonsense", None],
+    }  # fmt: skip
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    (found,) = failed_rows(tmp_path / "a.parquet")
+    assert found["reason"].to_pylist() == ["not_found", "timeout"]
+
+
 def test_other_tables_have_none_and_a_cut_one_is_said(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["http://a/1"], "text": ["x"]}), tmp_path / "other.parquet")
     assert list(failed_rows(tmp_path / "other.parquet")) == []

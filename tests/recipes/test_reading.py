@@ -9,7 +9,7 @@ import open_clip
 import pytest
 
 from capfilt.errors import UsageError
-from capfilt.recipes import Recipe, bundled_recipes, find_recipe, read_recipe
+from capfilt.recipes import Recipe, bundled_recipes, examine_recipe, find_recipe, read_recipe
 from capfilt.recipes.reading import line_of
 from capfilt.settings import EMBEDDED, BlipTrainSettings, Stage1Settings, TrainSettings
 from capfilt.trainings import MODEL_SETTINGS, TRAININGS, Stage2Section
@@ -197,6 +197,14 @@ def test_what_is_not_toml_is_refused(tmp_path: Path) -> None:
 def test_numbers_and_depths_that_no_recipe_has_are_refused(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         read_recipe(write(tmp_path, text))
+
+
+def test_lines_of_many_mistakes_are_found_at_once(tmp_path: Path) -> None:
+    """Twenty seconds when each looked through the whole file."""
+    names = [f"name{number}" for number in range(2000)]
+    _, mistakes = examine_recipe(Path(write(tmp_path, "[caption]\n" + "".join(f"{name} = 1\n" for name in names))))
+    lines = [one.line for one in mistakes if "has no setting" in one.said]
+    assert lines == list(range(2, 2002))
 
 
 def test_a_mark_before_the_text_is_passed_over_and_lines_end_as_editors_end_them(tmp_path: Path) -> None:

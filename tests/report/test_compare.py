@@ -82,3 +82,18 @@ def test_the_command(tmp_path: Path) -> None:
     refused = capfilt("stats", run.path, "--compare", run.path, "--section", "all")
     assert (refused.code, "together" in refused.err) == (2, True)
     assert capfilt("stats", run.path, "--watch", "1", "--json").code == 2
+
+
+def test_a_source_of_one_run_alone_is_told_and_no_distance_made_of_nothing(tmp_path: Path) -> None:
+    synthetic, human = save_run(tmp_path / "run", [6], drop_every=3), tmp_path / "human"
+    tar = synthetic.path / "shards" / "00000.tar"
+    assert capfilt("import", tar, human, "--human").code == 0
+    found = compare_runs(synthetic, RunDir.open(human))
+    figures = {one.name: (one.first, one.second) for one in found.figures}
+    assert (figures["human pairs"], figures["synthetic pairs"]) == ((0, 6), (12, 0))
+    assert "human kept rate" not in figures
+    assert [one.name for one in found.distances if "synthetic" in one.name or "human" in one.name] == []
+    assert list(figures) == [one.name for one in compare_runs(synthetic, RunDir.open(human)).figures]
+    tars = capfilt("stats", synthetic.path, "--compare", tar.parent)
+    assert tars.code == 2
+    assert "is a folder of tars; expected a run. `capfilt import " in tars.err

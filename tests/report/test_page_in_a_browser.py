@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from capfilt.data.manifest import read_manifest
 from capfilt.data.rundir import RunDir
+from capfilt.data.sealed import read_sealed, sealed_bytes
 from capfilt.report.page import write_report
 from tests.hostile_texts import PAYLOADS, run_with_texts
 from tests.train.small_models import save_run
@@ -51,7 +53,18 @@ class Opened:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return save_run(tmp_path_factory.mktemp("runs") / "run", [12, 9], drop_every=3)
+    """Pairs of both sources, some of which have no ITM score."""
+    run = save_run(tmp_path_factory.mktemp("runs") / "run", [12, 9], drop_every=3)
+    for shard in run.shard_names():
+        table, record, _ = read_sealed(run.stage_file("manifest", shard))
+        rows = table.to_pylist()
+        for number, row in enumerate(rows):
+            row |= {"source": ("web", "synthetic")[number % 2], "itm_score": number * 37 % 100 / 100}
+        for row in rows[::5]:
+            row |= {"itm_score": None, "kept": False, "drop_reason": "low_clip"}
+        changed = pa.Table.from_pylist(rows, schema=table.schema)
+        run.stage_file("manifest", shard).write_bytes(sealed_bytes(changed, record))
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +126,14 @@ def test_filters_and_orders(browser: Any, file: Path, run: RunDir) -> None:
         assert page.evaluate(SHOWN) == num > 0
         assert f"{num} captions" in page.inner_text("#shown")
     page.select_option("select[name=verdict]", "")
-    page.select_option("select[name=source]", rows[0]["source"])
-    assert page.evaluate(SHOWN) == sum(row["source"] == rows[0]["source"] for row in rows)
+    for source in ("web", "synthetic"):
+        page.select_option("select[name=source]", source)
+        assert page.evaluate(SHOWN) == sum(row["source"] == source for row in rows) < len(rows)
+    page.select_option("select[name=source]", "")
     judged = sorted(row["itm_score"] for row in rows if row["itm_score"] is not None)
     page.fill("input[name=least]", "0.5")
     page.fill("input[name=most]", "0.95")
-    assert page.evaluate(SHOWN) == sum(0.5 <= score <= 0.95 for score in judged)
+    assert page.evaluate(SHOWN) == sum(0.5 <= score <= 0.95 for score in judged) < len(judged) < len(rows)
     page.click("input[type=reset]")
     page.wait_for_function(f"() => ({SHOWN})() === {len(rows)}")
     for order, name, sign in (
