@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,11 @@ class Records:
             self._curves = self._writer(str(self._curves_dir), purge_step=step + 1)
         lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self._path.write_text("".join(kept))
+        new = self._path.with_name(
+            f".staging-{METRICS_FILE}"
+        )  # killed in the middle of this, the lines are there still
+        new.write_text("".join(kept))
+        os.replace(new, self._path)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """One line of metrics."""

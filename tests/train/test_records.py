@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,6 +55,34 @@ def test_lines_of_steps_taken_again_are_dropped(tmp_path: Path) -> None:
     Records(tmp_path).go_on(40)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [10, 20, 30, 40]
+
+
+def test_lines_are_there_whenever_a_process_that_goes_on_is_killed(tmp_path: Path) -> None:
+    """At every call that it makes."""
+    write(tmp_path, lines_of(8))
+    expected, code = (
+        (tmp_path / "metrics.jsonl").read_text(),
+        """
+import os, signal, sys
+from pathlib import Path
+from capfilt.train.records import Records
+left = int(sys.argv[1])
+def hook(event, arguments):
+    global left
+    if event in ("open", "os.rename") and "metrics.jsonl" in str(arguments[0]):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+Records(Path(sys.argv[2])).go_on(80)
+""",
+    )
+    for number in range(10):
+        done = subprocess.run([sys.executable, "-c", code, str(number), str(tmp_path)], check=False)
+        assert (tmp_path / "metrics.jsonl").read_text() == expected
+        if done.returncode == 0:
+            break
+    assert (number, done.returncode) == (3, 0), "read, written, renamed"
 
 
 def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path) -> None:
