@@ -89,10 +89,12 @@ class _Scores:
 
         Raises UsageError for a file that is no picture, CapfiltError where a score is no number.
         """
+        if isinstance(texts, str) or any(isinstance(own, str) for own in texts):
+            raise UsageError("A picture has a text instead of a list of texts. Give [[text, …], …], a list for each.")
         if len(texts) != len(pictures):
-            raise UsageError(f"There are {len(texts)} lists of texts for {len(pictures)} pictures; expected one each.")
-        if any(isinstance(own, str) for own in texts):
-            raise UsageError("A picture has a text instead of a list of texts. Give [[text], …].")
+            raise UsageError(
+                f"Lists of texts: {len(texts)}, pictures: {len(pictures)}; expected a list for each picture."
+            )
         found: list[list[float]] = []
         for start, batch in _batches(pictures, self._model.batch_size):
             prepared, own = [self._model.prepare(image) for image in batch], texts[start : start + len(batch)]

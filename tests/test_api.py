@@ -139,10 +139,14 @@ def test_what_cannot_be_is_said(models: Models, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 keys for 1 picture"):
         captioner([picture], ["a", "b"])
     judge = Filter(str(models.root / "filter"), dtype="float32")
-    with pytest.raises(UsageError, match="1 lists of texts for 2 pictures"):
+    with pytest.raises(UsageError, match="Lists of texts: 1, pictures: 2"):
         judge([picture, picture], [["a dog"]])
     with pytest.raises(UsageError, match="a text instead of a list"):
         judge([picture], ["a dog"])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match="a text instead of a list"):
+        judge([picture], "a dog")
+    with pytest.raises(UsageError, match="a text instead of a list"):
+        judge([picture], ["a dog", "a cat"])  # type: ignore[list-item]
     with pytest.raises(UsageError, match="num_captions"):
         Captioner(str(models.root / "captioner"), num_captions=0)
     with pytest.raises(TypeError, match="temprature"):

@@ -63,11 +63,12 @@ def _read_shard(run: RunDir, selection: str, names: Sequence[str], shard: str, *
 
 
 def read_manifest(
-    run_dirs: Sequence[RunDir | str | Path],
+    run_dirs: RunDir | str | Path | Sequence[RunDir | str | Path],
     columns: Sequence[str] | None = None,
     kept_only: bool = False,
 ) -> pa.Table:
-    """Give the manifest of one or more runs as one table; errors as `iterate_manifest`."""
+    """Give the manifest of a run, or of several, as one table; errors as `iterate_manifest`."""
+    run_dirs = [run_dirs] if isinstance(run_dirs, RunDir | str | Path) else run_dirs
     names = list(columns) if columns is not None else SCHEMAS["manifest"].names
     tables = [table for _, _, table in iterate_manifest(run_dirs, names, kept_only)]
     if not tables:

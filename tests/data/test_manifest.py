@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import duckdb
@@ -16,6 +17,7 @@ from pyspark.sql import SparkSession
 from capfilt.data.manifest import SCHEMAS, iterate_manifest, read_manifest
 from capfilt.data.rundir import RunDir
 from capfilt.errors import CapfiltError, UsageError
+from tests.train.small_models import save_run
 
 
 def test_all_rows_of_all_runs(make_run: Callable[..., RunDir]) -> None:
@@ -102,3 +104,11 @@ def test_pairs_selected_anew_while_they_are_read_are_refused(
         stages.manifest(run, shard, threshold=0.95, replace=True)
     with pytest.raises(CapfiltError, match="selected anew while they were read"):
         next(tables)
+
+
+def test_a_run_alone_is_a_list_of_one(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", [4])
+    expected = read_manifest([run])
+    assert expected.num_rows > 0
+    for one in (run, run.path, str(run.path)):
+        assert read_manifest(one).equals(expected)
